@@ -1,0 +1,78 @@
+"""Engine: all that differs between MLX and torch, behind one protocol. The loop knows only this file."""
+
+import importlib.util
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from mlx_finetune.config import RunConfig
+from mlx_finetune.data.batches import Batch
+from mlx_finetune.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step says of itself."""
+
+    loss: float  # mean over the step, weighted by token
+    tokens: int  # learned in the step
+    grad_norm: float  # before clipping
+
+
+class Engine(Protocol):
+    """A model with an adapter and its optimizer. `state` is in PEFT's names and orientation, float32, on either engine."""
+
+    name: str  # "mlx" or "torch"
+    device: str
+    shapes: dict[str, tuple[int, int]]  # adapted modules: (out, in)
+
+    def step(self, micro_batches: Sequence[Batch], learning_rate: float, seed: int) -> StepResult:
+        """One optimizer step over all micro-batches, weighted by token; nothing changes where the gradient is not finite."""
+
+    def loss_sum(self, batch: Batch) -> float:
+        """Sum of weight times cross entropy (nats); leaves training untouched."""
+
+    def generate(self, prompt: Sequence[int], limit: int, stop: frozenset[int]) -> Iterator[int]:
+        """Greedy answer, at most `limit` tokens, ending before a token of `stop`."""
+
+    def state(self) -> Arrays:
+        """`adapter/NAME`, `m/NAME`, `v/NAME` for each NAME such as model.layers.0.self_attn.q_proj.lora_A.weight."""
+
+    def load_state(self, state: Arrays, step: int) -> None:
+        """Goes on from `state` after `step` steps; moments that are missing start at zero."""
+
+    def peak_memory(self) -> int:
+        """Most bytes held at once since the start: of the device, or of this process on a CPU."""
+
+
+def choose_engine(name: str) -> str:
+    """`auto`: MLX on Apple silicon, torch where CUDA is found, else the one that is installed, torch first.
+
+    Raises:
+        UserError: the engine asked for is not installed.
+    """
+    installed = {engine: importlib.util.find_spec(engine) is not None for engine in ("mlx", "torch")}
+    if name == "auto":
+        on_apple_silicon = sys.platform == "darwin" and platform.machine() == "arm64"
+        name = "mlx" if on_apple_silicon or not installed["torch"] else "torch"
+    if not installed[name]:
+        raise UserError(f"engine {name} is not installed", hint=f"pip install 'mlx-finetune{'[torch]' if name == 'torch' else ''}'")
+    return name
+
+
+def open_engine(config: RunConfig, model: Path) -> Engine:
+    """Loads the model of folder `model` with a fresh adapter; the framework is imported here and nowhere earlier."""
+    if choose_engine(config.engine) == "mlx":
+        from mlx_finetune.engines.mlx.engine import MlxEngine
+
+        return MlxEngine(model, config)
+    from mlx_finetune.engines.torch.engine import TorchEngine
+
+    return TorchEngine(model, config)

@@ -1,0 +1,48 @@
+"""What every source gives: conversations, what it did not take and why, and the lines that it could not read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_finetune.data.conversation import Conversation
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """One conversation that was not kept. `id` is the source's own name for it: a log's folder, a tree's id."""
+
+    id: str
+    source: str
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The line of rejected.jsonl."""
+        return {"id": self.id, "source": self.source, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that was passed over; line 0 means the whole file."""
+
+    path: Path
+    line: int
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in collect.json."""
+        return {"file": printable(str(self.path)), "line": self.line, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Read:
+    """All that one reading found. Blank lines are no fault; they are only counted."""
+
+    conversations: tuple[Conversation, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
+    bad_lines: tuple[BadLine, ...] = ()
+    blank_lines: int = 0
+
+
+def printable(text: str) -> str:
+    """The text with "?" for each lone surrogate, which JSON may hold (\\ud83d cut from its pair) and UTF-8 cannot."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")

@@ -1,0 +1,142 @@
+"""RunConfig: every setting and the only home of its default. YAML in and out; unknown keys are refused."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from mlx_finetune.errors import UserError
+from mlx_finetune.files import atomic_file
+
+UNITS = {"": 1, "k": 1024, "m": 1024**2}
+
+
+def _size(value: Any) -> Any:
+    """`8k` is 8192: sizes may be written as people say them."""
+    match = re.fullmatch(r"\s*(\d+)\s*([km]?)\s*", str(value).lower())
+    return int(match[1]) * UNITS[match[2]] if match else value
+
+
+Size = Annotated[int, BeforeValidator(_size)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class RunConfig(BaseModel):
+    """Settings of `prepare` and `train`, named as peft and mlx-lm name them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    model: str = Field("", description="Hugging Face folder or hub id of the base model")
+    data: str = Field("", description="folder that `prepare` made")
+    out: str = Field("", description="folder of the run")
+    engine: Literal["auto", "mlx", "torch"] = Field("auto", description="auto: MLX on Apple silicon, torch on CUDA, else what is installed")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the frozen weights; auto: as stored on a GPU (bfloat16 on CUDA), float32 on a CPU"
+    )
+
+    max_length: Size = Field(8192, ge=64, description="tokens in one window; longer conversations become several windows")
+    valid_fraction: Fraction = Field(0.1, description="share of the gptme conversations held out for validation")
+
+    rank: int = Field(16, ge=1, description="width of the adapter")
+    alpha: float = Field(32.0, gt=0, description="the adapter is scaled by alpha / rank")
+    dropout: Fraction = Field(0.0, description="on the adapter's input while training")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="all-linear, or names such as q_proj,v_proj")
+    num_layers: int | None = Field(None, ge=1, description="adapt the last so many layers only; none: all")
+
+    learning_rate: float = Field(2e-4, gt=0, description="at the end of the warmup; cosine to 0 from there")
+    warmup_ratio: Fraction = Field(0.05, description="share of the steps in which the rate rises linearly")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW, decoupled")
+    max_grad_norm: float = Field(1.0, gt=0, description="the gradient of a step is clipped to this norm")
+    batch_size: int = Field(1, ge=1, description="examples in a micro-batch: what memory holds at once")
+    gradient_accumulation: int = Field(8, ge=1, description="micro-batches in a step")
+    epochs: float = Field(1.0, gt=0, description="passes over the data")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs where given")
+    seed: int = Field(0, ge=0, description="of the adapter, the order and the dropout")
+
+    eval_every: int = Field(50, ge=1, description="steps between two held-out losses")
+    save_every: int = Field(50, ge=1, description="steps between two checkpoints")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_names(cls, values: Any) -> Any:
+        targets = values.get("target_modules") if isinstance(values, dict) else None
+        if isinstance(targets, str) and targets != "all-linear":
+            values = values | {"target_modules": tuple(name.strip() for name in targets.split(",") if name.strip())}
+        return values
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML and JSON hold them."""
+        return self.model_dump(mode="json")
+
+
+FIELDS: tuple[str, ...] = tuple(RunConfig.model_fields)
+
+
+def default(name: str) -> Any:
+    """The default of a field, for help texts."""
+    return RunConfig.model_fields[name].get_default()
+
+
+def make_config(values: Mapping[str, Any], place: str) -> RunConfig:
+    """Checks `values`; `place` says where they come from.
+
+    Raises:
+        UserError: an unknown key (the nearest known one named) or a value out of range.
+    """
+    for key in values:
+        if key not in FIELDS:
+            near = difflib.get_close_matches(str(key), FIELDS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known settings: {', '.join(FIELDS)}"
+            raise UserError(f"{place}: unknown setting {key!r}", hint=hint)
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        message = f"{place}: {name} = {values.get(name)!r}: {first['msg'].lower()}"
+        raise UserError(message, hint=f"{name}: {RunConfig.model_fields[name].description}") from error
+
+
+def load_config(path: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
+    """Command line beats file beats default."""
+    values = _read_yaml(path) if path else {}
+    make_config(values, str(path))
+    return make_config(values | dict(overrides), "the command line")
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """`key=value` as `--set` takes it, the value read as YAML."""
+    values = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set {assignment}: no '=' in it", hint="write --set rank=8")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {assignment}: not a YAML value", hint="write --set rank=8") from error
+    return values
+
+
+def save_config(path: Path, config: RunConfig) -> None:
+    """The resolved settings as YAML."""
+    with atomic_file(path) as file:
+        yaml.safe_dump(config.to_dict(), file, sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}", hint="name a YAML file, or leave it out and use options") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}", hint="settings are lines of `name: value`") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: no settings in it", hint="settings are lines of `name: value`")
+    return values

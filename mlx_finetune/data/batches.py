@@ -1,0 +1,76 @@
+"""Example, Batch, and which examples a step sees: a pure function of (lengths, seed, step)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+WIDTHS = 32  # batches are padded to a multiple of this: few shapes, few compilations
+
+
+@dataclass(frozen=True)
+class Example:
+    """One rendered window; `weights[i]` is how much predicting `tokens[i]` counts."""
+
+    tokens: np.ndarray  # int32 [T]
+    weights: np.ndarray  # float32 [T]
+    source: str
+    conversation: str  # id
+    turns: tuple[int, ...]  # places of the learned messages in the conversation
+
+    def __post_init__(self) -> None:
+        assert self.tokens.ndim == 1 and self.tokens.shape == self.weights.shape
+        assert self.tokens.dtype == np.int32 and self.weights.dtype == np.float32
+        assert self.weights[0] == 0 and self.weights.sum() > 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Shifted and padded on the right once, here, so that no engine ever shifts or masks."""
+
+    inputs: np.ndarray  # int32 [B, T]
+    targets: np.ndarray  # int32 [B, T]
+    weights: np.ndarray  # float32 [B, T], 0 where nothing is learned
+
+    def __post_init__(self) -> None:
+        assert self.inputs.ndim == 2 and self.inputs.shape == self.targets.shape == self.weights.shape
+        assert self.inputs.dtype == self.targets.dtype == np.int32 and self.weights.dtype == np.float32
+        assert self.learned > 0
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> "Batch":
+        """Pads to the longest, rounded up to `WIDTHS`; a causal model never sees the padding from a learned place."""
+        width = -(-max(len(e.tokens) - 1 for e in examples) // WIDTHS) * WIDTHS
+        inputs, targets = np.zeros((2, len(examples), width), np.int32)
+        weights = np.zeros((len(examples), width), np.float32)
+        for row, e in enumerate(examples):
+            n = len(e.tokens) - 1
+            inputs[row, :n], targets[row, :n], weights[row, :n] = e.tokens[:-1], e.tokens[1:], e.weights[1:]
+        return cls(inputs, targets, weights)
+
+    @property
+    def learned(self) -> float:
+        """Sum of the weights: the number of learned tokens where every weight is 1."""
+        return float(self.weights.sum(dtype=np.float64))
+
+
+def steps_per_epoch(examples: int, batch_size: int, accumulation: int) -> int:
+    """Steps in which every example is seen once; the last ones may be smaller."""
+    return -(-(-(-examples // batch_size)) // accumulation)
+
+
+def examples_at(lengths: tuple[int, ...], batch_size: int, accumulation: int, seed: int, step: int) -> list[list[int]]:
+    """The micro-batches of step `step` (from 0), as indices. Each epoch has every example exactly once."""
+    epoch, place_in_epoch = divmod(step, steps_per_epoch(len(lengths), batch_size, accumulation))
+    return _epoch(lengths, batch_size, seed, epoch)[place_in_epoch * accumulation :][:accumulation]
+
+
+@lru_cache(maxsize=2)
+def _epoch(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Neighbours in length share a micro-batch (little padding), with noise so that neighbours change; then micro-batches are shuffled."""
+    random = np.random.default_rng((seed, epoch))
+    noisy = np.array(lengths, np.float64) * random.uniform(0.8, 1.25, len(lengths))
+    order = np.argsort(noisy, kind="stable").tolist()
+    micro_batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return [micro_batches[i] for i in random.permutation(len(micro_batches))]

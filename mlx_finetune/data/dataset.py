@@ -1,0 +1,121 @@
+"""Dataset: the folder that `prepare` makes. Tokens lie in Arrow files, opened memory-mapped through `datasets`."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_finetune.config import RunConfig
+from mlx_finetune.data.batches import Batch, Example, examples_at, steps_per_epoch
+from mlx_finetune.errors import UserError
+from mlx_finetune.files import read_json, write_json
+
+VERSION = 1
+SPLITS = ("train", "valid")
+
+
+class ExampleStore:
+    """The examples of one split, read from the disk as they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """`path`: an Arrow file written by `write_examples`."""
+        from datasets import Dataset as ArrowDataset
+
+        self._rows = ArrowDataset.from_file(str(path)).with_format("numpy")
+        self.lengths: tuple[int, ...] = tuple(int(n) for n in self._rows["length"][:])
+        self.learned = np.array(self._rows["learned"][:], np.float64)  # [n] sum of the weights
+        self.sources: tuple[str, ...] = tuple(str(source) for source in self._rows["source"][:])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self._rows[index]
+        turns = tuple(int(turn) for turn in row["turns"])
+        tokens, weights = np.asarray(row["tokens"], np.int32), np.asarray(row["weights"], np.float32)
+        return Example(tokens, weights, str(row["source"]), str(row["conversation"]), turns)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared folder. `info` is `dataset.json`: model, template, counts and the `id` of the content."""
+
+    folder: Path
+    info: dict[str, Any]
+    train: ExampleStore
+    valid: ExampleStore
+
+    @classmethod
+    def open(cls, folder: Path) -> "Dataset":
+        """Raises UserError where the folder is not one that `prepare` made."""
+        if not (folder / "dataset.json").is_file():
+            raise UserError(f"{folder}: not a prepared data set (no dataset.json)", hint="mlx-finetune prepare makes one")
+        info = read_json(folder / "dataset.json")
+        if not isinstance(info, dict) or info.get("version") != VERSION:
+            found = info.get("version") if isinstance(info, dict) else None
+            raise UserError(f"{folder}/dataset.json: version {found!r}, not {VERSION}", hint="run mlx-finetune prepare again")
+        stores = []
+        for split in SPLITS:
+            path = folder / f"{split}.arrow"
+            if not path.is_file() or path.stat().st_size != info["bytes"][split]:
+                raise UserError(f"{path}: missing or not whole", hint="run mlx-finetune prepare again")
+            stores.append(ExampleStore(path))
+        return cls(folder, info, *stores)
+
+    @property
+    def id(self) -> str:
+        """Tells one content from another: tokens and weights of both splits, in order."""
+        return str(self.info["id"])
+
+    def steps_per_epoch(self, config: RunConfig) -> int:
+        """Optimizer steps in one pass over the training examples."""
+        return steps_per_epoch(len(self.train), config.batch_size, config.gradient_accumulation)
+
+    def batches_at(self, step: int, config: RunConfig) -> list[Batch]:
+        """The micro-batches of step `step` (from 0): a pure function of data, seed and step."""
+        chosen = examples_at(self.train.lengths, config.batch_size, config.gradient_accumulation, config.seed, step)
+        return [Batch.of([self.train[i] for i in indices]) for indices in chosen]
+
+    def held_out(self, batch_size: int) -> dict[str, list[Batch]]:
+        """Validation batches by source, neighbours in length together."""
+        batches: dict[str, list[Batch]] = {}
+        for source in sorted(set(self.valid.sources)):
+            indices = [i for i in np.argsort(self.valid.lengths, kind="stable").tolist() if self.valid.sources[i] == source]
+            groups = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+            batches[source] = [Batch.of([self.valid[i] for i in group]) for group in groups]
+        return batches
+
+
+def write_dataset(folder: Path, splits: dict[str, Iterable[Example]], info: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Writes the Arrow files and `dataset.json` into `folder`; `info` is asked once the examples are through."""
+    digest, sizes, counts = hashlib.sha256(), {}, {}
+    for split in SPLITS:
+        path = folder / f"{split}.arrow"
+        counts[split] = _write_examples(path, splits[split], digest)
+        sizes[split] = path.stat().st_size
+    whole = {"version": VERSION, "id": digest.hexdigest()[:16], "bytes": sizes, "examples": counts} | info()
+    write_json(folder / "dataset.json", whole)
+    return whole
+
+
+def _write_examples(path: Path, examples: Iterable[Example], digest: Any) -> int:
+    from datasets import Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    columns = {"length": Value("int32"), "learned": Value("float64"), "source": Value("string"), "conversation": Value("string")}
+    lists = {"turns": List(Value("int32")), "tokens": List(Value("int32")), "weights": List(Value("float32"))}
+    count = 0
+    with ArrowWriter(features=Features(columns | lists), path=str(path)) as writer:
+        for count, e in enumerate(examples, 1):
+            digest.update(path.name.encode() + e.tokens.tobytes() + e.weights.tobytes())
+            learned = float(e.weights.sum(dtype=np.float64))
+            row = {"length": len(e.tokens), "learned": learned, "source": e.source, "conversation": e.conversation}
+            writer.write(row | {"turns": list(e.turns), "tokens": e.tokens, "weights": e.weights})
+        writer.finalize()
+    return count

@@ -1,0 +1,147 @@
+"""Collected conversations become a prepared data set: split, cut into windows, rendered, tokenized, counted."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from mlx_finetune.config import RunConfig
+from mlx_finetune.data.batches import Example
+from mlx_finetune.data.conversation import Conversation, read_conversations
+from mlx_finetune.data.dataset import write_dataset
+from mlx_finetune.data.provenance import Refused
+from mlx_finetune.data.split import held_out_groups
+from mlx_finetune.data.template import ChatTemplate, Encoded
+from mlx_finetune.data.windows import Window, Windows, cut
+from mlx_finetune.errors import UserError
+from mlx_finetune.files import atomic_file, atomic_folder
+
+NOT_CONVERSATIONS = ("rejected.jsonl", "train.jsonl", "valid.jsonl")
+
+
+@dataclass
+class Tally:
+    """What became of one split: every turn is learned or stands here with the reason."""
+
+    conversations: Counter[str] = field(default_factory=Counter)  # by source
+    examples: int = 0
+    tokens: int = 0
+    learned_tokens: int = 0
+    learned_turns: int = 0
+    served_as_trained: int = 0  # learned turns that stand after exactly what a server would send
+    turns_too_long: int = 0
+    messages_shortened: int = 0
+    turns_refused: Counter[str] = field(default_factory=Counter)  # by reason
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+
+
+def collected_files(paths: Sequence[Path]) -> list[Path]:
+    """The conversation files among `paths`; a folder stands for those that `collect` put into it."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.glob("*.jsonl") if p.name not in NOT_CONVERSATIONS)
+            if not inside:
+                raise UserError(f"{path}: no conversations in this folder", hint="mlx-finetune collect makes them")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"{path}: no such file or folder", hint="mlx-finetune collect makes one")
+    return files
+
+
+def prepare(
+    paths: Sequence[Path],
+    template: ChatTemplate,
+    config: RunConfig,
+    out: Path,
+    origin: dict[str, Any],
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Makes the folder `out` whole or not at all; gives back its `dataset.json`, where `origin` (the model) stands too.
+
+    Raises:
+        UserError: a bad line, `out` exists, or there is nothing to learn.
+    """
+    conversations = [c for path in collected_files(paths) for c in read_conversations(path)]
+    held_out = held_out_groups(conversations, config.valid_fraction)
+    tallies = {"train": Tally(), "valid": Tally()}
+    members = {
+        "train": [c for c in conversations if c.group not in held_out],
+        "valid": [c for c in conversations if c.group in held_out],
+    }
+    finished = 0
+
+    def examples(split: str, file: IO[str]) -> Iterator[Example]:
+        nonlocal finished
+        for conversation in members[split]:
+            for window, encoded in _encoded(conversation, template, config.max_length, tallies[split]):
+                file.write(json.dumps(_row(window, conversation), ensure_ascii=False) + "\n")
+                yield Example(encoded.tokens, encoded.weights, conversation.source, conversation.id, window.turns)
+            finished += 1
+            advance(finished, len(conversations))
+
+    with atomic_folder(out) as folder:
+        with atomic_file(folder / "train.jsonl") as train, atomic_file(folder / "valid.jsonl") as valid:
+            info = {"max_length": config.max_length, "tokenizer": template.fingerprint, **origin}
+            splits = {"train": examples("train", train), "valid": examples("valid", valid)}
+            return write_dataset(folder, splits, lambda: info | _result(tallies, members, held_out))
+
+
+def _encoded(conversation: Conversation, template: ChatTemplate, max_length: int, tally: Tally) -> Iterator[tuple[Window, Encoded]]:
+    tally.conversations[conversation.source] += 1
+    limit = max_length
+    while True:
+        windows = cut(conversation, template.count, limit)
+        _check_each_turn_once(conversation, windows)
+        try:
+            encoded = [template.encode(window.messages) for window in windows.windows]
+        except Refused as refused:
+            tally.turns_refused[str(refused)] += conversation.assistant_turns
+            return
+        excess = max((len(e.tokens) for e in encoded), default=0) - max_length
+        if excess <= 0:
+            break
+        limit -= excess  # counts are estimates: this template adds more than the probe showed
+    tally.turns_too_long += len(windows.too_long)
+    tally.messages_shortened += windows.shortened
+    for window, result in zip(windows.windows, encoded, strict=True):
+        if result.weights.sum() == 0:
+            tally.turns_refused["a turn of blanks"] += len(window.turns)
+            continue
+        tally.examples += 1
+        tally.tokens += len(result.tokens)
+        tally.learned_tokens += int((result.weights > 0).sum())
+        tally.learned_turns += len(result.turns)
+        tally.turns_refused["a turn of blanks"] += len(window.turns) - len(result.turns)
+        tally.served_as_trained += result.served
+        yield window, result
+
+
+def _check_each_turn_once(conversation: Conversation, windows: Windows) -> None:
+    counted = Counter(turn for window in windows.windows for turn in window.turns) + Counter(windows.too_long)
+    expected = [i for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.weight > 0]
+    assert counted == Counter(expected), f"{conversation.id}: turns {expected} became {counted}"
+
+
+def _row(window: Window, conversation: Conversation) -> dict[str, Any]:
+    """A line that TRL, axolotl and mlx-lm read; `weight` as OpenAI's format has it: 0 is context only."""
+    messages = [{"role": m.role, "content": m.content, "weight": int(m.weight > 0)} for m in window.messages]
+    return {"messages": messages, "source": conversation.source, "conversation": conversation.id}
+
+
+def _result(tallies: dict[str, Tally], members: dict[str, list[Conversation]], held_out: frozenset[str]) -> dict[str, Any]:
+    train = tallies["train"]
+    if not train.examples:
+        lost = [f"{reason} ({count})" for reason, count in train.turns_refused.items() if count]
+        lost += [f"turn longer than a window ({train.turns_too_long})"] if train.turns_too_long else []
+        reasons = "; ".join(lost) or "no assistant turn"
+        raise UserError(f"no conversation left to learn from: {reasons}", hint="collect more, or a larger max_length")
+    titles = sorted({str(c.meta.get("name", c.group)) for c in members["valid"]})
+    return {"train": train.to_json(), "valid": tallies["valid"].to_json(), "held_out_groups": sorted(held_out), "held_out": titles}

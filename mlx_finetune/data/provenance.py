@@ -1,0 +1,100 @@
+"""Which characters of a rendered chat came from which message, proven and never guessed.
+
+Every ASCII letter, digit and harmless sign of message k is moved to a private-use code point that carries k. One more render with the moved text
+then names the owner of each character, and undoing the move must give the real render back: proof that the template did not look at the letters.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mlx_finetune.data.conversation import Message
+
+Render = Callable[[Sequence[Message]], str]
+
+BASE, STEP = 0xF0000, 128
+MOST_MESSAGES = (0x110000 - BASE) // STEP - 1
+MOVED = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789`.,:;!?*#-_+=()$%@~^")
+# Templates look for text such as </think> or [INST] in a message, so what looks like a tag stays as it is.
+TAG = re.compile(r"</?[A-Za-z][\w|:.-]*>|<\|[^|>]*\|>|<｜[^｜]*｜>|\[/?[A-Z_]+\]")
+SENTINEL = "\ue000SENTINEL\ue001"
+
+
+class Refused(Exception):
+    """The template does not render this conversation in a way that can be learned from; the text says why."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters `start` to `end` (exclusive) of the rendered text."""
+
+    start: int
+    end: int
+
+
+def locate(render: Render, messages: Sequence[Message]) -> tuple[str, list[Span | None]]:
+    """The rendered text and, for each message, where its content stands in it; None for a message of blanks.
+
+    Raises:
+        Refused: the template drops, repeats, mixes or rewrites the text of a message.
+    """
+    if len(messages) > MOST_MESSAGES:
+        raise Refused(f"more than {MOST_MESSAGES} messages in one window")
+    if any(ord(max(message.content, default="a")) >= BASE for message in messages):
+        raise Refused("private-use characters in a message")
+    text = render(messages)
+    moved = render([replace(message, content=_move(message.content, k)) for k, message in enumerate(messages)])
+    codes = np.frombuffer(moved.encode("utf-32-le"), np.uint32).astype(np.int64)
+    if _undo(codes) != text:
+        raise Refused("the template treats a message by what its words are")
+    owners = np.where(codes >= BASE, (codes - BASE) // STEP, -1)
+    return text, [_span(render, messages, k, text, np.flatnonzero(owners == k)) for k in range(len(messages))]
+
+
+def _span(render: Render, messages: Sequence[Message], k: int, text: str, positions: np.ndarray) -> Span | None:
+    content, role = messages[k].content, messages[k].role
+    if not content.strip():
+        return None
+    marked = [i for i, code in enumerate(_move(content, k)) if ord(code) >= BASE]
+    if not marked:
+        return _span_by_sentinel(render, messages, k, text)
+    if not positions.size:
+        raise Refused(f"the template drops a {role} message")
+    first, last = int(positions[0]), int(positions[-1])
+    if text[first : last + 1] != content[marked[0] : marked[-1] + 1]:
+        raise Refused(f"the template rewrites a {role} message")
+    before, after = content[: marked[0]], content[marked[-1] + 1 :]
+    # A template may trim blanks at the edges of a message, and nothing else.
+    head = next((h for h in (before, before.lstrip()) if text[:first].endswith(h)), None)
+    tail = next((t for t in (after, after.rstrip()) if text.startswith(t, last + 1)), None)
+    if head is None or tail is None:
+        raise Refused(f"the template rewrites a {role} message")
+    return Span(first - len(head), last + 1 + len(tail))
+
+
+def _span_by_sentinel(render: Render, messages: Sequence[Message], k: int, text: str) -> Span:
+    """For a message without a single ASCII letter or digit: rendered once more with a sentinel in its place."""
+    probe = render([*messages[:k], replace(messages[k], content=SENTINEL), *messages[k + 1 :]])
+    head, found, tail = probe.partition(SENTINEL)
+    if not found or SENTINEL in tail or not (text.startswith(head) and text.endswith(tail)):
+        raise Refused(f"the template drops or rewrites a {messages[k].role} message")
+    return Span(len(head), len(text) - len(tail))
+
+
+def _move(content: str, k: int) -> str:
+    pieces, end = [], 0
+    for tag in TAG.finditer(content):
+        pieces += [_shift(content[end : tag.start()], k), tag.group()]
+        end = tag.end()
+    return "".join([*pieces, _shift(content[end:], k)])
+
+
+def _shift(text: str, k: int) -> str:
+    return "".join(chr(BASE + k * STEP + ord(c)) if c in MOVED else c for c in text)
+
+
+def _undo(codes: np.ndarray) -> str:
+    plain = np.where(codes >= BASE, (codes - BASE) % STEP, codes).astype("<u4")
+    return plain.tobytes().decode("utf-32-le")

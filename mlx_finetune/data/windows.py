@@ -1,0 +1,130 @@
+"""A long conversation becomes windows, cut between messages, in which each assistant turn is learned exactly once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from mlx_finetune.data.conversation import Conversation, Message
+
+Count = Callable[[Message], int]  # tokens that a message takes
+
+WHOLE_SYSTEM = 3 / 4  # of a window: a longer system prompt is shortened
+SHORT_SYSTEM = 1 / 8  # of a window: to this much
+OLD_CONTEXT = 1 / 4  # of the room beside the system prompt: messages that an earlier window had already
+LONG_MESSAGE = 1 / 4  # of that room: a longer message is shortened where it is only read
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one example is made of. `turns[i]` is the place in the conversation of the i-th learned message."""
+
+    messages: tuple[Message, ...]
+    turns: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """All of one conversation, and what did not fit whole."""
+
+    windows: tuple[Window, ...]
+    too_long: tuple[int, ...]  # places of the assistant turns that no window has room for: not learned
+    shortened: int  # messages that are only read and had lines cut from their middle
+
+
+def cut(conversation: Conversation, count: Count, max_length: int) -> Windows:
+    """Windows of at most `max_length` tokens by `count`, each ending on a learned turn.
+
+    A conversation that fits is one window, untouched. Else every window begins with the system prompt (shortened where it takes more than
+    three quarters), goes on with up to a quarter of earlier messages that are only read, and long tool output keeps its head and its tail.
+    """
+    messages = conversation.messages
+    turns = tuple(i for i, message in enumerate(messages) if message.role == "assistant" and message.weight > 0)
+    if not turns:
+        return Windows((), (), 0)
+    if sum(map(count, messages[: turns[-1] + 1])) <= max_length:
+        return Windows((Window(messages[: turns[-1] + 1], turns),), (), 0)
+    lead = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
+    system, shortened = _fit_system(messages[:lead], count, max_length)
+    room = max_length - sum(map(count, system))
+    body, too_long = list(messages), []
+    for i in range(lead, turns[-1] + 1):
+        learned = i in turns
+        if learned and count(body[i]) > room * (1 - LONG_MESSAGE):
+            too_long.append(i)
+            learned = False
+        if not learned and count(body[i]) > room * LONG_MESSAGE:
+            body[i] = replace(shorten(body[i], count, int(room * LONG_MESSAGE)), weight=0.0)
+            shortened += 1
+    left = [i for i in turns if i not in too_long]
+    return Windows(tuple(_windows(system, body, lead, left, count, room)), tuple(too_long), shortened)
+
+
+def _windows(system: Sequence[Message], body: list[Message], lead: int, turns: list[int], count: Count, room: int) -> list[Window]:
+    sizes = [count(message) for message in body]
+    windows, done, fresh = [], 0, lead  # `fresh`: the first message that no window had yet
+    while done < len(turns):
+        start, used, last = _first(body, sizes, lead, fresh, turns[done], room)
+        following = done + 1
+        while following < len(turns) and used + sum(sizes[last + 1 : turns[following] + 1]) <= room:
+            used += sum(sizes[last + 1 : turns[following] + 1])
+            last = turns[following]
+            following += 1
+        learned = turns[done:following]
+        kept = [m if i in learned else replace(m, weight=0.0) for i, m in enumerate(body[start : last + 1], start)]
+        windows.append(Window((*system, *kept), tuple(learned)))
+        done, fresh = following, last + 1
+    return windows
+
+
+def _first(body: list[Message], sizes: list[int], lead: int, fresh: int, turn: int, room: int) -> tuple[int, int, int]:
+    """Start, tokens and last message of a window that has only its first learned turn and what stands before it."""
+    start, used, old = turn, sizes[turn], 0
+    while start > lead and used + sizes[start - 1] <= room:
+        if start <= fresh:
+            old += sizes[start - 1]
+            if old > room * OLD_CONTEXT:
+                break
+        start -= 1
+        used += sizes[start]
+    # An answer without its question is no context: begin with what was said to the model.
+    while start < min(fresh, turn) and body[start].role == "assistant":
+        used -= sizes[start]
+        start += 1
+    return start, used, turn
+
+
+def _fit_system(system: Sequence[Message], count: Count, max_length: int) -> tuple[tuple[Message, ...], int]:
+    if sum(map(count, system)) <= max_length * WHOLE_SYSTEM:
+        return tuple(system), 0
+    joined = Message("system", "\n\n".join(message.content for message in system))
+    return (shorten(joined, count, int(max_length * SHORT_SYSTEM)),), len(system)
+
+
+def shorten(message: Message, count: Count, limit: int) -> Message:
+    """Head and tail of the message in about `limit` tokens, with a line that says how much was cut from the middle."""
+    lines = message.content.splitlines(keepends=True)
+    share = limit / max(count(message), 1)
+    while True:
+        characters = int(len(message.content) * share)
+        head, tail = _ends(lines, characters * 2 // 3, characters // 3)
+        cut_lines = len(lines) - len(head) - len(tail)
+        text = f"{''.join(head)}… {cut_lines} lines cut …\n{''.join(tail)}"
+        if not head and not tail:
+            dropped = len(message.content) - characters
+            text = f"{message.content[: characters // 2]}… {dropped} characters cut …{message.content[len(message.content) - characters // 2 :]}"
+        short = replace(message, content=text)
+        if count(short) <= limit or characters == 0:
+            return short
+        share *= 0.8
+
+
+def _ends(lines: list[str], head: int, tail: int) -> tuple[list[str], list[str]]:
+    """Whole lines from the start and the end that fit into so many characters."""
+    first = 0
+    while first < len(lines) and len(lines[first]) <= head:
+        head -= len(lines[first])
+        first += 1
+    last = len(lines)
+    while last > first and len(lines[last - 1]) <= tail:
+        tail -= len(lines[last - 1])
+        last -= 1
+    return lines[:first], lines[last:]

@@ -1,0 +1,113 @@
+"""A model's name to a folder on this machine, and whether that folder holds what training needs."""
+
+import re
+from pathlib import Path
+
+from mlx_finetune.errors import UserError
+from mlx_finetune.files import read_json
+from mlx_finetune.models.weights import tensor_headers
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Never *.py (a stranger's code) nor *.bin (pickles, and the same weights again).
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "NOTICE*", "README.md"]
+# The same weights in another layout or for another engine (original/, onnx/ ...).
+UNWANTED = ["*.py", "*.bin", "*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*.safetensors"]
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder of a model: `name` itself where it is a folder, else downloaded into (or found in) the Hub's cache.
+
+    Only a name such as org/name that is no local path reaches for the network; HF_HUB_OFFLINE=1 keeps it to the cache.
+
+    Raises:
+        UserError: neither a folder nor a Hub id; the Hub does not have it, does not give it, or cannot be reached.
+    """
+    local = Path(name).expanduser()
+    if local.is_dir():
+        return local
+    if local.exists():
+        raise UserError(
+            f"{name}: a file, not a model folder", hint="give the Hugging Face folder that holds config.json"
+        )
+    if not HUB_ID.fullmatch(str(name)):
+        raise UserError(f"{name}: no such model folder", hint="give a local folder or a Hub id such as org/name")
+    return _download(str(name))
+
+
+def check_model_folder(folder: Path) -> None:
+    """Reads the folder's headers and settings, not its weights.
+
+    Raises:
+        UserError: no such folder, no config.json, no or broken safetensors, no tokenizer, no chat template.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder", hint="give a local folder or a Hub id such as org/name")
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: no config.json", hint="give the Hugging Face folder that holds config.json and *.safetensors"
+        )
+    if not isinstance(read_json(folder / "config.json"), dict):
+        raise UserError(f"{folder / 'config.json'}: not a JSON object", hint="download the model again")
+    tensor_headers(folder)
+    if not any((folder / file).is_file() for file in TOKENIZERS):
+        raise UserError(
+            f"{folder}: no tokenizer ({' or '.join(TOKENIZERS[:2])})",
+            hint="copy the model's tokenizer files into the folder",
+        )
+    if not _has_chat_template(folder):
+        raise UserError(
+            f"{folder}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)",
+            hint="choose the instruct or chat version of the model: it brings its template",
+        )
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    return isinstance(settings, dict) and bool(settings.get("chat_template"))
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    except HFValidationError as error:
+        raise UserError(
+            f"{name}: no such model folder, and no Hub id", hint="give a local folder or a Hub id such as org/name"
+        ) from error
+    except GatedRepoError as error:
+        hint = f"accept its terms on https://huggingface.co/{name}, then run: hf auth login"
+        raise UserError(f"{name}: the Hub gives this model only to people who accepted its terms", hint) from error
+    except RepositoryNotFoundError as error:
+        hint = "check the spelling; for a private model run: hf auth login"
+        raise UserError(f"{name}: no such local folder, and the Hub has no such model", hint) from error
+    except HfHubHTTPError as error:
+        raise UserError(
+            f"{name}: the Hub answered: {_first_line(error)}", hint="try again later, or give a local folder"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        reason = _first_line(error.__cause__ or error)
+        hint = "give a local folder, or download it once with a network (HF_HUB_OFFLINE unset)"
+        raise UserError(
+            f"{name}: no such local folder, not in the Hub's cache, and no way to the Hub: {reason}", hint
+        ) from error
+    except HTTPError as error:
+        raise UserError(
+            f"{name}: the download broke off: {_first_line(error)}", hint="run it again: it goes on where it stopped"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,196 @@
+"""What config.json means to transformers, told to mlx-lm: pure functions from dict to dict.
+
+transformers 5 moved RoPE's settings into `rope_parameters` and layer patterns into `layer_types`. mlx-lm 0.32.2 reads the
+older keys and takes its own default, without a word, where they are missing (facts: convert_export.md, 0).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_finetune.errors import UserError
+
+Config = Mapping[str, Any]
+
+SCALINGS = frozenset({"linear", "llama3", "yarn"})
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How mlx-lm's class for one `model_type` differs from transformers'; the defaults are transformers' where the file is silent."""
+
+    scalings: frozenset[str] = frozenset()  # kinds of RoPE scaling that both compute alike
+    rope_theta: float = 10_000.0
+    tied: bool = False
+    activation: tuple[str, str] = ("hidden_act", "silu")
+    sliding_window: int | None = None
+    window_ignored: bool = False  # mlx-lm attends to everything where transformers masks by `sliding_window`
+    pattern: int = 0  # mlx-lm reads `sliding_window_pattern`, not `layer_types`; the period where the file is silent
+    defaults: Mapping[str, Any] | None = None
+
+
+GELU = ("hidden_activation", "gelu_pytorch_tanh")
+
+# Dense architectures for which tests/test_architectures.py proves that MLX's logits equal transformers'.
+PROVEN: Mapping[str, Architecture] = {
+    "cohere2": Architecture(tied=True, sliding_window=4096, pattern=4),
+    "ernie4_5": Architecture(rope_theta=500_000.0, tied=True),
+    "exaone4": Architecture(SCALINGS, sliding_window=4096, pattern=4),
+    "gemma2": Architecture(
+        tied=True, activation=GELU, sliding_window=4096, window_ignored=True, defaults={"query_pre_attn_scalar": 256}
+    ),
+    "gemma3_text": Architecture(
+        SCALINGS, rope_theta=1_000_000.0, tied=True, activation=GELU, sliding_window=4096, pattern=6
+    ),
+    "glm4": Architecture(defaults={"partial_rotary_factor": 0.5}),
+    "granite": Architecture(SCALINGS),
+    "hunyuan_v1_dense": Architecture(frozenset({"dynamic"})),
+    "llama": Architecture(SCALINGS),
+    "mistral": Architecture(SCALINGS, sliding_window=4096, window_ignored=True),
+    "olmo2": Architecture(SCALINGS),
+    "olmo3": Architecture(SCALINGS, rope_theta=500_000.0, sliding_window=4096),
+    "phi3": Architecture(window_ignored=True),
+    "qwen2": Architecture(SCALINGS, sliding_window=4096, window_ignored=True),
+    "qwen3": Architecture(SCALINGS, sliding_window=4096, window_ignored=True),
+    "seed_oss": Architecture(SCALINGS),
+    "smollm3": Architecture(SCALINGS, rope_theta=2_000_000.0, tied=True, window_ignored=True),
+    "stablelm": Architecture(defaults={"partial_rotary_factor": 0.25}),
+}
+
+# What each scaling may say; anything else would be read by one library and not by the other.
+SCALING_KEYS: Mapping[str, frozenset[str]] = {
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "yarn": frozenset({"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"}),
+    "dynamic": frozenset({"alpha", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}),
+}
+NOT_SCALING = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
+
+# Settings that mlx-lm does not read; it computes as if they were absent.
+NOT_READ = ("use_bidirectional_attention", "model_file")
+GEMMA3_NOT_READ = ("final_logit_softcapping", "attn_logit_softcapping")
+
+
+def mlx_overlay(config: Config) -> dict[str, Any]:
+    """Keys to lay over a supported `config` so that mlx-lm 0.32.2 computes what transformers computes from the file as it is."""
+    architecture = PROVEN[config["model_type"]]
+    full, sliding = _rope(config)
+    overlay: dict[str, Any] = {
+        **{key: value for key, value in (architecture.defaults or {}).items() if config.get(key) is None},
+        "tie_word_embeddings": _tied(config),
+        "rope_parameters": None,
+        "rope_theta": full["rope_theta"],
+        "rope_scaling": _mlx_scaling(full),
+    }
+    if full.get("partial_rotary_factor") is not None:
+        overlay["partial_rotary_factor"] = full["partial_rotary_factor"]
+    if config["model_type"] == "gemma3_text":
+        overlay["rope_local_base_freq"] = sliding["rope_theta"]
+    if config["model_type"] == "exaone4":
+        overlay["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if config["model_type"] == "smollm3":
+        overlay["layer_types"] = None  # its windows are not applied: see max_exact_length
+    return overlay | _mlx_windows(config)
+
+
+def check_supported(config: Config) -> None:
+    """Raises UserError, by name, for what MLX would refuse or would compute otherwise than transformers."""
+    model_type = config.get("model_type")
+    if model_type not in PROVEN:
+        raise UserError(
+            f"architecture {model_type!r} is not supported with MLX",
+            hint=f"supported: {', '.join(sorted(PROVEN))}; other architectures: --engine torch",
+        )
+    _check_quantisation(config)
+    _check_settings(config)
+    for rope in _rope(config):
+        _check_scaling(rope, PROVEN[model_type], model_type)
+    _check_one_theta(config)
+    _mlx_windows(config)
+
+
+def max_exact_length(config: Config) -> int | None:
+    """The longest sequence, in tokens, for which mlx-lm equals transformers: its class may ignore `sliding_window`. None: any."""
+    architecture = PROVEN[config["model_type"]]
+    applied = config.get("use_sliding_window", config["model_type"] not in ("qwen2", "qwen3", "smollm3"))
+    return _window(config) if architecture.window_ignored and applied else None
+
+
+def _window(config: Config) -> int | None:
+    return config.get("sliding_window", PROVEN[config["model_type"]].sliding_window)
+
+
+def _tied(config: Config) -> bool:
+    tied = config.get("tie_word_embeddings")
+    return PROVEN[config["model_type"]].tied if tied is None else tied
+
+
+def _check_quantisation(config: Config) -> None:
+    quantisation = config.get("quantization_config")
+    if quantisation and not config.get("quantization"):  # mlx-lm's own models carry both
+        method = quantisation.get("quant_method", "unknown")
+        raise UserError(f"quantised checkpoint ({method}): not supported yet", hint="use the original checkpoint")
+
+
+def _check_settings(config: Config) -> None:
+    model_type = config["model_type"]
+    key, expected = PROVEN[model_type].activation
+    if (config.get(key) or expected) != expected:
+        raise UserError(f"{key} {config[key]!r}: MLX's {model_type} computes {expected!r}", hint="--engine torch")
+    for key in NOT_READ + (GEMMA3_NOT_READ if model_type == "gemma3_text" else ()):
+        if config.get(key):
+            raise UserError(f"{key} {config[key]!r} is not supported with MLX", hint="--engine torch")
+
+
+def _rope(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """RoPE's settings of layers with full and with sliding attention, by transformers' rules for files of versions 4 and 5."""
+    theta = config.get("rope_theta") or PROVEN[config["model_type"]].rope_theta
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if any(isinstance(value, Mapping) for value in given.values()):
+        full, sliding = dict(given.get(FULL) or {}), dict(given.get(SLIDING) or {})
+    else:
+        full = dict(given)
+        sliding = {} if config["model_type"] in ("gemma3_text", "olmo3") else dict(given)
+    full.setdefault("rope_theta", theta)
+    local = config.get("rope_local_base_freq") or 10_000.0
+    sliding.setdefault("rope_theta", local if config["model_type"] == "gemma3_text" else theta)
+    for rope in (full, sliding):
+        rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
+    return full, sliding
+
+
+def _kind(rope: Mapping[str, Any]) -> str:
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _check_scaling(rope: Mapping[str, Any], architecture: Architecture, model_type: str) -> None:
+    kind = _kind(rope)
+    if kind == "default":
+        return
+    if kind not in architecture.scalings:
+        raise UserError(f"RoPE scaling {kind!r} of {model_type} is not supported with MLX", hint="--engine torch")
+    unread = {key for key, value in rope.items() if value is not None} - NOT_SCALING - SCALING_KEYS[kind]
+    if unread:
+        raise UserError(f"RoPE scaling {kind!r}: {min(unread)} is not supported with MLX", hint="--engine torch")
+    if kind == "dynamic" and not rope.get("alpha"):
+        raise UserError("RoPE scaling 'dynamic' without alpha is not supported with MLX", hint="--engine torch")
+    factor = rope.get("attention_factor")
+    if factor is not None and not math.isclose(factor, 0.1 * math.log(rope["factor"]) + 1, rel_tol=1e-6):
+        raise UserError(f"RoPE scaling {kind!r}: attention_factor {factor} is not supported with MLX", hint="--engine torch")
+
+
+def _check_one_theta(config: Config) -> None:
+    full, sliding = _rope(config)
+    if config["model_type"] == "olmo3" and full["rope_theta"] != sliding["rope_theta"]:
+        raise UserError("olmo3 with two values of rope_theta is not supported with MLX", hint="--engine torch")
+
+
+def _mlx_scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
+    """mlx-lm's `rope_scaling`; some of its classes read `type`, some `rope_type`."""
+    kind = _kind(rope)
+    if kind == "default":
+        return None
+    settings = {key: value for key, value in rope.items() if key in SCALING_KEYS[kind] and value is not None}
+    return settings | {"type": kind, "rope_type": kind}

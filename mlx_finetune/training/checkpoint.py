@@ -1,0 +1,118 @@
+"""A checkpoint is a PEFT adapter, the optimizer's moments, and one integer. It appears whole or not at all."""
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from mlx_finetune.config import RunConfig
+from mlx_finetune.engines import Arrays, Engine
+from mlx_finetune.engines.adapter import MOMENTS, PEFT_PREFIX, peft_config
+from mlx_finetune.errors import UserError
+from mlx_finetune.files import atomic_folder, read_json, write_json
+
+PACKAGES = ("mlx-finetune", "mlx", "mlx-lm", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run learns from; a checkpoint goes on only with the same."""
+
+    data: str  # id of the data set
+    model: str  # fingerprint of the base model
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of `step` stands."""
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def save_checkpoint(run: Path, engine: Engine, step: int, config: RunConfig, origin: Origin) -> Path:
+    """Writes the folder atomically and points `latest` at it."""
+    folder, state = checkpoint_folder(run, step), engine.state()
+    if not all(np.isfinite(array).all() for array in state.values()):
+        raise UserError(f"step {step}: a weight is not a finite number, nothing was saved", hint="use a lower learning_rate")
+    with atomic_folder(folder) as temporary:
+        adapter = {PEFT_PREFIX + n.removeprefix("adapter/"): a for n, a in state.items() if n.startswith("adapter/")}
+        save_file(adapter, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        moments = {n: a for n, a in state.items() if not n.startswith("adapter/")}
+        save_file(moments, temporary / "optimizer.safetensors", metadata={"format": "np"})
+        write_json(temporary / "adapter_config.json", peft_config(engine.shapes, config, config.model))
+        write_json(temporary / "progress.json", _progress(step, engine, config, origin))
+        for file in temporary.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    point(run / "latest", folder)
+    return folder
+
+
+def point(link: Path, folder: Path) -> None:
+    """A relative symbolic link, replaced atomically."""
+    temporary = link.with_name(f".{link.name}.new")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(folder.relative_to(link.parent))
+    temporary.replace(link)
+
+
+def load_checkpoint(folder: Path) -> tuple[Arrays, dict[str, Any]]:
+    """The engine's state and `progress.json`.
+
+    Raises:
+        UserError: the folder is not a whole checkpoint.
+    """
+    progress = read_json(folder / "progress.json")
+    try:
+        adapter = load_file(folder / "adapter_model.safetensors")
+        moments = load_file(folder / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a whole checkpoint: {error}", hint="take an earlier one") from error
+    return {f"adapter/{n.removeprefix(PEFT_PREFIX)}": a for n, a in adapter.items()} | moments, progress
+
+
+def resume(folder: Path, engine: Engine, config: RunConfig, origin: Origin) -> int:
+    """Puts the checkpoint into the engine and says how many steps are done.
+
+    Raises:
+        UserError: it was trained on other data, on another model, or its adapter has other shapes.
+    """
+    state, progress = load_checkpoint(folder)
+    check_origin(folder, progress, origin)
+    if {n: a.shape for n, a in state.items()} != _state_shapes(engine, config):
+        raise UserError(f"{folder}: its adapter has other shapes than this run's", hint="start a new run with another --out")
+    engine.load_state(state, progress["step"])
+    return int(progress["step"])
+
+
+def check_origin(folder: Path, progress: dict[str, Any], origin: Origin) -> None:
+    """Raises UserError where the checkpoint comes from other data or another model."""
+    for name, now in vars(origin).items():
+        then = progress.get(name)
+        if then != now:
+            hint = f"name the {name} that it was trained with, or start a new run with another --out"
+            raise UserError(f"{folder}: trained with {name} {then}, this is {name} {now}", hint=hint)
+
+
+def _state_shapes(engine: Engine, config: RunConfig) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for kind in ("adapter", *MOMENTS):
+        for name, (rows, columns) in engine.shapes.items():
+            shapes[f"{kind}/{name}.lora_A.weight"] = (config.rank, columns)
+            shapes[f"{kind}/{name}.lora_B.weight"] = (rows, config.rank)
+    return shapes
+
+
+def _progress(step: int, engine: Engine, config: RunConfig, origin: Origin) -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {"step": step, "seed": config.seed, **vars(origin), "engine": engine.name, "versions": versions, "config": config.to_dict()}
+
+

@@ -1,0 +1,108 @@
+"""A run folder from start to end: what it learns from is checked, the engine opened, the loop run, or run on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_finetune.config import RunConfig, load_config, make_config, save_config
+from mlx_finetune.data.dataset import Dataset
+from mlx_finetune.data.template import ChatTemplate
+from mlx_finetune.engines import Engine, choose_engine, open_engine
+from mlx_finetune.errors import UserError
+from mlx_finetune.files import read_json, refuse_existing
+from mlx_finetune.models.hub import check_model_folder, model_folder
+from mlx_finetune.models.weights import fingerprint, tensor_headers
+from mlx_finetune.training.checkpoint import Origin, check_origin, resume
+from mlx_finetune.training.loop import Advance, Trained, total_steps, train
+
+# What may differ when a run goes on: where things stand, what computes, and when to look.
+MAY_CHANGE = frozenset({"model", "data", "out", "engine", "dtype", "eval_every", "save_every"})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known before a model is loaded."""
+
+    config: RunConfig
+    model: Path
+    dataset: Dataset
+    origin: Origin
+    run: Path
+    checkpoint: Path | None  # where a resumed run goes on
+    steps: int
+
+
+def plan_run(config: RunConfig) -> Plan:
+    """A new run.
+
+    Raises:
+        UserError: a setting is missing, the run folder exists, or the data was prepared for another tokenizer.
+    """
+    for name in ("model", "data", "out"):
+        if not getattr(config, name):
+            raise UserError(f"no {name} given", hint=f"--{name}, or a line `{name}: ...` in the config")
+    run = Path(config.out)
+    refuse_existing(run, hint="choose another --out, or --resume to go on with it")
+    return _plan(config, run, None)
+
+
+def plan_resume(run: Path, overrides: dict[str, Any]) -> Plan:
+    """The run of folder `run`, from its last whole checkpoint on.
+
+    Raises:
+        UserError: there is no such run, a setting of the training differs, or data or model are others.
+    """
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}: not a run (no config.yaml)", hint="leave out --resume to start one")
+    before = load_config(run / "config.yaml", {})
+    config = make_config(before.to_dict() | overrides | {"out": str(run)}, "the command line")
+    for name, then in before.to_dict().items():
+        now = config.to_dict()[name]
+        if now != then and name not in MAY_CHANGE:
+            raise UserError(f"--resume: {name} was {then!r} in this run, not {now!r}", hint="start a new run with another --out")
+    return _plan(config, run, last_checkpoint(run))
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The whole checkpoint with the most steps; folders appear whole, so every one counts."""
+    return max((run / "checkpoints").glob("step-*"), default=None)
+
+
+def _plan(config: RunConfig, run: Path, checkpoint: Path | None) -> Plan:
+    choose_engine(config.engine)
+    dataset = Dataset.open(Path(config.data))
+    model = model_folder(config.model)
+    check_model_folder(model)
+    if ChatTemplate.load(model).fingerprint != dataset.info["tokenizer"]:
+        raise UserError(
+            f"{config.data}: prepared for another tokenizer or chat template than {config.model}",
+            hint=f"mlx-finetune prepare --model {config.model}",
+        )
+    origin = Origin(data=dataset.id, model=fingerprint(model))
+    if checkpoint:
+        check_origin(checkpoint, read_json(checkpoint / "progress.json"), origin)
+    places = {"model": config.model if not Path(config.model).is_dir() else str(model.resolve()), "data": str(Path(config.data).resolve())}
+    config = config.model_copy(update=places | {"out": str(run.resolve())})
+    return Plan(config, model, dataset, origin, run, checkpoint, total_steps(dataset, config))
+
+
+def check_names(engine: Engine, model: Path) -> None:
+    """Raises UserError where an adapted module is not a tensor of the checkpoint: its adapter could not be handed back."""
+    headers = tensor_headers(model)
+    for name, shape in engine.shapes.items():
+        tensor = headers.get(f"{name}.weight")
+        if tensor is None or (tensor.dtype in ("F32", "F16", "BF16") and tuple(tensor.shape) != shape):
+            raise UserError(
+                f"{name}: not a tensor of that name and shape in {model}, so a tuned model could not be handed back",
+                hint="this architecture comes later; name other target_modules",
+            )
+
+
+def execute(plan: Plan, advance: Advance) -> tuple[Trained, Engine]:
+    """Loads the model and trains; the run folder is made once the engine is open."""
+    engine = open_engine(plan.config, plan.model)
+    check_names(engine, plan.model)
+    start = resume(plan.checkpoint, engine, plan.config, plan.origin) if plan.checkpoint else 0
+    plan.run.mkdir(parents=True, exist_ok=True)
+    save_config(plan.run / "config.yaml", plan.config)
+    return train(engine, plan.dataset, plan.config, plan.run, plan.origin, start, advance), engine

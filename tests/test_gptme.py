@@ -1,0 +1,231 @@
+"""The reader of gptme's logs, against real logs and the requests that gptme really sent from them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlx_finetune.data.conversation import Conversation
+from mlx_finetune.data.sources import Read, gptme
+from mlx_finetune.errors import UserError
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+TEXT_REQUESTS = [
+    "markdown_interactive__2026-06-03-jumping-green-pelican",
+    "markdown_noninteractive__2026-06-05-retry-backoff-client",
+    "old_0.27.0_markdown__2025-04-22-walking-happy-mouse",
+    "xml__2026-07-13-dancing-red-penguin",
+]
+TOOL_REQUESTS = ["tool__2026-06-18-climbing-orange-robot", "tool_parallel_calls__2026-07-16-swimming-happy-seal"]
+
+
+@pytest.fixture(scope="module")
+def real_logs() -> Read:
+    if not (DATA / "gptme-logs").is_dir():
+        pytest.skip("the gptme logs of ../shared are not here")
+    return gptme.read(DATA / "gptme-logs")
+
+
+def by_name(read: Read, name: str) -> Conversation:
+    (conversation,) = [one for one in read.conversations if one.group == name]
+    return conversation
+
+
+def requests_of(name: str) -> list[list[tuple[str, str]]]:
+    """The (role, text) of each request's messages; the parts of a content are joined as mlx_lm.server does."""
+    requests = json.loads((DATA / "gptme-requests" / f"{name}.json").read_text(encoding="utf-8"))
+    return [[(m["role"], text_of(m.get("content"))) for m in request["body"]["messages"]] for request in requests]
+
+
+def text_of(content: str | list[dict[str, str]] | None) -> str:
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+
+
+def write_log(folder: Path, name: str, *lines: dict | str) -> Path:
+    """A logs folder with one more log; text is written as it stands, a dict as JSON."""
+    log = folder / name / "conversation.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), encoding="utf-8")
+    return log
+
+
+def said(role: str, content: str, **more: object) -> dict:
+    return {"role": role, "content": content, "timestamp": "2026-06-03T08:44:37"} | more
+
+
+def messages_of(read: Read) -> list[tuple[str, str]]:
+    (conversation,) = read.conversations
+    return [(message.role, message.content) for message in conversation.messages]
+
+
+@pytest.mark.parametrize("name", TEXT_REQUESTS)
+def test_the_messages_before_each_turn_are_those_that_gptme_sent(real_logs: Read, name: str) -> None:
+    messages = by_name(real_logs, name.split("__")[1]).messages
+    requests = requests_of(name)
+    for sent in requests:  # no difference is allowed for: attached files and outer blanks agree too
+        assert [(message.role, message.content) for message in messages[: len(sent)]] == sent
+        assert messages[len(sent)].role == "assistant"
+    turns = [place for place, message in enumerate(messages) if message.role == "assistant"]
+    assert [len(sent) for sent in requests] == turns
+
+
+@pytest.mark.parametrize("name", TOOL_REQUESTS)
+def test_native_tool_calls_stay_text_and_their_results_system_and_this_is_said(real_logs: Read, name: str) -> None:
+    """Known difference: gptme sends a call as `tool_calls` (a Message has none) and its result as role "tool"."""
+    conversation = by_name(real_logs, name.split("__")[1])
+    for sent in requests_of(name):
+        for (role, content), message in zip(sent, conversation.messages, strict=False):
+            assert message.role == ("system" if role == "tool" else role)
+            if role == "assistant":
+                assert message.content.startswith(content.removesuffix("\n"))
+            else:
+                assert message.content == content
+    assert conversation.meta["not_reproduced"] == ["call_id"]
+
+
+def test_the_real_logs_are_read_with_their_titles_and_the_cut_line_is_named(real_logs: Read) -> None:
+    manifest = json.loads((DATA / "gptme-logs.manifest.json").read_text(encoding="utf-8"))
+    assert {conversation.group for conversation in real_logs.conversations} == set(manifest)
+    for conversation in real_logs.conversations:
+        expected = manifest[conversation.group]
+        has_config = (DATA / "gptme-logs" / conversation.group / "config.toml").exists()
+        assert conversation.meta.get("title") == (expected.get("title") if has_config else None)
+        assert conversation.meta.get("tool_format") == (expected.get("tool_format") if has_config else None)
+        assert (conversation.source, conversation.license) == ("gptme", "private")
+    (cut,) = real_logs.bad_lines
+    assert (cut.path.parent.name, cut.line) == ("2026-06-22-node-cache-race", 21)
+    assert "cut off" in cut.reason
+    assert by_name(real_logs, "2026-06-26-swimming-angry-cat").messages == ()
+    assert not real_logs.rejected
+
+
+def test_lines_that_are_no_messages_are_named_and_blank_ones_counted(tmp_path: Path) -> None:
+    bad = {
+        '{"role": "user", "conte': "cut off",
+        "[]": "JSON object",
+        '{"role": "bot", "content": "x"}': "'bot'",
+        '{"role": ["user"], "content": "x"}': "'user'",
+        '{"role": "user", "content": null}': "content",
+        '{"role": "user", "content": "x", "files": 1}': "files",
+        "[" * 100_000: "JSON|nested",
+    }
+    write_log(tmp_path, "log", said("user", "hello"), "", *bad, "   ", said("assistant", "hi"))
+    read = gptme.read(tmp_path)
+    assert messages_of(read) == [("user", "hello"), ("assistant", "hi")]
+    assert read.blank_lines == 2
+    assert [line.line for line in read.bad_lines] == list(range(3, 3 + len(bad)))
+    for line, part in zip(read.bad_lines, bad.values(), strict=True):
+        assert any(word in line.reason for word in part.split("|")), line.reason
+
+
+def test_bytes_and_surrogates_that_are_not_text_become_marks(tmp_path: Path) -> None:
+    log = write_log(tmp_path, "log", said("user", "a\ud83db"))
+    log.write_bytes(log.read_bytes() + b'{"role": "assistant", "content": "caf\xe9"}\n')
+    assert messages_of(gptme.read(tmp_path)) == [("user", "a?b"), ("assistant", "caf\ufffd")]
+
+
+def test_neighbours_merge_but_for_tool_results_and_the_cache_boundary(tmp_path: Path) -> None:
+    boundary = "# System Prompt Cache Boundary\n\nbelow\n\n---"
+    write_log(
+        tmp_path,
+        "log",
+        said("system", "one"),
+        said("system", "for the screen only", ui_only=True),
+        said("system", "two "),
+        said("system", boundary),
+        said("system", "three"),
+        said("user", "a"),
+        said("user", "b"),
+        said("assistant", "\nc\n"),
+        said("system", "first result", call_id="1"),
+        said("system", "second result", call_id="2"),
+        said("system", "notice"),
+    )
+    assert messages_of(gptme.read(tmp_path)) == [
+        ("system", "one\n\ntwo "),
+        ("system", boundary),
+        ("system", "three"),
+        ("user", "a\n\nb"),
+        ("assistant", "\nc\n"),
+        ("system", "first result"),
+        ("system", "second result"),
+        ("system", "notice"),
+    ]
+
+
+def test_attachments_come_from_the_stored_copy_and_the_others_are_named(tmp_path: Path) -> None:
+    files = [
+        "/home/me/src/app/sub/a.py",
+        "/home/me/other/b.txt",
+        "/home/me/src/app/logo.png",
+        "/home/me/src/app/gone.md",
+    ]
+    hashes = {files[0]: "aa11", files[1]: "bb22", files[2]: "cc33", files[3]: "dd44"}
+    write_log(tmp_path, "log", said("user", "see", files=files, file_hashes=hashes))
+    stored = tmp_path / "log" / "files"
+    stored.mkdir()
+    (stored / "aa11.py").write_text("x = 1\n")
+    (stored / "bb22.txt").write_text("y" * 100_001)
+    (stored / "cc33.png").write_bytes(b"\x89PNG\xff")
+    (tmp_path / "log" / "config.toml").write_text('[chat]\nworkspace = "~/src/app"\n')
+    ((_, content),) = messages_of(read := gptme.read(tmp_path))
+    assert content.startswith("see\n\n````sub/a.py\nx = 1\n\n````\n\n````/home/me/other/b.txt\nyyy")
+    assert content.endswith("y\n\n[Content truncated to 100,000 characters (file is 100,001 bytes)]\n````")
+    assert len(content.split("b.txt\n")[1]) == 100_000 + len("\n````")
+    assert read.conversations[0].meta["not_reproduced"] == [f"attachment {files[3]}", f"attachment {files[2]}"]
+
+
+def test_a_hash_in_a_log_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("private")
+    write_log(tmp_path / "logs", "log", said("user", "see", files=["a.txt"], file_hashes={"a.txt": "../../../secret"}))
+    (tmp_path / "logs" / "log" / "files").mkdir()
+    assert messages_of(gptme.read(tmp_path / "logs")) == [("user", "see")]
+
+
+def test_only_conversation_files_are_read_in_order_of_name(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        write_log(tmp_path, name, said("user", name))
+        (tmp_path / name / "events.jsonl").write_text('{"role": "user", "content": "event"}\n')
+        (tmp_path / name / "branches").mkdir()
+        (tmp_path / name / "branches" / "main-undo-0.jsonl").write_text('{"role": "user", "content": "undone"}\n')
+    assert [one.messages[0].content for one in gptme.read(tmp_path).conversations] == ["a", "b"]
+
+
+def test_a_broken_config_costs_only_the_title(tmp_path: Path) -> None:
+    write_log(tmp_path, "log", said("user", "a"), said("assistant", "b", metadata={"model": "local/m"}))
+    (tmp_path / "log" / "config.toml").write_text("[chat\n")
+    read = gptme.read(tmp_path)
+    assert read.conversations[0].meta == {"name": "log", "model": "local/m"}
+    assert [(line.path.name, line.line) for line in read.bad_lines] == [("config.toml", 0)]
+
+
+def test_a_log_that_cannot_be_opened_is_rejected_and_the_rest_read(tmp_path: Path) -> None:
+    write_log(tmp_path, "good", said("user", "a"))
+    (tmp_path / "odd" / "conversation.jsonl").mkdir(parents=True)
+    read = gptme.read(tmp_path)
+    assert [one.group for one in read.conversations] == ["good"]
+    assert [(one.id, one.reason) for one in read.rejected] == [("odd", "cannot be read: Is a directory")]
+
+
+def test_a_wrong_folder_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere: no such folder") as error:
+        gptme.read(tmp_path / "nowhere")
+    assert "GPTME_LOGS_HOME" in error.value.hint
+    with pytest.raises(UserError, match=r"no \*/conversation.jsonl in it"):
+        gptme.read(tmp_path)
+    write_log(tmp_path / "logs", "log", said("user", "a"))
+    with pytest.raises(UserError, match="is one conversation") as error:
+        gptme.read(tmp_path / "logs" / "log")
+    assert error.value.hint == f"pass {tmp_path / 'logs'}"
+
+
+def test_the_logs_folder_follows_gptmes_own_rules(tmp_path: Path) -> None:
+    def folder(platform: str = "darwin", **environment: str) -> Path:
+        return gptme.default_logs_folder(environment, tmp_path, platform)
+
+    assert folder(GPTME_LOGS_HOME="/logs", XDG_DATA_HOME="/data") == Path("/logs")
+    assert folder(GPTME_LOGS_HOME=" ", XDG_DATA_HOME="/data") == Path("/data/gptme/logs")
+    assert folder("darwin") == tmp_path / "Library" / "Application Support" / "gptme" / "logs"
+    assert folder("linux") == tmp_path / ".local" / "share" / "gptme" / "logs"
+    (tmp_path / ".local" / "share" / "gptme").mkdir(parents=True)
+    assert folder("darwin") == tmp_path / ".local" / "share" / "gptme" / "logs"
