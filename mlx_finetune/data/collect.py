@@ -3,7 +3,7 @@
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import Any
 
 from mlx_finetune.data.clean import reason_to_reject
 from mlx_finetune.data.conversation import Conversation, write_conversations
+from mlx_finetune.data.provenance import Refused
 from mlx_finetune.data.sources import BadLine, Read, Rejected
 from mlx_finetune.data.sources import gptme as gptme_source
 from mlx_finetune.data.sources import openassistant as openassistant_source
+from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file, atomic_folder, refuse_existing, write_json
 
@@ -39,11 +41,11 @@ class Summary:
         }
 
 
-def collect(logs: Path | None, openassistant: Sequence[Path], out: Path) -> Summary:
+def collect(logs: Path | None, openassistant: Sequence[Path], out: Path, template: ChatTemplate | None = None) -> Summary:
     """Reads a folder of gptme logs and any number of OpenAssistant files into the new folder `out`.
 
     It holds `gptme.jsonl` and `openassistant.jsonl` (each only where that source was read), `rejected.jsonl` and
-    `collect.json`. Of equal conversations the first is kept.
+    `collect.json`; with `template` also `train.csv` and `train.jsonl`. Of equal conversations the first is kept.
 
     Raises:
         UserError: `out` exists, a source cannot be read, there is no source, or no conversation is left.
@@ -60,19 +62,26 @@ def collect(logs: Path | None, openassistant: Sequence[Path], out: Path) -> Summ
         with atomic_file(folder / "rejected.jsonl") as file:
             file.writelines(json.dumps(one.to_json(), ensure_ascii=False) + "\n" for one in rejected)
         write_json(folder / "collect.json", summary.to_json())
+        if template:
+            write_rendered((c for conversations in kept.values() for c in conversations), template, folder)
     return summary
 
 
-def write_rendered(conversations: Iterable[Conversation], render: Callable[[Conversation], str], folder: Path) -> None:
-    """train.csv (one column, `text`) and train.jsonl ({"text": ...}), as gptme's first collector wrote them."""
+def write_rendered(conversations: Iterable[Conversation], template: ChatTemplate, folder: Path) -> None:
+    """train.csv (one column, `text`) and train.jsonl ({"text": ...}), as gptme's first collector wrote them.
+
+    Raises:
+        UserError: the template does not take a conversation; `prepare` says which turns can be learned.
+    """
     with ExitStack() as files:
         lines = files.enter_context(atomic_file(folder / "train.jsonl"))
-        table = csv.writer(
-            files.enter_context(atomic_file(folder / "train.csv")), lineterminator="\n", quoting=csv.QUOTE_ALL
-        )
+        table = csv.writer(files.enter_context(atomic_file(folder / "train.csv")), lineterminator="\n", quoting=csv.QUOTE_ALL)
         table.writerow(["text"])
         for conversation in conversations:
-            text = render(conversation)
+            try:
+                text = template.render(template.as_learned(conversation.messages))
+            except Refused as refused:
+                raise UserError(f"{conversation.group}: {refused}", hint="collect without --model") from refused
             table.writerow([text])
             lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 

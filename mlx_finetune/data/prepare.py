@@ -120,7 +120,7 @@ def _encoded(conversation: Conversation, template: ChatTemplate, max_length: int
         tally.learned_tokens += int((result.weights > 0).sum())
         tally.learned_turns += len(result.turns)
         tally.turns_refused["a turn of blanks"] += len(window.turns) - len(result.turns)
-        tally.served_as_trained += result.served
+        tally.served_as_trained += result.served if window.whole and not conversation.meta.get("not_reproduced") else 0
         yield window, result
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,11 @@ class ChatTemplate:
         whole = self._special.to_str() + self.source + repr(sorted(self.stop_ids))
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
+    @staticmethod
+    def as_learned(messages: Sequence[Message]) -> list[Message]:
+        """Assistant turns without outer blanks: a turn ends at its last fence, and the end-of-turn token follows at once."""
+        return [replace(m, content=m.content.strip()) if m.role == "assistant" else m for m in messages]
+
     def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         """The text that a server makes of `messages`.
 
@@ -114,7 +119,7 @@ class ChatTemplate:
         Raises:
             Refused: the template loses or rewrites text, or a turn's edge falls inside a token.
         """
-        messages = [_stripped(message) for message in messages]
+        messages = self.as_learned(messages)
         text, spans = locate(self.render, messages)
         tokens, starts, ends = self._tokenize(text, [span for span in spans if span])
         weights = np.zeros(len(tokens), np.float32)
@@ -169,11 +174,6 @@ class ChatTemplate:
     def _overhead(self) -> int:
         """Tokens that the template adds to a message, rounded up."""
         return -(-len(self.encode(PROBE).tokens) // len(PROBE)) + 1
-
-
-def _stripped(message: Message) -> Message:
-    """gptme ends a turn at its last fence: a learned turn is its text without outer blanks, then the end-of-turn token."""
-    return Message(message.role, message.content.strip(), message.weight) if message.role == "assistant" else message
 
 
 def _arrays(encodings: Sequence[tuple[Any, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ class Window:
 
     messages: tuple[Message, ...]
     turns: tuple[int, ...]
+    whole: bool  # the conversation from its start, nothing cut
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def cut(conversation: Conversation, count: Count, max_length: int) -> Windows:
     if not turns:
         return Windows((), (), 0)
     if sum(map(count, messages[: turns[-1] + 1])) <= max_length:
-        return Windows((Window(messages[: turns[-1] + 1], turns),), (), 0)
+        return Windows((Window(messages[: turns[-1] + 1], turns, whole=True),), (), 0)
     lead = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
     system, shortened = _fit_system(messages[:lead], count, max_length)
     room = max_length - sum(map(count, system))
@@ -70,7 +71,7 @@ def _windows(system: Sequence[Message], body: list[Message], lead: int, turns: l
             following += 1
         learned = turns[done:following]
         kept = [m if i in learned else replace(m, weight=0.0) for i, m in enumerate(body[start : last + 1], start)]
-        windows.append(Window((*system, *kept), tuple(learned)))
+        windows.append(Window((*system, *kept), tuple(learned), whole=False))
         done, fresh = following, last + 1
     return windows
 

@@ -43,20 +43,8 @@ IDLE = {"base_model_name_or_path", "exclude_modules", "inference_mode", "layers_
 IDLE |= {"auto_mapping", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision"}
 IDLE |= {"fine_tune_type", "lora_parameters", "num_layers"}  # mlx-lm's, which peft passes over
 # Other copies of the weights, which would be stale beside the fused ones.
-OTHER_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".bin.index.json",
-    ".gguf",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".npz",
-)
-BLOCK = 1 << 23  # numbers computed at once: 32 MiB of float32
+OTHER_WEIGHTS = (".safetensors", ".bin", ".bin.index.json", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
+BLOCK = 1 << 21  # numbers computed at once: 8 MiB of float32
 
 
 @dataclass(frozen=True)
@@ -79,7 +67,7 @@ class Fused:
 def fuse(model: Path, checkpoint: Path, out: Path, progress: Progress | None = None) -> Fused:
     """Writes the Hugging Face folder `out`: `model` with the adapter of `checkpoint` (PEFT layout) in its weights.
 
-    `progress(done, total)` counts bytes written. Memory stays under a few blocks of 32 MiB plus one A and B.
+    `progress(done, total)` counts bytes written. Memory: a few blocks of 8 MiB and one A and B.
 
     Raises:
         UserError: `out` exists; a broken file; an adapter that does not fit the model, or that cannot be added yet.

@@ -1,7 +1,6 @@
 """GGUF (llama.cpp's format) -> an ordinary Hugging Face folder, with the tokenizer and chat template that the file itself carries."""
 
 import importlib.util
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,9 @@ def _refuse_what_is_not_read(metadata: Metadata, path: Path) -> None:
     for key, values in readable.items():
         if (value := metadata.get(key)) not in values:
             known = ", ".join(str(value) for value in values if value is not None)
-            raise UserError(f"{path}: {key} is {value!r}; only {known} is read here", hint="use the original checkpoint")
+            raise UserError(
+                f"{path}: {key} is {value!r}; only {known} is read here", hint="use the original checkpoint"
+            )
 
 
 def _head_size(metadata: Metadata) -> int | None:
@@ -167,6 +168,7 @@ def _write_weights(tensors: dict[str, np.ndarray], path: Path) -> None:
     from safetensors.numpy import save_file
 
     save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses a file without its format
+    path.chmod(0o644)
 
 
 def _write_tokenizer(metadata: Metadata, folder: Path) -> None:

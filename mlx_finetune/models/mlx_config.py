@@ -5,13 +5,14 @@ older keys and takes its own default, without a word, where they are missing (fa
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 from mlx_finetune.errors import UserError
 
 Config = Mapping[str, Any]
+Rope = Mapping[str, Any]
 
 SCALINGS = frozenset({"linear", "llama3", "yarn"})
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -28,7 +29,7 @@ class Architecture:
     sliding_window: int | None = None
     window_ignored: bool = False  # mlx-lm attends to everything where transformers masks by `sliding_window`
     pattern: int = 0  # mlx-lm reads `sliding_window_pattern`, not `layer_types`; the period where the file is silent
-    defaults: Mapping[str, Any] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 GELU = ("hidden_activation", "gelu_pytorch_tanh")
@@ -72,65 +73,66 @@ NOT_SCALING = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_fact
 NOT_READ = ("use_bidirectional_attention", "model_file")
 GEMMA3_NOT_READ = ("final_logit_softcapping", "attn_logit_softcapping")
 
+LLAMA_CLASS = ("llama", "mistral", "smollm3")  # transformers' llama has no windows; mlx-lm's would apply `layer_types`
+SCALED_WHERE_FULL = ("gemma3_text", "olmo3")  # version 4 scaled RoPE in layers of full attention only
+WINDOW_IS_OPTIONAL = ("qwen2", "qwen3", "smollm3")  # `use_sliding_window`
+WINDOW_BY_LAYER = ("gemma2", "qwen2", "qwen3", "smollm3")  # `layer_types`; mistral and phi3 mask every layer
+
 
 def mlx_overlay(config: Config) -> dict[str, Any]:
     """Keys to lay over a supported `config` so that mlx-lm 0.32.2 computes what transformers computes from the file as it is."""
-    architecture = PROVEN[config["model_type"]]
+    model_type = config["model_type"]
     full, sliding = _rope(config)
     overlay: dict[str, Any] = {
-        **{key: value for key, value in (architecture.defaults or {}).items() if config.get(key) is None},
+        **{key: value for key, value in PROVEN[model_type].defaults.items() if config.get(key) is None},
         "tie_word_embeddings": _tied(config),
         "rope_parameters": None,
         "rope_theta": full["rope_theta"],
         "rope_scaling": _mlx_scaling(full),
     }
-    if full.get("partial_rotary_factor") is not None:
+    if full["partial_rotary_factor"] is not None:
         overlay["partial_rotary_factor"] = full["partial_rotary_factor"]
-    if config["model_type"] == "gemma3_text":
+    if model_type == "gemma3_text":
         overlay["rope_local_base_freq"] = sliding["rope_theta"]
-    if config["model_type"] == "exaone4":
+    if model_type == "exaone4":
         overlay["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    if config["model_type"] == "smollm3":
-        overlay["layer_types"] = None  # its windows are not applied: see max_exact_length
     return overlay | _mlx_windows(config)
 
 
 def check_supported(config: Config) -> None:
-    """Raises UserError, by name, for what MLX would refuse or would compute otherwise than transformers."""
+    """Raises UserError, by name, for what mlx-lm would refuse or would compute otherwise than transformers."""
     model_type = config.get("model_type")
     if model_type not in PROVEN:
-        raise UserError(
-            f"architecture {model_type!r} is not supported with MLX",
-            hint=f"supported: {', '.join(sorted(PROVEN))}; other architectures: --engine torch",
-        )
+        _refuse(f"architecture {model_type!r} (MLX: {', '.join(sorted(PROVEN))})")
     _check_quantisation(config)
     _check_settings(config)
-    for rope in _rope(config):
-        _check_scaling(rope, PROVEN[model_type], model_type)
-    _check_one_theta(config)
+    full, sliding = _rope(config)
+    _check_scaling(full, model_type)
+    _check_scaling(sliding, model_type)
+    if model_type == "olmo3" and full["rope_theta"] != sliding["rope_theta"]:
+        _refuse("olmo3 with two values of rope_theta")
     _mlx_windows(config)
 
 
 def max_exact_length(config: Config) -> int | None:
     """The longest sequence, in tokens, for which mlx-lm equals transformers: its class may ignore `sliding_window`. None: any."""
-    architecture = PROVEN[config["model_type"]]
-    applied = config.get("use_sliding_window", config["model_type"] not in ("qwen2", "qwen3", "smollm3"))
-    return _window(config) if architecture.window_ignored and applied else None
+    if not PROVEN[config["model_type"]].window_ignored:
+        return None
+    if config["model_type"] in WINDOW_IS_OPTIONAL and not config.get("use_sliding_window"):
+        return None
+    if config["model_type"] in WINDOW_BY_LAYER and SLIDING not in (config.get("layer_types") or [SLIDING]):
+        return None
+    return _window(config)
 
 
-def _window(config: Config) -> int | None:
-    return config.get("sliding_window", PROVEN[config["model_type"]].sliding_window)
-
-
-def _tied(config: Config) -> bool:
-    tied = config.get("tie_word_embeddings")
-    return PROVEN[config["model_type"]].tied if tied is None else tied
+def _refuse(what: str) -> NoReturn:
+    raise UserError(f"{what} is not supported with MLX", hint="use --engine torch")
 
 
 def _check_quantisation(config: Config) -> None:
     quantisation = config.get("quantization_config")
     if quantisation and not config.get("quantization"):  # mlx-lm's own models carry both
-        method = quantisation.get("quant_method", "unknown")
+        method = quantisation.get("quant_method", "unknown method")
         raise UserError(f"quantised checkpoint ({method}): not supported yet", hint="use the original checkpoint")
 
 
@@ -138,59 +140,94 @@ def _check_settings(config: Config) -> None:
     model_type = config["model_type"]
     key, expected = PROVEN[model_type].activation
     if (config.get(key) or expected) != expected:
-        raise UserError(f"{key} {config[key]!r}: MLX's {model_type} computes {expected!r}", hint="--engine torch")
+        _refuse(f"{model_type} with {key} {config[key]!r}")
     for key in NOT_READ + (GEMMA3_NOT_READ if model_type == "gemma3_text" else ()):
         if config.get(key):
-            raise UserError(f"{key} {config[key]!r} is not supported with MLX", hint="--engine torch")
+            _refuse(f"{key} {config[key]!r}")
 
 
-def _rope(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """RoPE's settings of layers with full and with sliding attention, by transformers' rules for files of versions 4 and 5."""
-    theta = config.get("rope_theta") or PROVEN[config["model_type"]].rope_theta
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if any(isinstance(value, Mapping) for value in given.values()):
-        full, sliding = dict(given.get(FULL) or {}), dict(given.get(SLIDING) or {})
-    else:
-        full = dict(given)
-        sliding = {} if config["model_type"] in ("gemma3_text", "olmo3") else dict(given)
-    full.setdefault("rope_theta", theta)
-    local = config.get("rope_local_base_freq") or 10_000.0
-    sliding.setdefault("rope_theta", local if config["model_type"] == "gemma3_text" else theta)
-    for rope in (full, sliding):
-        rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
-    return full, sliding
-
-
-def _kind(rope: Mapping[str, Any]) -> str:
-    return rope.get("rope_type") or rope.get("type") or "default"
-
-
-def _check_scaling(rope: Mapping[str, Any], architecture: Architecture, model_type: str) -> None:
+def _check_scaling(rope: Rope, model_type: str) -> None:
     kind = _kind(rope)
     if kind == "default":
         return
-    if kind not in architecture.scalings:
-        raise UserError(f"RoPE scaling {kind!r} of {model_type} is not supported with MLX", hint="--engine torch")
+    if kind not in PROVEN[model_type].scalings:
+        _refuse(f"RoPE scaling {kind!r} of {model_type}")
     unread = {key for key, value in rope.items() if value is not None} - NOT_SCALING - SCALING_KEYS[kind]
     if unread:
-        raise UserError(f"RoPE scaling {kind!r}: {min(unread)} is not supported with MLX", hint="--engine torch")
+        _refuse(f"RoPE scaling {kind!r} with {min(unread)}")
     if kind == "dynamic" and not rope.get("alpha"):
-        raise UserError("RoPE scaling 'dynamic' without alpha is not supported with MLX", hint="--engine torch")
+        _refuse("RoPE scaling 'dynamic' without alpha")
     factor = rope.get("attention_factor")
     if factor is not None and not math.isclose(factor, 0.1 * math.log(rope["factor"]) + 1, rel_tol=1e-6):
-        raise UserError(f"RoPE scaling {kind!r}: attention_factor {factor} is not supported with MLX", hint="--engine torch")
+        _refuse(f"RoPE scaling {kind!r} with attention_factor {factor}")
 
 
-def _check_one_theta(config: Config) -> None:
-    full, sliding = _rope(config)
-    if config["model_type"] == "olmo3" and full["rope_theta"] != sliding["rope_theta"]:
-        raise UserError("olmo3 with two values of rope_theta is not supported with MLX", hint="--engine torch")
+def _tied(config: Config) -> bool:
+    tied = config.get("tie_word_embeddings")
+    return PROVEN[config["model_type"]].tied if tied is None else tied
 
 
-def _mlx_scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
+def _rope(config: Config) -> tuple[Rope, Rope]:
+    """RoPE's settings of layers with full and with sliding attention, by transformers' rules for files of versions 4 and 5."""
+    model_type = config["model_type"]
+    theta = config.get("rope_theta") or PROVEN[model_type].rope_theta
+    local_theta = (config.get("rope_local_base_freq") or 10_000.0) if model_type == "gemma3_text" else theta
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if any(isinstance(value, Mapping) for value in given.values()):
+        full, sliding = given.get(FULL) or {}, given.get(SLIDING) or {}
+    else:
+        full, sliding = given, {} if model_type in SCALED_WHERE_FULL else given
+    return _complete(full, theta, config), _complete(sliding, local_theta, config)
+
+
+def _complete(given: Rope, theta: float, config: Config) -> Rope:
+    missing = {"rope_theta": theta, "partial_rotary_factor": config.get("partial_rotary_factor")}
+    if _kind(given) in ("llama3", "yarn"):
+        missing["original_max_position_embeddings"] = config.get("max_position_embeddings")
+    return {**missing, **given}
+
+
+def _kind(rope: Rope) -> str:
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _mlx_scaling(rope: Rope) -> dict[str, Any] | None:
     """mlx-lm's `rope_scaling`; some of its classes read `type`, some `rope_type`."""
     kind = _kind(rope)
     if kind == "default":
         return None
     settings = {key: value for key, value in rope.items() if key in SCALING_KEYS[kind] and value is not None}
     return settings | {"type": kind, "rope_type": kind}
+
+
+def _window(config: Config) -> int | None:
+    return config.get("sliding_window", PROVEN[config["model_type"]].sliding_window)
+
+
+def _mlx_windows(config: Config) -> dict[str, Any]:
+    """Which layers see only a window, in the words of mlx-lm's class."""
+    model_type, window = config["model_type"], _window(config)
+    if model_type in LLAMA_CLASS:
+        return {"layer_types": None, "sliding_window": None}
+    if model_type == "olmo3":
+        return {"sliding_window": window}
+    if model_type == "exaone4" and window is None:
+        return {"sliding_window": None, "sliding_window_pattern": None}
+    if PROVEN[model_type].pattern == 0:
+        return {}
+    return {"sliding_window": window, "sliding_window_pattern": _pattern(config)}
+
+
+def _pattern(config: Config) -> int | str:
+    """The period of the layers with full attention; a letter for each layer for exaone4."""
+    count, model_type = config["num_hidden_layers"], config["model_type"]
+    period = config.get("sliding_window_pattern") or PROVEN[model_type].pattern
+    types = config.get("layer_types") or [FULL if (layer + 1) % period == 0 else SLIDING for layer in range(count)]
+    if FULL not in types:
+        _refuse(f"{model_type} without a layer of full attention")
+    if model_type == "exaone4":
+        return "".join("L" if kind == SLIDING else "G" for kind in types)
+    period = types.index(FULL) + 1
+    if any((kind == FULL) != ((layer + 1) % period == 0) for layer, kind in enumerate(types)):
+        _refuse(f"{model_type} whose layer_types have no period")
+    return period

@@ -21,6 +21,7 @@ Backend = Literal["transformers", "mlx"]
 
 TOLERANCE = 1e-3  # between two float32 sums of the same numbers in another order, many layers deep
 NOISE = 1e-5  # of the largest logit: below this float32 cannot say which of two models is nearer
+TIES = 0.1  # of the rounding's own effect: two float32 sums now and then round to either side of a tie
 LONGEST = 256  # tokens of a text that are compared, so that the logits fit in memory
 
 
@@ -59,11 +60,15 @@ class Distance:
 
 @dataclass(frozen=True)
 class Distances:
-    """From base + adapter to the base alone, to the same sum rounded as it is stored, and to the fused folder."""
+    """From base + adapter to the base alone, to the same sum rounded as it is stored, and to the fused folder.
+
+    fused_to_rounded tells a rounded weight from a wrong one, which could hide behind the rounding of all the others.
+    """
 
     base: Distance
     rounded: Distance
     fused: Distance
+    fused_to_rounded: Distance
     largest_logit: float
     missing: list[str]
     unexpected: list[str]
@@ -90,18 +95,21 @@ def verify(model: Path, checkpoint: Path, fused: Path, texts: Sequence[str]) -> 
     """Compares the folder `fused` with `model` + the adapter of `checkpoint`, in float32, one model at a time.
 
     Runs in transformers and peft where torch and peft are installed, else in MLX; the result says which. Passes when no
-    key is missing or unexpected, the largest difference is within the tolerance, and the fused model is nearer to
-    base + adapter than the base alone is. Of each text the first 256 tokens are compared.
+    key is missing or unexpected, the largest difference is within the tolerance, the fused model is nearer to
+    base + adapter than the base alone is, and differs from it by no more than the rounding of the stored weights.
+    Of each text the first 256 tokens are compared.
     """
     tokens = _tokens(model, texts)
     backend: Backend = "transformers" if find_spec("torch") and find_spec("peft") else "mlx"
     measure = {"transformers": _in_transformers, "mlx": _in_mlx}[backend]
-    return _compare(backend, measure(model, checkpoint, fused, tokens))
+    stored = _stored_dtypes(model, checkpoint)
+    return _compare(backend, measure(model, checkpoint, fused, tokens, stored), bool(stored))
 
 
-def _compare(backend: Backend, found: Distances) -> Verified:
+def _compare(backend: Backend, found: Distances, is_rounded: bool) -> Verified:
     """A fused model within 1e-3 of the rounded sum lies within 1e-3 + the rounding of base + adapter: the tolerance."""
-    tolerance = TOLERANCE + found.rounded.largest
+    tolerance = TOLERANCE + (found.rounded.largest if is_rounded else 0.0)
+    only_rounded = found.fused_to_rounded.rms <= TIES * found.rounded.rms + NOISE * found.largest_logit
     nearer = found.fused.rms < found.base.rms or found.fused.rms <= NOISE * found.largest_logit
     return Verified(
         backend=backend,
@@ -111,7 +119,7 @@ def _compare(backend: Backend, found: Distances) -> Verified:
         largest_logit=found.largest_logit,
         kl=found.fused.kl,
         tolerance=tolerance,
-        passed=not found.missing and not found.unexpected and found.fused.largest <= tolerance and nearer,
+        passed=not (found.missing or found.unexpected) and found.fused.largest <= tolerance and only_rounded and nearer,
     )
 
 
@@ -158,7 +166,9 @@ def _stored_dtypes(model: Path, checkpoint: Path) -> dict[str, str]:
     return {module: location.dtype for module, location in weights.items() if location.dtype != "F32"}
 
 
-def _in_transformers(model: Path, checkpoint: Path, fused: Path, tokens: Sequence[Sequence[int]]) -> Distances:
+def _in_transformers(
+    model: Path, checkpoint: Path, fused: Path, tokens: Sequence[Sequence[int]], stored: dict[str, str]
+) -> Distances:
     from peft import PeftModel
 
     base, base_keys = _load_transformers(model)
@@ -166,19 +176,18 @@ def _in_transformers(model: Path, checkpoint: Path, fused: Path, tokens: Sequenc
     reference = list(_transformers_logits(tuned, tokens))
     with tuned.disable_adapter():
         from_base = _distance(reference, _transformers_logits(tuned, tokens))
-    rounded = Distance(0.0, 0.0, 0.0)
-    if stored := _stored_dtypes(model, checkpoint):
-        merged = tuned.merge_and_unload()
-        _round_torch(merged, stored)
-        rounded = _distance(reference, _transformers_logits(merged, tokens))
-        del merged
-    del base, tuned
+    merged = tuned.merge_and_unload()
+    _round_torch(merged, stored)
+    rounded = list(_transformers_logits(merged, tokens))
+    del base, tuned, merged
     gc.collect()  # one model in memory at a time
     loaded, keys = _load_transformers(fused)
+    found = list(_transformers_logits(loaded, tokens))
     return Distances(
         base=from_base,
-        rounded=rounded,
-        fused=_distance(reference, _transformers_logits(loaded, tokens)),
+        rounded=_distance(reference, rounded),
+        fused=_distance(reference, found),
+        fused_to_rounded=_distance(rounded, found),
         largest_logit=_largest(reference),
         missing=sorted(keys["missing_keys"] - base_keys["missing_keys"]),
         unexpected=sorted(keys["unexpected_keys"] - base_keys["unexpected_keys"]),
@@ -212,24 +221,26 @@ def _round_torch(model: Any, stored: dict[str, str]) -> None:
         weight.copy_(weight.to({"BF16": torch.bfloat16, "F16": torch.float16}[dtype]))
 
 
-def _in_mlx(model: Path, checkpoint: Path, fused: Path, tokens: Sequence[Sequence[int]]) -> Distances:
+def _in_mlx(
+    model: Path, checkpoint: Path, fused: Path, tokens: Sequence[Sequence[int]], stored: dict[str, str]
+) -> Distances:
     from mlx_finetune.engines.mlx.load import load_model
 
     network = load_model(model, "float32")
     base = list(_mlx_logits(network, tokens))
     _add_to_mlx(network, checkpoint)
     reference = list(_mlx_logits(network, tokens))
-    rounded = Distance(0.0, 0.0, 0.0)
-    if stored := _stored_dtypes(model, checkpoint):
-        _round_mlx(network, stored)
-        rounded = _distance(reference, _mlx_logits(network, tokens))
+    _round_mlx(network, stored)
+    rounded = list(_mlx_logits(network, tokens))
     del network
     gc.collect()  # one model in memory at a time
+    found = list(_mlx_logits(load_model(fused, "float32"), tokens))
     names = [set(tensor_headers(folder)) for folder in (model, fused)]
     return Distances(
         base=_distance(reference, base),
-        rounded=rounded,
-        fused=_distance(reference, _mlx_logits(load_model(fused, "float32"), tokens)),
+        rounded=_distance(reference, rounded),
+        fused=_distance(reference, found),
+        fused_to_rounded=_distance(rounded, found),
         largest_logit=_largest(reference),
         missing=sorted(names[0] - names[1]),
         unexpected=sorted(names[1] - names[0]),

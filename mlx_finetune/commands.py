@@ -1,0 +1,189 @@
+"""What each verb does, from its checked arguments to the lines that a person reads."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from mlx_finetune.config import RunConfig, default, load_config, make_config, parse_assignments
+from mlx_finetune.data.prepare import prepare
+from mlx_finetune.data.template import ChatTemplate
+from mlx_finetune.errors import UserError
+from mlx_finetune.files import refuse_existing
+from mlx_finetune.models.hub import check_model_folder, model_folder
+from mlx_finetune.models.weights import fingerprint
+from mlx_finetune.terminal import finish, progress, say, table
+
+
+def collect_command(logs: Path | None, openassistant: Sequence[Path], out: Path, model: str, gptme: bool, as_json: bool) -> None:
+    """`mlx-finetune collect`."""
+    from mlx_finetune.data.collect import collect, write_rendered
+    from mlx_finetune.data.sources.gptme import default_logs_folder
+
+    if not gptme and not openassistant:
+        raise UserError("nothing to read", hint="leave out --no-gptme, or name --openassistant FILE")
+    if gptme and logs is None:
+        logs = default_logs_folder(os.environ, Path.home(), sys.platform)
+    refuse_existing(out)
+    template = load_template(model) if model else None
+    for source in ([logs] if gptme else []) + list(openassistant):
+        say(f"reading {source}")
+    summary = collect(logs if gptme else None, openassistant, out, template)
+    result = summary.to_json() | {"out": str(out)}
+
+    def show() -> None:
+        rows = [(source, str(count), str(summary.assistant_turns[source])) for source, count in summary.conversations.items()]
+        table("collected", rows, ("source", "conversations", "assistant turns"))
+        for reason, count in summary.rejected.items():
+            print(f"rejected: {count} ({reason})")
+        for line in summary.bad_lines:
+            print(f"skipped: {line.path}:{line.line}: {line.reason}")
+
+    say("secrets are not removed by this version: these files are as private as your logs")
+    finish(result, as_json, show, out, f"mlx-finetune prepare {out} --model MODEL")
+
+
+def load_template(model: str) -> ChatTemplate:
+    """The chat template of a model named by the user, checked."""
+    folder = model_folder(model)
+    check_model_folder(folder)
+    return ChatTemplate.load(folder)
+
+
+def prepare_command(collected: Sequence[Path], model: str, out: Path, settings: dict[str, Any], as_json: bool) -> None:
+    """`mlx-finetune prepare`."""
+    config = make_config(settings, "prepare")
+    refuse_existing(out)
+    folder = model_folder(model)
+    check_model_folder(folder)
+    template = ChatTemplate.load(folder)
+    say(f"rendering {', '.join(map(str, collected))} with the chat template of {folder} into windows of {config.max_length} tokens")
+    origin = {"model": model, "model_fingerprint": fingerprint(folder), "chat_template": template.source}
+    with progress("prepare") as advance:
+        info = prepare(collected, template, config, out, origin, advance)
+    finish(info | {"out": str(out)}, as_json, lambda: show_dataset(info), out, f"mlx-finetune train --model {model} --data {out} --out run")
+
+
+def show_dataset(info: dict[str, Any]) -> None:
+    """What became of the conversations, as a table."""
+    train, valid = info["train"], info["valid"]
+    names = {
+        "examples": "examples",
+        "tokens": "tokens",
+        "learned_tokens": "learned tokens",
+        "learned_turns": "learned turns",
+        "served_as_trained": "of them after exactly what is served",
+        "turns_too_long": "turns too long for a window, not learned",
+        "messages_shortened": "long messages shortened where only read",
+    }
+    rows = [("conversations", str(sum(train["conversations"].values())), str(sum(valid["conversations"].values())))]
+    rows += [(text, str(train[name]), str(valid[name])) for name, text in names.items()]
+    table("prepared", rows, ("", "training", "held out"))
+    for split in (train, valid):
+        for reason, count in split["turns_refused"].items():
+            if count:
+                print(f"not learned: {count} turns ({reason})")
+    if not info["examples"]["valid"]:
+        print("nothing is held out: that takes two or more gptme conversations")
+
+
+def train_command(
+    file: Path | None, named: dict[str, str], assignments: Sequence[str], resume: bool, dry_run: bool, as_json: bool
+) -> None:
+    """`mlx-finetune train`."""
+    from mlx_finetune.evaluation.plot import draw_loss
+    from mlx_finetune.training.run import execute, plan_resume, plan_run
+
+    overrides = parse_assignments(list(assignments)) | named
+    if resume:
+        run = overrides.pop("out", "")
+        if not run or file:
+            raise UserError("--resume goes on with the run in --out, with its own settings", hint="mlx-finetune train --resume --out RUN")
+        plan = plan_resume(Path(run), overrides)
+    else:
+        plan = plan_run(load_config(file, overrides))
+    config, examples = plan.config, len(plan.dataset.train)
+    start = f", on from {plan.checkpoint.name}" if plan.checkpoint else ""
+    say(f"training {config.model} on {examples} examples of {config.data}: {plan.steps} steps{start}, into {plan.run}")
+    if dry_run:
+        finish({"steps": plan.steps, "config": config.to_dict()}, as_json, lambda: show_config(config), plan.run, "the same without --dry-run")
+        return
+    with progress("train") as advance:
+        trained, engine = execute(plan, advance)
+    picture = draw_loss(plan.run)
+    if picture is None:
+        say("loss.png was not drawn: pip install matplotlib")
+    rate = trained.tokens_learned / trained.seconds if trained.seconds else 0.0
+    result = {**vars(trained), "learned_tokens_per_second": rate, "peak_memory": engine.peak_memory(), "out": str(plan.run)}
+    if trained.interrupted:
+        say(f"interrupted after step {trained.step} of {trained.steps}; saved. Go on with: mlx-finetune train --resume --out {plan.run}")
+        raise typer.Exit(130)
+
+    def show() -> None:
+        print(f"{trained.step} steps on {engine.name} ({engine.device}), {rate:.0f} learned tokens a second")
+        print(f"peak memory {engine.peak_memory() / 1e9:.2f} GB")
+
+    finish(result, as_json, show, plan.run, f"mlx-finetune evaluate {plan.run}")
+
+
+def show_config(config: RunConfig) -> None:
+    """The resolved settings; those that differ from the default are marked."""
+    for name, value in config.to_dict().items():
+        print(f"{name}: {value}" + ("" if value == default(name) else "   (set)"))
+
+
+def evaluate_command(run: Path, checkpoint: str, engine: str, as_json: bool) -> None:
+    """`mlx-finetune evaluate`."""
+    from mlx_finetune.evaluation.compare import compare
+
+    say(f"held-out loss of {run} ({checkpoint}) and of its base model")
+    comparison, _ = compare(run, checkpoint, engine)
+
+    def show() -> None:
+        rows = [(s, f"{b:.4f}", f"{comparison.tuned.by_source[s]:.4f}") for s, b in comparison.base.by_source.items()]
+        rows.append(("all", f"{comparison.base.loss:.4f}", f"{comparison.tuned.loss:.4f}"))
+        title = f"held-out loss, nats a token, {comparison.base.tokens} learned tokens, {comparison.checkpoint}"
+        table(title, rows, ("source", "base", "tuned"))
+
+    finish(comparison.to_json(), as_json, show, run / "evaluation.json", f"mlx-finetune fuse {run} --out model")
+
+
+def plot_command(run: Path, as_json: bool) -> None:
+    """`mlx-finetune plot`."""
+    from mlx_finetune.evaluation.plot import draw_loss
+
+    picture = draw_loss(run)
+    if picture is None:
+        raise UserError("matplotlib is not installed", hint="pip install matplotlib")
+    finish({"picture": str(picture)}, as_json, lambda: None, picture, "")
+
+
+def fuse_command(run: Path, out: Path, checkpoint: str, as_json: bool) -> None:
+    """`mlx-finetune fuse`."""
+    from mlx_finetune.evaluation.compare import open_run
+    from mlx_finetune.export.verify import fuse_and_verify
+
+    refuse_existing(out)
+    _, model, dataset, folder = open_run(run, checkpoint, "auto")
+    say(f"adding {folder} to the weights of {model}, into {out}")
+    with progress("fuse") as advance:
+        fused, verified = fuse_and_verify(model, folder, out, probe_texts(), advance)
+    result = {"fused": vars(fused), "verified": vars(verified), "out": str(out)}
+
+    def show() -> None:
+        print(f"{fused.tensors} tensors changed; verified by {verified.backend}: no missing and no unexpected keys,")
+        print(f"largest logit difference from base + adapter {verified.largest_difference:.2e} (at most {verified.tolerance:.0e} allowed)")
+
+    finish(result, as_json, show, out, "use the folder like any Hugging Face model")
+
+
+def probe_texts() -> tuple[str, ...]:
+    """What the fused model is compared on: prose, a gptme exchange, code."""
+    return (
+        "The capital of France is Paris, and the river that runs through it is called the Seine.",
+        "Let me see what fails first.\n\n```shell\npytest -q 2>&1 | tail -40\n```",
+        "def add(a: int, b: int) -> int:\n    return a + b\n\nassert add(2, 3) == 5\n",
+    )

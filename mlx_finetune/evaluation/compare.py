@@ -1,0 +1,81 @@
+"""Base against tuned on the same held-out batches, by one engine: the base is the model with its adapter at zero."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_finetune.config import RunConfig, load_config, make_config
+from mlx_finetune.data.dataset import Dataset
+from mlx_finetune.engines import Engine, open_engine
+from mlx_finetune.engines.adapter import without_adapter
+from mlx_finetune.errors import UserError
+from mlx_finetune.files import read_json, write_json
+from mlx_finetune.models.hub import model_folder
+from mlx_finetune.models.weights import fingerprint
+from mlx_finetune.training.checkpoint import Origin, resume
+from mlx_finetune.training.held_out import HeldOut, held_out_loss
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Held-out loss before and after, in nats a learned token."""
+
+    checkpoint: str
+    step: int
+    engine: str
+    base: HeldOut
+    tuned: HeldOut
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def find_checkpoint(run: Path, name: str) -> Path:
+    """`best`, `latest` or `step-000100` of a run.
+
+    Raises:
+        UserError: no such run or checkpoint.
+    """
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}: not a run (no config.yaml)", hint="mlx-finetune train makes one")
+    for folder in (run / name, run / "checkpoints" / name):
+        if (folder / "progress.json").is_file():
+            return folder.resolve()
+    there = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    raise UserError(f"{run}: no checkpoint {name!r}", hint=f"there are {', '.join(there)}" if there else "train has not saved one yet")
+
+
+def open_run(run: Path, checkpoint: str, engine: str) -> tuple[RunConfig, Path, Dataset, Path]:
+    """Config (with `engine` put in), model folder, data set and checkpoint folder of a run."""
+    folder = find_checkpoint(run, checkpoint)
+    config = make_config(load_config(run / "config.yaml", {}).to_dict() | {"engine": engine}, "--engine")
+    return config, model_folder(config.model), Dataset.open(Path(config.data)), folder
+
+
+def open_tuned(config: RunConfig, model: Path, dataset: Dataset, checkpoint: Path) -> Engine:
+    """An engine with the checkpoint in it; raises UserError where model or data are not those it was trained on."""
+    engine = open_engine(config, model)
+    resume(checkpoint, engine, config, Origin(data=dataset.id, model=fingerprint(model)))
+    return engine
+
+
+def compare(run: Path, checkpoint: str = "best", engine: str = "auto") -> tuple[Comparison, Engine]:
+    """Writes `evaluation.json` into the run; the engine is given back tuned.
+
+    Raises:
+        UserError: the run has no such checkpoint, or nothing was held out.
+    """
+    config, model, dataset, folder = open_run(run, checkpoint, engine)
+    held_out = dataset.held_out(config.batch_size)
+    if not held_out:
+        raise UserError(f"{dataset.folder}: nothing was held out", hint="prepare with two or more gptme conversations")
+    opened = open_tuned(config, model, dataset, folder)
+    tuned, state = held_out_loss(opened, held_out), opened.state()
+    opened.load_state(without_adapter(opened.shapes, config.rank), step=0)
+    base = held_out_loss(opened, held_out)
+    step = int(read_json(folder / "progress.json")["step"])
+    opened.load_state(state, step)
+    comparison = Comparison(folder.name, step, opened.name, base, tuned)
+    write_json(run / "evaluation.json", comparison.to_json())
+    return comparison, opened

@@ -1,0 +1,45 @@
+"""The loss of a run as a picture."""
+
+import importlib.util
+from pathlib import Path
+
+from mlx_finetune.training.metrics import read_metrics
+
+SMOOTHING = 0.9
+
+
+def draw_loss(run: Path) -> Path | None:
+    """Draws `loss.png` from `metrics.jsonl`: training loss, its running mean weighted by token, held-out loss. None without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(run / "metrics.jsonl")
+    train = [row for row in rows if row["split"] == "train"]
+    valid = [row for row in rows if row["split"] == "valid"]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    steps = [row["step"] for row in train]
+    axes.plot(steps, [row["loss"] for row in train], color="#9db8d6", linewidth=1, label="training, each step")
+    axes.plot(steps, _running_mean(train), color="#1f5fa8", linewidth=1.8, label="training, running mean")
+    if valid:
+        losses = [row["loss"] for row in valid]
+        axes.plot([row["step"] for row in valid], losses, "o-", color="#c8501e", linewidth=1.8, label="held out")
+        for row in (valid[0], valid[-1]):
+            axes.annotate(f"{row['loss']:.3f}", (row["step"], row["loss"]), xytext=(6, 6), textcoords="offset points", color="#c8501e")
+    axes.set(xlabel="step", ylabel="loss (nats a learned token)", title=run.resolve().name)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(run / "loss.png")
+    return run / "loss.png"
+
+
+def _running_mean(train: list[dict]) -> list[float]:
+    """Exponential mean of sums over that of counts: no mean of means."""
+    losses, total, weight = [], 0.0, 0.0
+    for row in train:
+        total = SMOOTHING * total + row["loss"] * row["tokens"]
+        weight = SMOOTHING * weight + row["tokens"]
+        losses.append(total / weight)
+    return losses

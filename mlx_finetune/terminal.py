@@ -1,0 +1,67 @@
+"""What a person sees: talk and progress on stderr, results on stdout."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def say(text: str) -> None:
+    """A line of talk."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[..., None]]:
+    """A bar on stderr; gives a function (done, total, note=""). Where stderr is no terminal: a line at every tenth."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(title)
+        return
+    columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=None, note="")
+        yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+
+
+def _lines(title: str) -> Callable[..., None]:
+    said = -1
+
+    def advance(done: int, total: int, note: str = "") -> None:
+        nonlocal said
+        tenth = 10 * done // max(total, 1)
+        if tenth != said:
+            said = tenth
+            say(f"{title} {done}/{total} {note}".rstrip())
+
+    return advance
+
+
+def table(title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str] = ()) -> None:
+    """A small table on stdout; columns after the first are aligned on the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=bool(header), pad_edge=False)
+    for i in range(len(rows[0])):
+        grid.add_column(header[i] if header else "", justify="left" if i == 0 else "right")
+    for row in rows:
+        grid.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(grid)
+
+
+def finish(result: Mapping[str, Any], as_json: bool, show: Callable[[], None], made: Path, following: str) -> None:
+    """The end of a verb: with --json the result as one object and nothing else on stdout; else what `show` prints, the path and the next command."""
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        show()
+        print(made)
+    if following:
+        say(f"next: {following}")

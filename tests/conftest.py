@@ -1,0 +1,43 @@
+"""Models that the tests share: a tiny random Llama, and SmolLM2 from its GGUF."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+from tiny_models import make_tiny
+
+import mlx_finetune.engines.mlx  # noqa: F401  before any test imports mlx: its fast BLAS
+from mlx_finetune.models.gguf import find_smollm2, gguf_to_hugging_face
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder: 4 layers, hidden size 64, untied, float32, with a tokenizer and a ChatML template."""
+    return make_tiny("llama", tmp_path_factory.mktemp("tiny") / "llama", tokenizer=True)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct in float32, as a Hugging Face folder."""
+    out = tmp_path_factory.mktemp("smollm2") / "SmolLM2-135M-Instruct"
+    gguf_to_hugging_face(find_smollm2(), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data beside the checkout."""
+    path = Path(__file__).parents[2] / "shared"
+    if not path.is_dir():
+        pytest.skip(f"{path} is not here: it holds the real data, which is no part of the project")
+    return path
+
+
+@pytest.fixture(params=["mlx", "torch"])
+def engine_name(request: pytest.FixtureRequest) -> str:
+    """Each engine in turn."""
+    return request.param

@@ -1,0 +1,231 @@
+"""MLX computes what transformers computes, for every architecture that we claim and both styles of config.json."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import SIZES, VOCABULARY, make_tiny, rewrite_as_v4
+
+from mlx_finetune.errors import UserError
+from mlx_finetune.models.mlx_config import PROVEN, check_supported, max_exact_length, mlx_overlay
+
+RELATIVE = 1e-4  # float32, random weights, four layers: 1e-6 to 1e-5 is usual; a wrong setting gives 1e-1
+SCALING: Mapping[str, Mapping[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    "dynamic": {"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0},
+}
+THETA = 100_000.0
+WINDOWED = ("gemma2", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+
+
+def rope(model_type: str, scaling: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`rope_parameters` with a theta that is no library's default."""
+    full = {"rope_theta": THETA, **(scaling or {"rope_type": "default"})}
+    plain = {"rope_theta": 20_000.0 if model_type == "gemma3_text" else THETA, "rope_type": "default"}
+    nested = model_type in ("gemma3_text", "olmo3")
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": plain} if nested else full}
+
+
+def tokens(length: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(3, VOCABULARY, size=(2, length))
+
+
+def mlx_logits(folder: Path, inputs: np.ndarray) -> np.ndarray:
+    import mlx.core as mx
+
+    from mlx_finetune.engines.mlx.load import load_model
+
+    return np.array(load_model(folder, "float32")(mx.array(inputs)))
+
+
+def transformers_logits(folder: Path, inputs: np.ndarray) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.from_numpy(inputs)).logits.numpy()
+
+
+def difference(folder: Path, length: int = 24) -> float:
+    """max |MLX - transformers| / max |transformers|; 24 tokens are more than the tiny models' window of 8."""
+    theirs = transformers_logits(folder, tokens(length))
+    return float(np.abs(mlx_logits(folder, tokens(length)) - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("model_type", sorted(PROVEN))
+def test_mlx_logits_equal_those_of_transformers(model_type: str, tmp_path: Path) -> None:
+    make_tiny(model_type, tmp_path / "v5", tokenizer=False, changes=rope(model_type))
+    assert difference(tmp_path / "v5") < RELATIVE
+    shutil.copytree(tmp_path / "v5", tmp_path / "v4")
+    config = tmp_path / "v4" / "config.json"
+    rewrite_as_v4(config)
+    if model_type == "olmo3":  # transformers 5 reads a version 4 olmo3 rightly with its usual theta only
+        config.write_text(config.read_text().replace(str(THETA), "500000.0"))
+    assert difference(tmp_path / "v4") < RELATIVE
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind"), [(name, kind) for name in sorted(PROVEN) for kind in sorted(PROVEN[name].scalings)]
+)
+def test_scaled_rope_equals_that_of_transformers(model_type: str, kind: str, tmp_path: Path) -> None:
+    changes = rope(model_type, SCALING[kind])
+    make_tiny(model_type, tmp_path / "v5", tokenizer=False, changes=changes)
+    assert difference(tmp_path / "v5", length=200) < RELATIVE
+    make_tiny(model_type, tmp_path / "plain", tokenizer=False, changes=rope(model_type))
+    scaled, plain = (transformers_logits(tmp_path / name, tokens(200)) for name in ("v5", "plain"))
+    assert np.abs(scaled - plain).max() > 1e-2  # the scaling is seen at all
+    if model_type != "olmo3":
+        rewrite_as_v4(tmp_path / "v5" / "config.json")
+        assert difference(tmp_path / "v5", length=200) < RELATIVE
+
+
+@pytest.mark.parametrize("model_type", WINDOWED)
+def test_within_the_window_that_mlx_ignores_logits_are_exact_and_beyond_they_are_not(
+    model_type: str, tmp_path: Path
+) -> None:
+    changes = {"sliding_window": 8}
+    if model_type in ("qwen2", "qwen3"):
+        changes |= {"use_sliding_window": True, "max_window_layers": 1}
+    if model_type == "smollm3":
+        changes |= {"use_sliding_window": True}
+    make_tiny(model_type, tmp_path / "model", tokenizer=False, changes=changes)
+    assert max_exact_length(json.loads((tmp_path / "model" / "config.json").read_text())) == 8
+    assert difference(tmp_path / "model", length=8) < RELATIVE
+    assert difference(tmp_path / "model", length=24) > 100 * RELATIVE
+
+
+@pytest.mark.parametrize("model_type", sorted(PROVEN))
+def test_a_config_without_optional_keys_means_what_transformers_takes_it_to_mean(model_type: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    sizes = SIZES | {"num_hidden_layers": 12}  # two periods of the longest pattern
+    silent = {"model_type": model_type, **sizes}
+    spoken = CONFIG_MAPPING[model_type](**sizes).to_dict()
+    ours, theirs = ({**config, **mlx_overlay(config)} for config in (silent, spoken))
+    assert max_exact_length(silent) == max_exact_length(spoken)
+    read = mlx_arguments(model_type)
+    assert {key: ours[key] for key in ours if key in read} == {key: theirs[key] for key in ours if key in read}
+
+
+def mlx_arguments(model_type: str) -> set[str]:
+    """The keys that mlx-lm's class reads."""
+    import importlib
+    from dataclasses import fields
+
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(model_type, model_type)}")
+    return {field.name for field in fields(module.ModelArgs)} - {"rope_parameters"}
+
+
+LLAMA = {"model_type": "llama", **SIZES}
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"model_type": "mamba2"}, "mamba2"),
+        ({}, "None"),
+        (LLAMA | {"hidden_act": "gelu"}, "gelu"),
+        (LLAMA | {"model_file": "custom.py"}, "custom.py"),
+        (LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"gptq.*not supported yet"),
+        (LLAMA | {"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        (LLAMA | {"rope_scaling": SCALING["yarn"] | {"truncate": False}}, "truncate"),
+        (LLAMA | {"rope_scaling": SCALING["yarn"] | {"attention_factor": 2.0}}, "attention_factor"),
+        (LLAMA | {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "longrope"),
+        (LLAMA | {"model_type": "glm4", "rope_scaling": SCALING["yarn"]}, "yarn"),
+        (LLAMA | {"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        (
+            LLAMA | {"model_type": "cohere2", "layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2},
+            "layer_types",
+        ),
+    ],
+)
+def test_what_mlx_would_compute_otherwise_is_refused_by_name(config: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        check_supported(config)
+
+
+def test_a_model_quantised_by_mlx_lm_is_supported() -> None:
+    settings = {"group_size": 64, "bits": 4}
+    check_supported(LLAMA | {"quantization": settings, "quantization_config": settings})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_parameters_are_loaded_in_the_dtype_that_is_asked_for(dtype: str, tiny_llama: Path) -> None:
+    from mlx.utils import tree_flatten
+
+    from mlx_finetune.engines.mlx.load import DTYPES, load_model
+
+    parameters = tree_flatten(load_model(tiny_llama, dtype).parameters())
+    assert {value.dtype for _, value in parameters} == {DTYPES[dtype]}
+
+
+def test_quantised_layers_are_left_as_they_are_and_the_rest_is_cast(tiny_llama: Path, tmp_path: Path) -> None:
+    import mlx.core as mx
+    from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
+
+    from mlx_finetune.engines.mlx.load import load_model
+
+    config = json.loads((tiny_llama / "config.json").read_text())
+    model, config = quantize_model(load_model(tiny_llama, "float32"), config, group_size=32, bits=4)
+    save_model(tmp_path, model)
+    save_config(config, tmp_path / "config.json")
+    layer = load_model(tmp_path, "bfloat16").model.layers[0]
+    assert layer.self_attn.q_proj.scales.dtype == mx.float32
+    assert layer.input_layernorm.weight.dtype == mx.bfloat16
+    inputs = mx.array(tokens(24))
+    packed, unpacked = load_model(tmp_path, "float32")(inputs), dequantize_model(model)(inputs)
+    assert mx.abs(packed - unpacked).max() < RELATIVE * mx.abs(unpacked).max()
+
+
+def test_a_checkpoint_in_shards_is_read_whole_and_a_stray_file_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from mlx_finetune.engines.mlx.load import load_model
+
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert np.abs(mlx_logits(tmp_path, tokens(24)) - mlx_logits(tiny_llama, tokens(24))).max() == 0
+    shutil.copy(tiny_llama / "model.safetensors", tmp_path / "model-old.safetensors")
+    with pytest.raises(UserError, match=r"model-old\.safetensors is not named by the index"):
+        load_model(tmp_path, "float32")
+    (tmp_path / "model-old.safetensors").rename(tmp_path / "old.safetensors")
+    min(tmp_path.glob("model-*.safetensors")).unlink()
+    with pytest.raises(UserError, match="no model-00001-of"):
+        load_model(tmp_path, "float32")
+
+
+def test_a_folder_that_is_no_whole_checkpoint_is_refused_by_name(tiny_llama: Path, tmp_path: Path) -> None:
+    from mlx_finetune.engines.mlx.load import load_model
+
+    with pytest.raises(UserError, match=r"config\.json: no such file"):
+        load_model(tmp_path / "nothing", "float32")
+    config = json.loads((tiny_llama / "config.json").read_text())
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"no model\.safetensors"):
+        load_model(folder, "float32")
+    weights = (tiny_llama / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(UserError, match="not loadable with MLX"):
+        load_model(folder, "float32")
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    with pytest.raises(UserError, match=r"not loadable with MLX: .*mlp"):
+        load_model(folder, "float32")

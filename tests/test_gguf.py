@@ -1,0 +1,139 @@
+"""SmolLM2 from its GGUF: the weights that transformers reads from it, the token ids that llama.cpp gives, and a model that answers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_finetune.errors import UserError
+from mlx_finetune.models.gguf import find_smollm2, gguf_to_hugging_face
+
+PROBE = "def greet(name):\n    print('Hello, ' + name)\n\nThe capital of France is"
+
+# Found with llama_cpp 0.3.36 (special=True) on the same file. transformers' own GGUF tokenizer differs on the last line.
+LLAMA_CPP_IDS = {
+    "def f(x):\n    return x + 1\n": [1604, 275, 24, 104, 727, 472, 1003, 1792, 1232, 216, 33, 198],
+    "In 2026 there": [788, 216, 34, 32, 34, 38, 665],
+    "12345, 3.14 0x1F": [33, 34, 35, 36, 37, 28, 216, 35, 30, 33, 36, 216, 32, 104, 33, 54],
+    "a  b   c\t\te\n\n\n  f   ": [81, 216, 278, 256, 265, 197, 197, 85, 1116, 3805, 275, 333],
+    "it's we'll I'm": [269, 506, 392, 3060, 339, 5248],
+    "🙂 naïve 你好": [10813, 38887, 15486, 46494, 216, 18645, 250, 48392, 138],
+    "<|im_start|>user\nHi<|im_end|>\n": [1, 4093, 198, 26843, 2, 198],
+    "x<|im_end|>y <file_sep> <reponame>a": [104, 2, 105, 216, 5, 216, 4, 81],
+    "²³½ ٣٤ Ⅷ 1st": [19133, 39050, 16738, 216, 164, 113, 164, 114, 216, 173, 223, 117, 216, 33, 302],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="module")
+def model(smollm2: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(smollm2).eval()
+
+
+@pytest.fixture(scope="module")
+def logits(model: Any, tokenizer: Any) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(**tokenizer(PROBE, return_tensors="pt")).logits.numpy()
+
+
+@pytest.mark.parametrize("text", LLAMA_CPP_IDS)
+def test_the_tokenizer_gives_the_ids_of_llama_cpp_and_the_text_back(text: str, tokenizer: Any) -> None:
+    assert tokenizer(text)["input_ids"] == LLAMA_CPP_IDS[text]
+    assert tokenizer.decode(LLAMA_CPP_IDS[text]) == text
+
+
+def test_logits_equal_those_of_the_gguf_in_transformers(logits: np.ndarray, tokenizer: Any) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    gguf = find_smollm2()
+    reference = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = reference(**tokenizer(PROBE, return_tensors="pt")).logits.numpy()
+    assert np.abs(logits - expected).max() < 1e-4
+
+
+def test_mlx_logits_of_smollm2_equal_those_of_transformers(logits: np.ndarray, tokenizer: Any, smollm2: Path) -> None:
+    import mlx.core as mx
+
+    from mlx_finetune.engines.mlx.load import load_model
+
+    inputs = mx.array([tokenizer(PROBE)["input_ids"]])
+    assert np.abs(np.array(load_model(smollm2, "float32")(inputs)) - logits).max() < 1e-3
+
+
+def test_the_converted_model_knows_the_capital_of_france(model: Any, tokenizer: Any) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=12)[0, prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
+    assert answer[-1] == tokenizer.eos_token_id  # it also knows where to stop
+
+
+def test_the_folder_says_float32_tied_and_the_theta_of_the_gguf(smollm2: Path) -> None:
+    config = json.loads((smollm2 / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    assert config["tie_word_embeddings"] is True
+    assert config["rope_parameters"] == {"rope_theta": 100_000.0, "rope_type": "default"}
+    assert config["rms_norm_eps"] == 1e-5
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exists already"):
+        gguf_to_hugging_face(find_smollm2(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def small_gguf(path: Path, architecture: str = "llama", pre: str = "smollm", tensor: str = "token_embd.weight") -> Path:
+    """Metadata of a Llama with one tensor and two tokens."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, architecture)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_embedding_length(8)
+    writer.add_head_count(2)
+    writer.add_tensor(tensor, np.zeros((2, 8), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"architecture": "qwen2"}, r"general\.architecture is 'qwen2'; only llama"),
+        ({"pre": "llama-bpe"}, r"tokenizer\.ggml\.pre is 'llama-bpe'; only smollm"),
+        ({"tensor": "rope_freqs.weight"}, r"rope_freqs\.weight"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name_and_nothing_is_left(
+    given: dict[str, str], named: str, tmp_path: Path
+) -> None:
+    gguf = small_gguf(tmp_path / "small.gguf", **given)
+    with pytest.raises(UserError, match=named):
+        gguf_to_hugging_face(gguf, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["small.gguf"]
+
+
+def test_a_file_that_is_not_gguf_or_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.gguf").write_text("just notes")
+    with pytest.raises(UserError, match="not a GGUF file"):
+        gguf_to_hugging_face(tmp_path / "notes.gguf", tmp_path / "out")
+    with pytest.raises(UserError, match="no such file"):
+        gguf_to_hugging_face(tmp_path / "absent.gguf", tmp_path / "out")

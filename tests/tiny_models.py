@@ -1,0 +1,149 @@
+"""Tiny random checkpoints of real architectures, made by transformers' own classes, and a small real tokenizer."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCABULARY = 320
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SENTENCES = (
+    "The assistant runs the command and the tool answers with the output of the shell.",
+    "You are a helpful assistant. The user asks; the assistant writes the file and runs the tests.",
+    "def main() -> None:\n    return print(answer)\n",
+    "In 2026 the user said: thank you, that is the answer that I wanted.",
+)
+
+SIZES: Mapping[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+HEADS = {"head_dim": 16}
+# The last sequences of a test are longer than this, so that windows show.
+WINDOW = {"sliding_window": 8}
+PARTICULAR: Mapping[str, Mapping[str, Any]] = {
+    "cohere2": WINDOW,
+    "ernie4_5": HEADS,
+    "exaone4": WINDOW,
+    "gemma2": HEADS | {"query_pre_attn_scalar": 24, "sliding_window": 64},
+    "gemma3_text": HEADS | WINDOW | {"query_pre_attn_scalar": 24, "sliding_window_pattern": 2},
+    "glm4": HEADS,
+    "granite": {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "hunyuan_v1_dense": HEADS,
+    "mistral": {"sliding_window": None},
+    "olmo3": WINDOW,
+    "phi3": {"partial_rotary_factor": 0.5},
+    "qwen3": HEADS,
+    "seed_oss": HEADS,
+    "stablelm": {"use_qkv_bias": True},
+}
+
+
+def make_tiny(
+    model_type: str,
+    folder: Path,
+    tokenizer: bool,
+    seed: int = 0,
+    dtype: str = "float32",
+    style: str = "v5",
+    changes: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes a random checkpoint of `model_type` to `folder`; `changes` are keys of its config.
+
+    Norms and biases are random too, so that a wrong reading of either shows. `style` "v4" writes config.json as transformers 4 did.
+    """
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = CONFIG_MAPPING[model_type](**SIZES | dict(PARTICULAR.get(model_type, {})) | dict(changes or {}))
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    _randomise(model, seed)
+    model.save_pretrained(folder)
+    if style == "v4":
+        rewrite_as_v4(folder / "config.json")
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _randomise(model: Any, seed: int) -> None:
+    import torch
+
+    generator = np.random.default_rng(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            noise = torch.from_numpy(generator.standard_normal(tuple(parameter.shape), dtype=np.float32))
+            if parameter.ndim == 1:  # norms and biases stay near where they are
+                parameter.add_((0.2 * noise).to(parameter.dtype))
+            else:
+                parameter.copy_((noise * 1.5 / parameter.shape[-1] ** 0.5).to(parameter.dtype))
+
+
+def tiny_tokenizer() -> Any:
+    """Byte-level BPE with a few merges, ChatML, and the ids 0, 1, 2 of SmolLM2's special tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken(token, normalized=False, special=True) for token in SPECIAL],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=SPECIAL[1],
+        eos_token=SPECIAL[2],
+        unk_token=SPECIAL[0],
+        pad_token=SPECIAL[0],
+    )
+    fast.chat_template = CHATML
+    return fast
+
+
+def rewrite_as_v4(path: Path) -> None:
+    """The same model in the words of transformers 4: flat RoPE keys, `torch_dtype`, a pattern in place of `layer_types`."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    model_type = config["model_type"]
+    config["torch_dtype"] = config.pop("dtype")
+    config["transformers_version"] = "4.53.0"
+    rope = config.pop("rope_parameters")
+    full = rope.get("full_attention", rope)
+    config["rope_theta"] = full["rope_theta"]
+    if "partial_rotary_factor" in full:
+        config["partial_rotary_factor"] = full["partial_rotary_factor"]
+    if model_type == "gemma3_text":
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    if full["rope_type"] != "default":
+        flat = ("rope_theta", "partial_rotary_factor")
+        config["rope_scaling"] = {key: value for key, value in full.items() if key not in flat}
+    types = config.get("layer_types", [])
+    if model_type in ("cohere2", "gemma3_text"):
+        config["sliding_window_pattern"] = types.index("full_attention") + 1
+        config.pop("_sliding_window_pattern", None)
+    if model_type not in ("olmo3", "exaone4"):  # those two came late enough to write them
+        config.pop("layer_types", None)
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
