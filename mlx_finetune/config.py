@@ -33,7 +33,9 @@ class RunConfig(BaseModel):
     model: str = Field("", description="Hugging Face folder or hub id of the base model")
     data: str = Field("", description="folder that `prepare` made")
     out: str = Field("", description="folder of the run")
-    engine: Literal["auto", "mlx", "torch"] = Field("auto", description="auto: MLX on Apple silicon, torch on CUDA, else what is installed")
+    engine: Literal["auto", "mlx", "torch"] = Field(
+        "auto", description="auto: MLX on Apple silicon, torch on CUDA, else what is installed"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the frozen weights; auto: as stored on a GPU (bfloat16 on CUDA), float32 on a CPU"
     )
@@ -44,7 +46,9 @@ class RunConfig(BaseModel):
     rank: int = Field(16, ge=1, description="width of the adapter")
     alpha: float = Field(32.0, gt=0, description="the adapter is scaled by alpha / rank")
     dropout: Fraction = Field(0.0, description="on the adapter's input while training")
-    target_modules: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="all-linear, or names such as q_proj,v_proj")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="all-linear, or names such as q_proj,v_proj"
+    )
     num_layers: int | None = Field(None, ge=1, description="adapt the last so many layers only; none: all")
 
     learning_rate: float = Field(2e-4, gt=0, description="at the end of the warmup; cosine to 0 from there")
@@ -132,7 +136,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}", hint="name a YAML file, or leave it out and use options") from error
+        raise UserError(f"{path}: {error.strerror}", hint="name a YAML file, or use options") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}", hint="settings are lines of `name: value`") from error
     if values is None:

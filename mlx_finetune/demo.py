@@ -1,6 +1,5 @@
 """The whole road on the embedded sample and SmolLM2-135M-Instruct: collect, prepare, train, evaluate, fuse."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -8,8 +7,7 @@ from typing import Any
 
 from mlx_finetune.config import RunConfig, make_config
 from mlx_finetune.data.collect import collect
-from mlx_finetune.data.conversation import Conversation, Message, read_conversations
-from mlx_finetune.data.dataset import Dataset
+from mlx_finetune.data.conversation import Conversation, read_conversations
 from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.engines import Engine, choose_engine
@@ -27,7 +25,7 @@ from mlx_finetune.training.run import execute, plan_run
 
 SETTINGS = {
     "max_length": 1024,
-    "valid_fraction": 0.2,
+    "valid_fraction": 0.4,
     "rank": 8,
     "alpha": 16,
     "learning_rate": 1e-3,
@@ -38,6 +36,7 @@ SETTINGS = {
     "save_every": 1000,
 }
 ANSWER_TOKENS = 80
+TITLES = {"prompt": "held-out prompt", "logged": "answer in the log", "base": "base model", "tuned": "tuned model"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,8 @@ def run_demo(out: Path, engine: str, as_json: bool) -> None:
     gguf_to_hugging_face(gguf, out / "model")
     say(f"2/6 collect: the sample's gptme logs and OpenAssistant trees -> {out / 'collected'}")
     collect(sample / "gptme-logs", [sample / "openassistant.trees.jsonl"], out / "collected")
-    config = make_config(SETTINGS | {"model": str(out / "model"), "data": str(out / "dataset"), "out": str(out / "run"), "engine": engine}, "demo")
+    places = {"model": str(out / "model"), "data": str(out / "dataset"), "out": str(out / "run")}
+    config = make_config(SETTINGS | places | {"engine": engine}, "demo")
     info, template = _prepare(config, out)
     say(f"4/6 train: LoRA of rank {config.rank} on {engine} -> {out / 'run'}")
     with progress("train") as advance:
@@ -100,11 +100,9 @@ def _answers(engine: Engine, template: ChatTemplate, config: RunConfig, info: di
     question = next(i for i, m in enumerate(conversation.messages) if m.role == "user")
     messages = conversation.messages[: question + 1]
     prompt = template.prompt(messages).tolist()
-    say_: Callable[[], str] = lambda: template.decode(list(engine.generate(prompt, ANSWER_TOKENS, template.stop_ids)))  # noqa: E731
-    tuned, state = say_(), engine.state()
+    tuned = template.decode(list(engine.generate(prompt, ANSWER_TOKENS, template.stop_ids)))
     engine.load_state(without_adapter(engine.shapes, config.rank), step=0)
-    base = say_()
-    engine.load_state(state, step=0)
+    base = template.decode(list(engine.generate(prompt, ANSWER_TOKENS, template.stop_ids)))
     logged = next(m.content for m in conversation.messages[question:] if m.role == "assistant")
     return Answers(messages[-1].content, logged, base, tuned)
 
@@ -142,11 +140,14 @@ def _show(result: dict[str, Any], answers: Answers) -> None:
         ("held-out loss, base", f"{base:.4f}"),
         ("held-out loss, tuned", f"{tuned:.4f}  ({tuned - base:+.4f})"),
         ("tokens learned", f"{result['tokens_learned']:,} in {result['steps']} steps"),
-        ("tokens a second", f"{result['tokens_read_per_second']:.0f} read, {result['tokens_learned_per_second']:.0f} of them learned"),
+        (
+            "tokens a second",
+            f"{result['tokens_read_per_second']:.0f} read, {result['tokens_learned_per_second']:.0f} of them learned",
+        ),
         ("peak memory", f"{result['peak_memory'] / 1e9:.2f} GB"),
         (f"fused model in {result['verified_by']}", f"{keys} missing or unexpected keys"),
         ("largest logit difference", f"{result['largest_logit_difference']:.1e}"),
     ]
     table(f"demo on {result['engine']}", rows)
-    for title, text in (("held-out prompt", answers.prompt), ("in the log", answers.logged), ("base", answers.base), ("tuned", answers.tuned)):
-        print(f"--- {title}\n{text.strip()}\n")
+    for title, text in vars(answers).items():
+        print(f"--- {TITLES[title]}\n{text.strip()}\n")

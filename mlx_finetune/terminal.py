@@ -57,7 +57,7 @@ def table(title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str] = (
 
 
 def finish(result: Mapping[str, Any], as_json: bool, show: Callable[[], None], made: Path, following: str) -> None:
-    """The end of a verb: with --json the result as one object and nothing else on stdout; else what `show` prints, the path and the next command."""
+    """The end of a verb: with --json the result as one object and nothing else on stdout; else what `show` prints and the path."""
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
     else:

@@ -93,9 +93,7 @@ def test_scaled_rope_equals_that_of_transformers(model_type: str, kind: str, tmp
 
 
 @pytest.mark.parametrize("model_type", WINDOWED)
-def test_within_the_window_that_mlx_ignores_logits_are_exact_and_beyond_they_are_not(
-    model_type: str, tmp_path: Path
-) -> None:
+def test_within_the_window_that_mlx_ignores_logits_are_exact_and_beyond_they_are_not(model_type: str, tmp_path: Path) -> None:
     changes = {"sliding_window": 8}
     if model_type in ("qwen2", "qwen3"):
         changes |= {"use_sliding_window": True, "max_window_layers": 1}

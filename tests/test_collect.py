@@ -15,9 +15,7 @@ from mlx_finetune.errors import UserError
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
-def conversation(
-    *roles: Role, source: str = "gptme", name: str = "2026-01-01-a-log", text: str = "text"
-) -> Conversation:
+def conversation(*roles: Role, source: str = "gptme", name: str = "2026-01-01-a-log", text: str = "text") -> Conversation:
     return Conversation(tuple(Message(role, text) for role in roles), source, name, "private")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny_models import make_tiny
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.models.fuse import fuse
@@ -32,32 +33,13 @@ MODULES = tuple(f"model.layers.{layer}.{part}" for layer in range(2) for part in
 KINDS = {"llama": "float32", "qwen2": "bfloat16", "mistral": "float16"}
 
 
-def make_model(kind: str, dtype: str, folder: Path, **saving: Any) -> Path:
-    """A random model of two layers with a tokenizer of single bytes; norms and biases are random too."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def reshard(model: Path, folder: Path) -> Path:
+    """The same model in many small files with an index, as transformers writes a large one."""
+    from transformers import AutoModelForCausalLM
 
-    sizes = dict(vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=64)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **heads))
-        for weight in model.parameters():
-            weight.data += 0.2 * torch.randn_like(weight)
-    model.to(getattr(torch, dtype)).save_pretrained(folder, **saving)
-    make_tokenizer(folder)
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoModelForCausalLM.from_pretrained(model, dtype="auto").save_pretrained(folder, max_shard_size="50KB")
     return folder
-
-
-def make_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=letters | {"<|end|>": 256}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
 
 
 def make_adapter(model: Path, folder: Path, rank: int = 4, **settings: Any) -> Path:
@@ -96,18 +78,15 @@ def edit_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> 
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {
-        name: location.file.read_bytes()[location.start : location.end]
-        for name, location in tensor_headers(folder).items()
-    }
+    return {name: location.file.read_bytes()[location.start : location.end] for name, location in tensor_headers(folder).items()}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny Llama in F32, Qwen2 (with biases) in BF16 and many files, Mistral in F16: never written to."""
     root = tmp_path_factory.mktemp("models")
-    shards = {"llama": {}, "qwen2": {"max_shard_size": "20KB"}, "mistral": {}}
-    return {kind: make_model(kind, dtype, root / kind, **shards[kind]) for kind, dtype in KINDS.items()}
+    made = {kind: make_tiny(kind, root / kind, tokenizer=True, dtype=dtype) for kind, dtype in KINDS.items()}
+    return made | {"qwen2": reshard(made["qwen2"], root / "sharded"), "whole qwen2": made["qwen2"]}
 
 
 @pytest.fixture(params=KINDS)
@@ -172,9 +151,7 @@ def test_every_other_file_of_the_model_comes_along_and_stale_copies_of_the_weigh
     (llama / ".git").mkdir()
     fused = fuse(llama, checkpoint, tmp_path / "fused")
     files = {str(path.relative_to(llama)) for path in llama.rglob("*") if path.is_file()}
-    copied = {
-        str(path.relative_to(tmp_path / "fused")): path for path in (tmp_path / "fused").rglob("*") if path.is_file()
-    }
+    copied = {str(path.relative_to(tmp_path / "fused")): path for path in (tmp_path / "fused").rglob("*") if path.is_file()}
     assert files - set(copied) == {
         "pytorch_model.bin",
         "model.gguf",
@@ -253,7 +230,7 @@ def test_the_base_alone_and_another_adapter_do_not_pass(models, tmp_path):
 
 def test_one_forgotten_module_does_not_hide_behind_the_rounding(models, tmp_path):
     base, fused = models["qwen2"], tmp_path / "fused"
-    checkpoint = make_adapter(base, tmp_path / "checkpoint", lora_alpha=0.02)
+    checkpoint = make_adapter(base, tmp_path / "checkpoint", lora_alpha=0.01)
     _, whole = fuse_and_verify(base, checkpoint, fused, TEXTS)
     name = f"{MODULES[0]}.weight"
     location = tensor_headers(fused)[name]
@@ -295,9 +272,7 @@ def test_without_torch_the_proof_is_made_in_mlx(kind, models, tmp_path):
 
 def corrupt_adapter(root: Path) -> None:
     name = f"base_model.model.{MODULES[0]}.lora_B.weight"
-    edit_tensors(
-        root / "checkpoint" / "adapter_model.safetensors", lambda tensors: tensors.update({name: -tensors[name]})
-    )
+    edit_tensors(root / "checkpoint" / "adapter_model.safetensors", lambda tensors: tensors.update({name: -tensors[name]}))
 
 
 def corrupt_fused(root: Path) -> None:
@@ -367,7 +342,7 @@ def rename_module(tensors: dict[str, np.ndarray], name: str) -> None:
             r"adapter on model\.layers\.7\.mlp\.gate: .* no tensor",
         ),
         (lambda t: rename_module(t, "lm_head"), "adapter on lm_head: .*tied"),
-        (lambda t: rename_module(t, "model.layers.0.self_attn.k_proj"), r"changes \[32, 32\], .* has \[16, 32\]"),
+        (lambda t: rename_module(t, "model.layers.0.self_attn.k_proj"), r"changes \[64, 64\], .* has \[32, 64\]"),
         (lambda t: t.pop(f"base_model.model.{MODULES[0]}.lora_B.weight"), f"{MODULES[0]} has only one of"),
         (lambda t: t.update({"base_model.model.x.lora_magnitude_vector": np.ones(3, np.float32)}), "is no LoRA matrix"),
         (lambda t: t[f"base_model.model.{MODULES[0]}.lora_A.weight"].fill(np.nan), "not finite"),
@@ -457,7 +432,7 @@ def test_an_index_must_agree_with_the_files(models, tmp_path):
 
 
 def test_a_fingerprint_knows_a_model_wherever_it_lies_and_however_it_is_cut(models, tmp_path):
-    whole = make_model("qwen2", "bfloat16", tmp_path / "whole")
+    whole = models["whole qwen2"]
     copy = Path(shutil.copytree(models["qwen2"], tmp_path / "copy"))
     assert fingerprint(copy) == fingerprint(models["qwen2"]) == fingerprint(whole)
     assert len(weight_files(copy)) > len(weight_files(whole))

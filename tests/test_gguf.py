@@ -1,4 +1,4 @@
-"""SmolLM2 from its GGUF: the weights that transformers reads from it, the token ids that llama.cpp gives, and a model that answers."""
+"""SmolLM2 from its GGUF: the weights that transformers reads, the ids that llama.cpp gives, a model that answers."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from mlx_finetune.models.gguf import find_smollm2, gguf_to_hugging_face
 
 PROBE = "def greet(name):\n    print('Hello, ' + name)\n\nThe capital of France is"
 
-# Found with llama_cpp 0.3.36 (special=True) on the same file. transformers' own GGUF tokenizer differs on the last line.
+# Found with llama_cpp 0.3.36 (special=True) on the same file. transformers' GGUF tokenizer differs on the last line.
 LLAMA_CPP_IDS = {
     "def f(x):\n    return x + 1\n": [1604, 275, 24, 104, 727, 472, 1003, 1792, 1232, 216, 33, 198],
     "In 2026 there": [788, 216, 34, 32, 34, 38, 665],
@@ -122,9 +122,7 @@ def small_gguf(path: Path, architecture: str = "llama", pre: str = "smollm", ten
         ({"tensor": "rope_freqs.weight"}, r"rope_freqs\.weight"),
     ],
 )
-def test_what_is_not_read_is_refused_by_name_and_nothing_is_left(
-    given: dict[str, str], named: str, tmp_path: Path
-) -> None:
+def test_what_is_not_read_is_refused_by_name_and_nothing_is_left(given: dict[str, str], named: str, tmp_path: Path) -> None:
     gguf = small_gguf(tmp_path / "small.gguf", **given)
     with pytest.raises(UserError, match=named):
         gguf_to_hugging_face(gguf, tmp_path / "out")

@@ -131,9 +131,7 @@ def test_what_the_hub_does_not_give_is_one_line_with_a_remedy(name, message, hub
     assert resolve(name, tmp_path, hub).startswith(message)
 
 
-@pytest.mark.parametrize(
-    ("environment", "reason"), [({}, "no way to the Hub"), ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE")]
-)
+@pytest.mark.parametrize(("environment", "reason"), [({}, "no way to the Hub"), ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE")])
 def test_a_model_that_is_nowhere_is_one_line_without_a_network(environment, reason, tmp_path):
     line = resolve("org/model", tmp_path, "http://127.0.0.1:9", **environment)
     assert line.startswith("org/model: no such local folder, not in the Hub's cache") and reason in line

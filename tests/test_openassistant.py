@@ -82,9 +82,7 @@ def test_every_export_gives_the_best_paths_and_accounts_for_every_tree(name: str
 
 
 def test_the_lowest_rank_wins_and_no_rank_only_where_none_has_one(tmp_path: Path) -> None:
-    ranked = node(
-        "p1", node("a-none"), node("a-second", rank=1), node("a-best", node("p2"), rank=0), node("a-gone", rank=-1)
-    )
+    ranked = node("p1", node("a-none"), node("a-second", rank=1), node("a-best", node("p2"), rank=0), node("a-gone", rank=-1))
     ranked["replies"][3]["deleted"] = True
     unranked = node("p3", node("a-first", node("p4", node("a-last"))), node("a-other"))
     read = openassistant.read(write(tmp_path / "t.jsonl", tree(ranked), tree(unranked)))

@@ -10,7 +10,8 @@ import numpy as np
 VOCABULARY = 320
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SENTENCES = (
@@ -69,7 +70,8 @@ def make_tiny(
 ) -> Path:
     """Writes a random checkpoint of `model_type` to `folder`; `changes` are keys of its config.
 
-    Norms and biases are random too, so that a wrong reading of either shows. `style` "v4" writes config.json as transformers 4 did.
+    Norms and biases are random too, so that a wrong reading of either shows. Style "v4": config.json as transformers 4
+    wrote it.
     """
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM

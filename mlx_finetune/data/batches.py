@@ -1,5 +1,6 @@
 """Example, Batch, and which examples a step sees: a pure function of (lengths, seed, step)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,7 +42,7 @@ class Batch:
     @classmethod
     def of(cls, examples: Sequence[Example]) -> "Batch":
         """Pads to the longest, rounded up to `WIDTHS`; a causal model never sees the padding from a learned place."""
-        width = -(-max(len(e.tokens) - 1 for e in examples) // WIDTHS) * WIDTHS
+        width = math.ceil(max(len(e.tokens) - 1 for e in examples) / WIDTHS) * WIDTHS
         inputs, targets = np.zeros((2, len(examples), width), np.int32)
         weights = np.zeros((len(examples), width), np.float32)
         for row, e in enumerate(examples):
@@ -57,7 +58,7 @@ class Batch:
 
 def steps_per_epoch(examples: int, batch_size: int, accumulation: int) -> int:
     """Steps in which every example is seen once; the last ones may be smaller."""
-    return -(-(-(-examples // batch_size)) // accumulation)
+    return math.ceil(math.ceil(examples / batch_size) / accumulation)
 
 
 def examples_at(lengths: tuple[int, ...], batch_size: int, accumulation: int, seed: int, step: int) -> list[list[int]]:
@@ -68,7 +69,7 @@ def examples_at(lengths: tuple[int, ...], batch_size: int, accumulation: int, se
 
 @lru_cache(maxsize=2)
 def _epoch(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Neighbours in length share a micro-batch (little padding), with noise so that neighbours change; then micro-batches are shuffled."""
+    """Near in length share a micro-batch (little padding), with noise so that neighbours change; micro-batches are shuffled."""
     random = np.random.default_rng((seed, epoch))
     noisy = np.array(lengths, np.float64) * random.uniform(0.8, 1.25, len(lengths))
     order = np.argsort(noisy, kind="stable").tolist()

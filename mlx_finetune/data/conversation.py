@@ -51,9 +51,7 @@ class Conversation:
 
     def to_json(self) -> dict[str, Any]:
         """The line of a collected file; a weight stands there only where it is not 1."""
-        messages = [
-            {"role": m.role, "content": m.content} | ({} if m.weight == 1 else {"weight": m.weight}) for m in self.messages
-        ]
+        messages = [{"role": m.role, "content": m.content} | ({} if m.weight == 1 else {"weight": m.weight}) for m in self.messages]
         return {
             "id": self.id,
             "source": self.source,

@@ -1,7 +1,7 @@
 """Dataset: the folder that `prepare` makes. Tokens lie in Arrow files, opened memory-mapped through `datasets`."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class Dataset:
         return batches
 
 
-def write_dataset(folder: Path, splits: dict[str, Iterable[Example]], info: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def write_dataset(folder: Path, splits: Mapping[str, Iterable[Example]], info: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Writes the Arrow files and `dataset.json` into `folder`; `info` is asked once the examples are through."""
     digest, sizes, counts = hashlib.sha256(), {}, {}
     for split in SPLITS:
@@ -110,9 +110,10 @@ def _write_examples(path: Path, examples: Iterable[Example], digest: Any) -> int
 
     columns = {"length": Value("int32"), "learned": Value("float64"), "source": Value("string"), "conversation": Value("string")}
     lists = {"turns": List(Value("int32")), "tokens": List(Value("int32")), "weights": List(Value("float32"))}
-    count = 0
+    count = 0  # stays 0 where there are none
     with ArrowWriter(features=Features(columns | lists), path=str(path)) as writer:
-        for count, e in enumerate(examples, 1):
+        for e in examples:
+            count += 1
             digest.update(path.name.encode() + e.tokens.tobytes() + e.weights.tobytes())
             learned = float(e.weights.sum(dtype=np.float64))
             row = {"length": len(e.tokens), "learned": learned, "source": e.source, "conversation": e.conversation}

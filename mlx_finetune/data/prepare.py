@@ -87,11 +87,14 @@ def prepare(
             finished += 1
             advance(finished, len(conversations))
 
-    with atomic_folder(out) as folder:
-        with atomic_file(folder / "train.jsonl") as train, atomic_file(folder / "valid.jsonl") as valid:
-            info = {"max_length": config.max_length, "tokenizer": template.fingerprint, **origin}
-            splits = {"train": examples("train", train), "valid": examples("valid", valid)}
-            return write_dataset(folder, splits, lambda: info | _result(tallies, members, held_out))
+    info = {"max_length": config.max_length, "tokenizer": template.fingerprint, **origin}
+    with (
+        atomic_folder(out) as folder,
+        atomic_file(folder / "train.jsonl") as train,
+        atomic_file(folder / "valid.jsonl") as valid,
+    ):
+        splits = {"train": examples("train", train), "valid": examples("valid", valid)}
+        return write_dataset(folder, splits, lambda: info | _result(tallies, members, held_out))
 
 
 def _encoded(conversation: Conversation, template: ChatTemplate, max_length: int, tally: Tally) -> Iterator[tuple[Window, Encoded]]:
@@ -144,4 +147,9 @@ def _result(tallies: dict[str, Tally], members: dict[str, list[Conversation]], h
         reasons = "; ".join(lost) or "no assistant turn"
         raise UserError(f"no conversation left to learn from: {reasons}", hint="collect more, or a larger max_length")
     titles = sorted({str(c.meta.get("name", c.group)) for c in members["valid"]})
-    return {"train": train.to_json(), "valid": tallies["valid"].to_json(), "held_out_groups": sorted(held_out), "held_out": titles}
+    return {
+        "train": train.to_json(),
+        "valid": tallies["valid"].to_json(),
+        "held_out_groups": sorted(held_out),
+        "held_out": titles,
+    }

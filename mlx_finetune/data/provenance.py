@@ -1,7 +1,8 @@
 """Which characters of a rendered chat came from which message, proven and never guessed.
 
-Every ASCII letter, digit and harmless sign of message k is moved to a private-use code point that carries k. One more render with the moved text
-then names the owner of each character, and undoing the move must give the real render back: proof that the template did not look at the letters.
+Every ASCII letter, digit and harmless sign of message k is moved to a private-use code point that carries k. One more render
+with the moved text then names the owner of each character, and undoing the move must give the real render back: proof that the
+template did not look at the letters.
 """
 
 import re

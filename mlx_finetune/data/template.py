@@ -1,6 +1,7 @@
 """The model's own chat template and tokenizer: a conversation becomes tokens, and each learned token is known by its place."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -173,7 +174,7 @@ class ChatTemplate:
     @cached_property
     def _overhead(self) -> int:
         """Tokens that the template adds to a message, rounded up."""
-        return -(-len(self.encode(PROBE).tokens) // len(PROBE)) + 1
+        return math.ceil(len(self.encode(PROBE).tokens) / len(PROBE)) + 1
 
 
 def _arrays(encodings: Sequence[tuple[Any, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

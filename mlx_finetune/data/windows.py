@@ -34,8 +34,9 @@ class Windows:
 def cut(conversation: Conversation, count: Count, max_length: int) -> Windows:
     """Windows of at most `max_length` tokens by `count`, each ending on a learned turn.
 
-    A conversation that fits is one window, untouched. Else every window begins with the system prompt (shortened where it takes more than
-    three quarters), goes on with up to a quarter of earlier messages that are only read, and long tool output keeps its head and its tail.
+    A conversation that fits is one window, untouched. Else every window begins with the system prompt (shortened where it takes
+    more than three quarters), goes on with up to a quarter of earlier messages that are only read, and long tool output keeps
+    its head and its tail.
     """
     messages = conversation.messages
     turns = tuple(i for i, message in enumerate(messages) if message.role == "assistant" and message.weight > 0)
@@ -110,8 +111,8 @@ def shorten(message: Message, count: Count, limit: int) -> Message:
         cut_lines = len(lines) - len(head) - len(tail)
         text = f"{''.join(head)}… {cut_lines} lines cut …\n{''.join(tail)}"
         if not head and not tail:
-            dropped = len(message.content) - characters
-            text = f"{message.content[: characters // 2]}… {dropped} characters cut …{message.content[len(message.content) - characters // 2 :]}"
+            half, length = characters // 2, len(message.content)
+            text = f"{message.content[:half]}… {length - 2 * half} characters cut …{message.content[length - half :]}"
         short = replace(message, content=text)
         if count(short) <= limit or characters == 0:
             return short

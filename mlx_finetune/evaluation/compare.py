@@ -43,7 +43,9 @@ def find_checkpoint(run: Path, name: str) -> Path:
         if (folder / "progress.json").is_file():
             return folder.resolve()
     there = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
-    raise UserError(f"{run}: no checkpoint {name!r}", hint=f"there are {', '.join(there)}" if there else "train has not saved one yet")
+    raise UserError(
+        f"{run}: no checkpoint {name!r}", hint=f"there are {', '.join(there)}" if there else "train has not saved one yet"
+    )
 
 
 def open_run(run: Path, checkpoint: str, engine: str) -> tuple[RunConfig, Path, Dataset, Path]:

@@ -9,7 +9,7 @@ SMOOTHING = 0.9
 
 
 def draw_loss(run: Path) -> Path | None:
-    """Draws `loss.png` from `metrics.jsonl`: training loss, its running mean weighted by token, held-out loss. None without matplotlib."""
+    """Draws `loss.png` from `metrics.jsonl`: training loss, its running mean by token, held-out loss. None without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
     from matplotlib.figure import Figure
@@ -26,7 +26,9 @@ def draw_loss(run: Path) -> Path | None:
         losses = [row["loss"] for row in valid]
         axes.plot([row["step"] for row in valid], losses, "o-", color="#c8501e", linewidth=1.8, label="held out")
         for row in (valid[0], valid[-1]):
-            axes.annotate(f"{row['loss']:.3f}", (row["step"], row["loss"]), xytext=(6, 6), textcoords="offset points", color="#c8501e")
+            axes.annotate(
+                f"{row['loss']:.3f}", (row["step"], row["loss"]), xytext=(6, 6), textcoords="offset points", color="#c8501e"
+            )
     axes.set(xlabel="step", ylabel="loss (nats a learned token)", title=run.resolve().name)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

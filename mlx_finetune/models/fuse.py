@@ -100,9 +100,7 @@ def fuse_into(model: Path, checkpoint: Path, folder: Path, progress: Progress | 
         advance(location.end - location.start)
     if changed == 0:
         dtypes = ", ".join(sorted({location.dtype for location in targets.values()}))
-        raise UserError(
-            f"{checkpoint}: the adapter changes no weight at the precision of {dtypes}", hint="train longer"
-        )
+        raise UserError(f"{checkpoint}: the adapter changes no weight at the precision of {dtypes}", hint="train longer")
     return Fused(len(targets), tuple(sorted({location.dtype for location in targets.values()})), copied)
 
 
@@ -118,9 +116,7 @@ def read_adapter(checkpoint: Path) -> Adapter:
     for name, location in file_headers(path).items():
         side = next((side for side in sides if name.endswith(side)), None)
         if side is None or not name.startswith(PREFIX):
-            raise UserError(
-                f"{path}: tensor {name} is no LoRA matrix of a linear layer", hint="only plain LoRA can be fused"
-            )
+            raise UserError(f"{path}: tensor {name} is no LoRA matrix of a linear layer", hint="only plain LoRA can be fused")
         sides[side][name.removeprefix(PREFIX).removesuffix(side)] = location
     unpaired = sorted(sides[LORA_A].keys() ^ sides[LORA_B].keys())
     if unpaired or not sides[LORA_A]:
@@ -129,9 +125,7 @@ def read_adapter(checkpoint: Path) -> Adapter:
     pairs = {module: (a, sides[LORA_B][module]) for module, a in sides[LORA_A].items()}
     for module, (a, b) in pairs.items():
         if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
-            raise UserError(
-                f"{path}: {module}: A {list(a.shape)} and B {list(b.shape)} are not [{rank}, in] and [out, {rank}]"
-            )
+            raise UserError(f"{path}: {module}: A {list(a.shape)} and B {list(b.shape)} are not [{rank}, in] and [out, {rank}]")
         for location in (a, b):
             if location.dtype not in ITEM_BYTES:
                 raise UserError(f"{path}: {module}: dtype {location.dtype} is not one of {', '.join(ITEM_BYTES)}")
@@ -146,21 +140,15 @@ def base_weights(model: Path, adapter: Adapter) -> dict[str, TensorLocation]:
     """
     config = read_json(model / "config.json")
     if not isinstance(config, dict) or "quantization_config" in config or "quantization" in config:
-        raise UserError(
-            f"{model}: quantised weights cannot take an adapter", hint="fuse into the original, unquantised model"
-        )
+        raise UserError(f"{model}: quantised weights cannot take an adapter", hint="fuse into the original, unquantised model")
     headers = tensor_headers(model)
     found: dict[str, TensorLocation] = {}
     for module, (a, b) in adapter.pairs.items():
         location = headers.get(f"{module}.weight")
         if module.rpartition(".")[2] in TIED:
-            raise UserError(
-                f"adapter on {module}: its weight may be tied to another; fusing would part them", hint="leave it out"
-            )
+            raise UserError(f"adapter on {module}: its weight may be tied to another; fusing would part them", hint="leave it out")
         if location is None:
-            raise UserError(
-                f"adapter on {module}: {model} has no tensor {module}.weight", hint="give the model it was trained on"
-            )
+            raise UserError(f"adapter on {module}: {model} has no tensor {module}.weight", hint="give the model it was trained on")
         if location.shape != (b.shape[0], a.shape[1]):
             shapes = f"the adapter changes {[b.shape[0], a.shape[1]]}, {model} has {list(location.shape)}"
             raise UserError(f"adapter on {module}: {shapes}", hint="give the model it was trained on")
@@ -246,9 +234,7 @@ def _add(file: IO[bytes], start: int, change: np.ndarray, dtype: str, module: st
     before = file.read(change.size * ITEM_BYTES[dtype])
     after = from_float32(to_float32(before, dtype) + change.reshape(-1), dtype)
     if not np.isfinite(to_float32(after, dtype)).all():
-        raise UserError(
-            f"{module}.weight: the sum has numbers that {dtype} cannot hold", hint="take an earlier checkpoint"
-        )
+        raise UserError(f"{module}.weight: the sum has numbers that {dtype} cannot hold", hint="take an earlier checkpoint")
     file.seek(start)
     file.write(after)
     item = f"<u{ITEM_BYTES[dtype]}"

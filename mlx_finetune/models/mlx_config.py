@@ -1,7 +1,7 @@
 """What config.json means to transformers, told to mlx-lm: pure functions from dict to dict.
 
 transformers 5 moved RoPE's settings into `rope_parameters` and layer patterns into `layer_types`. mlx-lm 0.32.2 reads the
-older keys and takes its own default, without a word, where they are missing (facts: convert_export.md, 0).
+older keys and, where they are missing, takes its own default without a word.
 """
 
 import math
@@ -20,7 +20,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True)
 class Architecture:
-    """How mlx-lm's class for one `model_type` differs from transformers'; the defaults are transformers' where the file is silent."""
+    """One `model_type`: how mlx-lm's class differs, and what transformers assumes where the file is silent."""
 
     scalings: frozenset[str] = frozenset()  # kinds of RoPE scaling that both compute alike
     rope_theta: float = 10_000.0
@@ -42,9 +42,7 @@ PROVEN: Mapping[str, Architecture] = {
     "gemma2": Architecture(
         tied=True, activation=GELU, sliding_window=4096, window_ignored=True, defaults={"query_pre_attn_scalar": 256}
     ),
-    "gemma3_text": Architecture(
-        SCALINGS, rope_theta=1_000_000.0, tied=True, activation=GELU, sliding_window=4096, pattern=6
-    ),
+    "gemma3_text": Architecture(SCALINGS, rope_theta=1_000_000.0, tied=True, activation=GELU, sliding_window=4096, pattern=6),
     "glm4": Architecture(defaults={"partial_rotary_factor": 0.5}),
     "granite": Architecture(SCALINGS),
     "hunyuan_v1_dense": Architecture(frozenset({"dynamic"})),
@@ -80,7 +78,7 @@ WINDOW_BY_LAYER = ("gemma2", "qwen2", "qwen3", "smollm3")  # `layer_types`; mist
 
 
 def mlx_overlay(config: Config) -> dict[str, Any]:
-    """Keys to lay over a supported `config` so that mlx-lm 0.32.2 computes what transformers computes from the file as it is."""
+    """Keys to lay over a supported `config` so that mlx-lm 0.32.2 computes what transformers computes without them."""
     model_type = config["model_type"]
     full, sliding = _rope(config)
     overlay: dict[str, Any] = {
@@ -101,7 +99,7 @@ def mlx_overlay(config: Config) -> dict[str, Any]:
 
 def check_supported(config: Config) -> None:
     """Raises UserError, by name, for what mlx-lm would refuse or would compute otherwise than transformers."""
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in PROVEN:
         _refuse(f"architecture {model_type!r} (MLX: {', '.join(sorted(PROVEN))})")
     _check_quantisation(config)
@@ -115,7 +113,7 @@ def check_supported(config: Config) -> None:
 
 
 def max_exact_length(config: Config) -> int | None:
-    """The longest sequence, in tokens, for which mlx-lm equals transformers: its class may ignore `sliding_window`. None: any."""
+    """The longest sequence, in tokens, for which mlx-lm equals transformers, as it may ignore `sliding_window`; None: any."""
     if not PROVEN[config["model_type"]].window_ignored:
         return None
     if config["model_type"] in WINDOW_IS_OPTIONAL and not config.get("use_sliding_window"):
@@ -168,7 +166,7 @@ def _tied(config: Config) -> bool:
 
 
 def _rope(config: Config) -> tuple[Rope, Rope]:
-    """RoPE's settings of layers with full and with sliding attention, by transformers' rules for files of versions 4 and 5."""
+    """RoPE in layers of full and of sliding attention, by transformers' rules for files of versions 4 and 5."""
     model_type = config["model_type"]
     theta = config.get("rope_theta") or PROVEN[model_type].rope_theta
     local_theta = (config.get("rope_local_base_freq") or 10_000.0) if model_type == "gemma3_text" else theta

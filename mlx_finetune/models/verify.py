@@ -13,8 +13,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mlx_finetune.files import atomic_folder
-from mlx_finetune.models.fuse import Fused, Progress, base_weights, fuse_into, read_adapter, read_factors
+from mlx_finetune.files import atomic_folder, read_json
+from mlx_finetune.models.fuse import (
+    CONFIG,
+    LORA_A,
+    LORA_B,
+    PREFIX,
+    TENSORS,
+    Fused,
+    Progress,
+    base_weights,
+    fuse_into,
+    read_adapter,
+)
 from mlx_finetune.models.weights import tensor_headers
 
 Backend = Literal["transformers", "mlx"]
@@ -198,9 +209,7 @@ def _load_transformers(folder: Path) -> tuple[Any, dict[str, set[str]]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model, keys = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-    )
+    model, keys = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
     return model.eval(), {kind: {str(name) for name in names} for kind, names in keys.items()}
 
 
@@ -221,9 +230,7 @@ def _round_torch(model: Any, stored: dict[str, str]) -> None:
         weight.copy_(weight.to({"BF16": torch.bfloat16, "F16": torch.float16}[dtype]))
 
 
-def _in_mlx(
-    model: Path, checkpoint: Path, fused: Path, tokens: Sequence[Sequence[int]], stored: dict[str, str]
-) -> Distances:
+def _in_mlx(model: Path, checkpoint: Path, fused: Path, tokens: Sequence[Sequence[int]], stored: dict[str, str]) -> Distances:
     from mlx_finetune.engines.mlx.load import load_model
 
     network = load_model(model, "float32")
@@ -255,16 +262,18 @@ def _mlx_logits(network: Any, tokens: Sequence[Sequence[int]]) -> Iterator[np.nd
 
 
 def _add_to_mlx(network: Any, checkpoint: Path) -> None:
-    """Adds scale * B @ A to the loaded float32 weights."""
+    """Adds scale * B @ A to the loaded float32 weights; MLX reads the checkpoint, lest `fuse` be proven by itself."""
     import mlx.core as mx
 
-    adapter = read_adapter(checkpoint)
+    config = read_json(checkpoint / CONFIG)
+    scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
+    tensors = {name: np.array(value.astype(mx.float32)) for name, value in mx.load(str(checkpoint / TENSORS)).items()}
     modules = dict(network.named_modules())
-    for module in adapter.pairs:
+    for module in (name.removeprefix(PREFIX).removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)):
         if module not in modules:
             raise VerificationError(f"{module}: MLX has no module of this name to add the adapter to")
-        a, b = read_factors(adapter, module)
-        modules[module].weight = modules[module].weight + mx.array(b @ a)
+        change = scale * (tensors[PREFIX + module + LORA_B] @ tensors[PREFIX + module + LORA_A])
+        modules[module].weight = modules[module].weight + mx.array(change, mx.float32)
         mx.eval(modules[module].weight)
 
 

@@ -62,9 +62,7 @@ def tensor_headers(folder: Path) -> dict[str, TensorLocation]:
     for file in weight_files(folder):
         for name, location in file_headers(file).items():
             if name in tensors:
-                raise UserError(
-                    f"{folder}: tensor {name} is both in {tensors[name].file.name} and in {file.name}", hint=REDOWNLOAD
-                )
+                raise UserError(f"{folder}: tensor {name} is both in {tensors[name].file.name} and in {file.name}", hint=REDOWNLOAD)
             tensors[name] = location
     for name, file_name in index.items():
         if name not in tensors or tensors[name].file.name != file_name:
@@ -82,24 +80,16 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     if names:
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise UserError(
-                f"{folder / INDEX}: names {missing[0]}, which is not there", hint="download the missing file"
-            )
+            raise UserError(f"{folder / INDEX}: names {missing[0]}, which is not there", hint="download the missing file")
         # transformers would read model.safetensors and mlx-lm both of them
         if SINGLE not in names and (folder / SINGLE).is_file():
-            raise UserError(
-                f"{folder}: {SINGLE} and an index of other files: which is the model?", hint="move one of them away"
-            )
+            raise UserError(f"{folder}: {SINGLE} and an index of other files: which is the model?", hint="move one of them away")
         return tuple(folder / name for name in names)
     if (folder / SINGLE).is_file():
         return (folder / SINGLE,)
-    found = tuple(
-        sorted(path for path in folder.glob("*.safetensors") if path.is_file() and not path.name.startswith("."))
-    )
+    found = tuple(sorted(path for path in folder.glob("*.safetensors") if path.is_file() and not path.name.startswith(".")))
     if not found:
-        raise UserError(
-            f"{folder}: no *.safetensors", hint="use a Hugging Face model folder with weights in safetensors"
-        )
+        raise UserError(f"{folder}: no *.safetensors", hint="use a Hugging Face model folder with weights in safetensors")
     return found
 
 
@@ -120,9 +110,7 @@ def file_headers(file: Path) -> dict[str, TensorLocation]:
     position = data_start
     for name, location in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if location.start != position:
-            raise UserError(
-                f"{file}: tensor {name} starts at byte {location.start}, not at {position}", hint=REDOWNLOAD
-            )
+            raise UserError(f"{file}: tensor {name} starts at byte {location.start}, not at {position}", hint=REDOWNLOAD)
         position = location.end
     if position != size:
         raise UserError(f"{file}: {size} bytes, the header promises {position}", hint=REDOWNLOAD)
@@ -174,7 +162,8 @@ def from_float32(values: np.ndarray, dtype: str) -> bytes:
         # numpy has no bfloat16: it is the upper half of a float32, so the lower half is rounded into it
         bits = np.ascontiguousarray(values, "<f4").view("<u4")
         rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype("<u2")
-        return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).astype("<u2").tobytes()
+        rounded[np.isnan(values)] = 0x7FC0
+        return rounded.tobytes()
     with np.errstate(over="ignore"):
         return values.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
 

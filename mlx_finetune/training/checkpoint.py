@@ -113,6 +113,11 @@ def _progress(step: int, engine: Engine, config: RunConfig, origin: Origin) -> d
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {"step": step, "seed": config.seed, **vars(origin), "engine": engine.name, "versions": versions, "config": config.to_dict()}
-
-
+    return {
+        "step": step,
+        "seed": config.seed,
+        **vars(origin),
+        "engine": engine.name,
+        "versions": versions,
+        "config": config.to_dict(),
+    }

@@ -57,7 +57,9 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
             rate, batches = learning_rate(done, steps, config), dataset.batches_at(done, config)
             result = engine.step(batches, rate, config.seed + done)
             if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-                raise UserError(f"step {done + 1}: loss {result.loss}, gradient {result.grad_norm}", hint="use a lower learning_rate")
+                raise UserError(
+                    f"step {done + 1}: loss {result.loss}, gradient {result.grad_norm}", hint="use a lower learning_rate"
+                )
             done, spent = done + 1, spent + time.perf_counter() - began
             learned, seen = learned + result.tokens, seen + sum(batch.inputs.size for batch in batches)
             metrics.train(done, result, rate, time.perf_counter() - began)

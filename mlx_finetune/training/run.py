@@ -81,7 +81,10 @@ def _plan(config: RunConfig, run: Path, checkpoint: Path | None) -> Plan:
     origin = Origin(data=dataset.id, model=fingerprint(model))
     if checkpoint:
         check_origin(checkpoint, read_json(checkpoint / "progress.json"), origin)
-    places = {"model": config.model if not Path(config.model).is_dir() else str(model.resolve()), "data": str(Path(config.data).resolve())}
+    places = {
+        "model": config.model if not Path(config.model).is_dir() else str(model.resolve()),
+        "data": str(Path(config.data).resolve()),
+    }
     config = config.model_copy(update=places | {"out": str(run.resolve())})
     return Plan(config, model, dataset, origin, run, checkpoint, total_steps(dataset, config))
 

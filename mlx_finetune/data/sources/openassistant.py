@@ -105,9 +105,7 @@ def _check(root: Node, place: str) -> None:
             raise UserError(f"{place}: message {name!r} has no message_id or no text", hint=TREES_HINT)
         if node.get("role") not in ROLES:
             known = ", ".join(ROLES)
-            raise UserError(
-                f"{place}: message {name}: role {node.get('role')!r:.40} is not one of {known}", hint=TREES_HINT
-            )
+            raise UserError(f"{place}: message {name}: role {node.get('role')!r:.40} is not one of {known}", hint=TREES_HINT)
         if not isinstance(node.get("replies") or [], list) or not isinstance(node.get("rank") or 0, int):
             raise UserError(f"{place}: message {name}: replies is not a list or rank not a number", hint=TREES_HINT)
         nodes.extend(_replies(node))

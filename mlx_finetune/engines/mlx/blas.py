@@ -1,12 +1,12 @@
 """A faster BLAS in front of the one that MLX's Linux wheel brings.
 
-On Linux without a GPU, MLX multiplies float32 matrices with `cblas_sgemm` of the reference BLAS in its wheel: 2 to 7 GFLOP/s.
-That function does no arithmetic itself: it calls Fortran's `sgemm_`, and the dynamic linker looks for that name first among the
-libraries loaded with RTLD_GLOBAL. A faster library loaded that way *before* MLX (its names are bound when it is loaded) is
-therefore the one that computes, 20 to 40 times faster, with no change to MLX.
+On Linux without a GPU, MLX multiplies float32 matrices with `cblas_sgemm` of the reference BLAS in its wheel: 2 to 7
+GFLOP/s. That function does no arithmetic itself: it calls Fortran's `sgemm_`, and the dynamic linker looks for that name
+first among the libraries loaded with RTLD_GLOBAL. A faster library loaded that way *before* MLX (whose names are bound
+once, as it is loaded) therefore computes in its place, 20 to 40 times faster, and MLX is left as it is.
 
-PyTorch's CPU library exports the `sgemm_` of the MKL inside it, so a machine with the torch extra needs nothing else; only that
-one library is loaded (0.2 s), torch is not imported. On macOS MLX uses Metal and Accelerate, and there is nothing to do.
+PyTorch's CPU library exports the `sgemm_` of the MKL inside it, so a machine with the torch extra needs nothing else;
+that one library is loaded (0.2 s), torch is not imported. On macOS MLX has Metal and Accelerate: nothing to do.
 """
 
 import ctypes
@@ -22,9 +22,9 @@ VARIABLE = "MLX_FINETUNE_BLAS"
 
 
 def preload_fast_blas() -> str | None:
-    """Loads the first of $MLX_FINETUNE_BLAS, the system's OpenBLAS and torch's MKL; returns which, or None: MLX keeps its own.
+    """Loads the first of $MLX_FINETUNE_BLAS, the system's OpenBLAS and torch's MKL; returns which.
 
-    None as well where MLX is loaded already: its results are the same, only slower.
+    None: MLX keeps its own. So it does where it is loaded already; that is slower, not wrong.
 
     Raises:
         UserError: $MLX_FINETUNE_BLAS names a file that cannot be loaded or is no BLAS.
@@ -47,13 +47,9 @@ def _load_chosen(path: str) -> str:
     try:
         library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
-        raise UserError(
-            f"${VARIABLE}: {error}", hint=f"unset {VARIABLE}, or give the path of a BLAS library"
-        ) from error
+        raise UserError(f"${VARIABLE}: {error}", hint=f"unset {VARIABLE}, or give the path of a BLAS library") from error
     if not hasattr(library, "sgemm_"):
-        raise UserError(
-            f"${VARIABLE}: {path} has no sgemm_", hint="give the path of a BLAS library such as libopenblas.so.0"
-        )
+        raise UserError(f"${VARIABLE}: {path} has no sgemm_", hint="give the path of a BLAS library such as libopenblas.so.0")
     return path
 
 

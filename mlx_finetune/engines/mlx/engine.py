@@ -47,7 +47,7 @@ class MlxEngine:
         self.config = config
         self.on_gpu = mx.default_device() == mx.Device(mx.gpu)
         self.device = "Metal" if self.on_gpu else "cpu"
-        dtype = config.dtype if config.dtype != "auto" else "stored" if self.on_gpu else "float32"
+        dtype = config.dtype if config.dtype != "auto" else None if self.on_gpu else "float32"
         self.model = load_model(model, dtype)
         self.model.freeze()
         linears = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Linear | nn.QuantizedLinear)}
@@ -69,16 +69,16 @@ class MlxEngine:
             part, fresh = self._value_and_grad(*_arrays(batch), 1 / total)
             gradient = {name: gradient[name] + value for name, value in tree_flatten(fresh)}
             mx.eval(part, gradient)
-            loss += part.item()
+            loss += float(part.item())
         self.model.eval()
-        norm = mx.sqrt(sum(mx.square(g).sum() for g in gradient.values())).item()
+        norm = float(mx.sqrt(mx.stack([mx.square(g).sum() for g in gradient.values()]).sum()).item())
         if norm < float("inf"):
             self._update(gradient, min(1.0, self.config.max_grad_norm / (norm + 1e-6)), learning_rate)
         return StepResult(loss, sum(int((batch.weights > 0).sum()) for batch in micro_batches), norm)
 
     def loss_sum(self, batch: Batch) -> float:
         """See `Engine.loss_sum`."""
-        return self._loss(*_arrays(batch), 1.0).item()
+        return float(self._loss(*_arrays(batch), 1.0).item())
 
     def generate(self, prompt: Sequence[int], limit: int, stop: frozenset[int]) -> Iterator[int]:
         """See `Engine.generate`."""

@@ -14,10 +14,10 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def load_model(folder: Path, dtype: str) -> nn.Module:
-    """The model, evaluated, its floating parameters in `dtype` ("float32", "bfloat16" or "float16"); quantised layers stay as they are.
+    """The evaluated model, its floating parameters in `dtype` (a key of DTYPES); quantised layers stay as they are.
 
     Raises:
-        UserError: no config or weights, an architecture that is not proven, or weights that are damaged or of another model.
+        UserError: no config or weights, an architecture that is not proven, damaged weights, or those of another model.
     """
     config = read_json(folder / "config.json")
     check_supported(config)

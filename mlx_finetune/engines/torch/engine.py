@@ -144,8 +144,12 @@ def _load(folder: Path, dtype: str, device: str) -> torch.nn.Module:
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{folder}: transformers cannot load this model: {reason}", hint="see that the folder is complete") from error
+        raise UserError(
+            f"{folder}: transformers cannot load this model: {reason}", hint="see that the folder is complete"
+        ) from error
     if found["missing_keys"] or found["unexpected_keys"]:
         keys = sorted(found["missing_keys"])[:2] + sorted(found["unexpected_keys"])[:2]
-        raise UserError(f"{folder}: weights do not fit the model: {', '.join(map(str, keys))}", hint="see that the folder is complete")
+        raise UserError(
+            f"{folder}: weights do not fit the model: {', '.join(map(str, keys))}", hint="see that the folder is complete"
+        )
     return model.to(device).requires_grad_(False).eval()
