@@ -14,7 +14,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.models.mlx_config import PROVEN, check_supported, max_exact_length, mlx_overlay
 
 RELATIVE = 1e-4  # float32, random weights, four layers: 1e-6 to 1e-5 is usual; a wrong setting gives 1e-1
-SCALING: Mapping[str, Mapping[str, Any]] = {
+SCALING: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "llama3": {
         "rope_type": "llama3",
@@ -92,6 +92,25 @@ def test_scaled_rope_equals_that_of_transformers(model_type: str, kind: str, tmp
         assert difference(tmp_path / "v5", length=200) < RELATIVE
 
 
+@pytest.mark.parametrize(
+    ("model_type", "option"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+        ("mistral", {"head_dim": 32}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("cohere2", {"attention_bias": True}),
+        ("ernie4_5", {"tie_word_embeddings": False, "use_bias": True}),
+        ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+        ("glm4", {"attention_bias": True}),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}),
+        ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
+    ],
+)
+def test_options_of_an_architecture_equal_those_of_transformers(model_type: str, option: dict[str, Any], tmp_path: Path) -> None:
+    make_tiny(model_type, tmp_path / "model", tokenizer=False, changes=rope(model_type) | option)
+    assert difference(tmp_path / "model") < RELATIVE
+
+
 @pytest.mark.parametrize("model_type", WINDOWED)
 def test_within_the_window_that_mlx_ignores_logits_are_exact_and_beyond_they_are_not(model_type: str, tmp_path: Path) -> None:
     changes = {"sliding_window": 8}
@@ -137,6 +156,8 @@ LLAMA = {"model_type": "llama", **SIZES}
     [
         ({"model_type": "mamba2"}, "mamba2"),
         ({}, "None"),
+        ({"model_type": "exaone4"}, "no hidden_size"),
+        (LLAMA | {"model_type": "gemma2", "attn_logit_softcapping": None}, "gemma2 without attn_logit_softcapping"),
         (LLAMA | {"hidden_act": "gelu"}, "gelu"),
         (LLAMA | {"model_file": "custom.py"}, "custom.py"),
         (LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"gptq.*not supported yet"),

@@ -1,4 +1,4 @@
-"""The BLAS in front of MLX's: loaded before it, faster, and right. Each case is a process, since loading is for good."""
+"""The BLAS in front of MLX's: loaded before it, faster, and right. Each case is a process: loading is for good."""
 
 import os
 import subprocess

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import make_tiny
 
 from mlx_finetune.errors import UserError
-from mlx_finetune.models.fuse import fuse
-from mlx_finetune.models.verify import VerificationError, fuse_and_verify, verify
+from mlx_finetune.export.fuse import fuse
+from mlx_finetune.export.verify import VerificationError, fuse_and_verify, verify
 from mlx_finetune.models.weights import (
     INDEX,
     file_headers,
@@ -258,7 +258,7 @@ def test_without_torch_the_proof_is_made_in_mlx(kind, models, tmp_path):
     checkpoint = make_adapter(models[kind], tmp_path / "checkpoint")
     program = (
         "import sys; sys.modules['torch'] = sys.modules['peft'] = None\n"  # as on a machine without them
-        "from pathlib import Path; from mlx_finetune.models.verify import fuse_and_verify, verify\n"
+        "from pathlib import Path; from mlx_finetune.export.verify import fuse_and_verify, verify\n"
         "model, checkpoint, out = (Path(argument) for argument in sys.argv[1:])\n"
         f"texts = {TEXTS!r}\n"
         "fused, verified = fuse_and_verify(model, checkpoint, out, texts)\n"

@@ -21,7 +21,7 @@ SENTENCES = (
     "In 2026 the user said: thank you, that is the answer that I wanted.",
 )
 
-SIZES: Mapping[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -34,7 +34,7 @@ SIZES: Mapping[str, Any] = {
     "pad_token_id": 0,
 }
 HEADS = {"head_dim": 16}
-# The last sequences of a test are longer than this, so that windows show.
+# Shorter than the tests' sequences, so that windows show.
 WINDOW = {"sliding_window": 8}
 PARTICULAR: Mapping[str, Mapping[str, Any]] = {
     "cohere2": WINDOW,
@@ -127,7 +127,7 @@ def tiny_tokenizer() -> Any:
 
 
 def rewrite_as_v4(path: Path) -> None:
-    """The same model in the words of transformers 4: flat RoPE keys, `torch_dtype`, a pattern in place of `layer_types`."""
+    """The same model in the words of transformers 4: flat RoPE keys, `torch_dtype`, a pattern for `layer_types`."""
     config = json.loads(path.read_text(encoding="utf-8"))
     model_type = config["model_type"]
     config["torch_dtype"] = config.pop("dtype")

@@ -1,7 +1,7 @@
 """What config.json means to transformers, told to mlx-lm: pure functions from dict to dict.
 
-transformers 5 moved RoPE's settings into `rope_parameters` and layer patterns into `layer_types`. mlx-lm 0.32.2 reads the
-older keys and, where they are missing, takes its own default without a word.
+transformers 5 moved RoPE's settings into `rope_parameters` and layer patterns into `layer_types`. mlx-lm 0.32.2 reads
+the older keys and, where they are missing, takes its own default without a word.
 """
 
 import math
@@ -69,7 +69,8 @@ NOT_SCALING = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_fact
 
 # Settings that mlx-lm does not read; it computes as if they were absent.
 NOT_READ = ("use_bidirectional_attention", "model_file")
-GEMMA3_NOT_READ = ("final_logit_softcapping", "attn_logit_softcapping")
+SOFTCAPS = ("final_logit_softcapping", "attn_logit_softcapping")  # gemma3_text: not read; gemma2: not to be switched off
+NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers")
 
 LLAMA_CLASS = ("llama", "mistral", "smollm3")  # transformers' llama has no windows; mlx-lm's would apply `layer_types`
 SCALED_WHERE_FULL = ("gemma3_text", "olmo3")  # version 4 scaled RoPE in layers of full attention only
@@ -113,7 +114,7 @@ def check_supported(config: Config) -> None:
 
 
 def max_exact_length(config: Config) -> int | None:
-    """The longest sequence, in tokens, for which mlx-lm equals transformers, as it may ignore `sliding_window`; None: any."""
+    """The longest sequence, in tokens, for which MLX equals transformers: `sliding_window` where mlx-lm ignores it. None: any."""
     if not PROVEN[config["model_type"]].window_ignored:
         return None
     if config["model_type"] in WINDOW_IS_OPTIONAL and not config.get("use_sliding_window"):
@@ -136,12 +137,18 @@ def _check_quantisation(config: Config) -> None:
 
 def _check_settings(config: Config) -> None:
     model_type = config["model_type"]
+    for key in NEEDED:
+        if config.get(key) is None:
+            raise UserError(f"config.json has no {key}")
     key, expected = PROVEN[model_type].activation
     if (config.get(key) or expected) != expected:
         _refuse(f"{model_type} with {key} {config[key]!r}")
-    for key in NOT_READ + (GEMMA3_NOT_READ if model_type == "gemma3_text" else ()):
+    for key in NOT_READ + (SOFTCAPS if model_type == "gemma3_text" else ()):
         if config.get(key):
             _refuse(f"{key} {config[key]!r}")
+    for key in SOFTCAPS if model_type == "gemma2" else ():
+        if not config.get(key, 1.0):
+            _refuse(f"gemma2 without {key}")
 
 
 def _check_scaling(rope: Rope, model_type: str) -> None:

@@ -11,6 +11,7 @@ from mlx_finetune.engines import Engine, choose_engine, open_engine
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json, refuse_existing
 from mlx_finetune.models.hub import check_model_folder, model_folder
+from mlx_finetune.models.mlx_config import check_supported, max_exact_length
 from mlx_finetune.models.weights import fingerprint, tensor_headers
 from mlx_finetune.training.checkpoint import Origin, check_origin, resume
 from mlx_finetune.training.loop import Advance, Trained, total_steps, train
@@ -69,10 +70,11 @@ def last_checkpoint(run: Path) -> Path | None:
 
 
 def _plan(config: RunConfig, run: Path, checkpoint: Path | None) -> Plan:
-    choose_engine(config.engine)
     dataset = Dataset.open(Path(config.data))
     model = model_folder(config.model)
     check_model_folder(model)
+    if choose_engine(config.engine) == "mlx":
+        _check_mlx(model, dataset)
     if ChatTemplate.load(model).fingerprint != dataset.info["tokenizer"]:
         raise UserError(
             f"{config.data}: prepared for another tokenizer or chat template than {config.model}",
@@ -87,6 +89,18 @@ def _plan(config: RunConfig, run: Path, checkpoint: Path | None) -> Plan:
     }
     config = config.model_copy(update=places | {"out": str(run.resolve())})
     return Plan(config, model, dataset, origin, run, checkpoint, total_steps(dataset, config))
+
+
+def _check_mlx(model: Path, dataset: Dataset) -> None:
+    """Raises UserError where MLX would compute something else than transformers: another architecture, or beyond a window."""
+    architecture = read_json(model / "config.json")
+    check_supported(architecture)
+    longest, exact = max(dataset.train.lengths + dataset.valid.lengths), max_exact_length(architecture)
+    if exact is not None and longest > exact:
+        raise UserError(
+            f"{dataset.folder}: an example of {longest} tokens; with MLX {model} is exact up to {exact} (its sliding window)",
+            hint=f"prepare with --max-length {exact}, or train with --engine torch",
+        )
 
 
 def check_names(engine: Engine, model: Path) -> None:

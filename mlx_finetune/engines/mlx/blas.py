@@ -1,8 +1,8 @@
 """A faster BLAS in front of the one that MLX's Linux wheel brings.
 
 On Linux without a GPU, MLX multiplies float32 matrices with `cblas_sgemm` of the reference BLAS in its wheel: 2 to 7
-GFLOP/s. That function does no arithmetic itself: it calls Fortran's `sgemm_`, and the dynamic linker looks for that name
-first among the libraries loaded with RTLD_GLOBAL. A faster library loaded that way *before* MLX (whose names are bound
+GFLOP/s. That function does no arithmetic itself: it calls Fortran's `sgemm_`, and the dynamic linker looks for that
+name first among the libraries loaded with RTLD_GLOBAL. A faster library loaded that way *before* MLX (whose names are bound
 once, as it is loaded) therefore computes in its place, 20 to 40 times faster, and MLX is left as it is.
 
 PyTorch's CPU library exports the `sgemm_` of the MKL inside it, so a machine with the torch extra needs nothing else;

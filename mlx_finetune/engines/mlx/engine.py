@@ -55,6 +55,7 @@ class MlxEngine:
         scale = config.alpha / config.rank
         adapted = [(n, LoRALinear(linears[n], shape, config.rank, scale, config.dropout)) for n, shape in self.shapes.items()]
         self.model.update_modules(tree_unflatten(adapted))
+        self.model.eval()  # dropout acts inside a step only
         self._value_and_grad = nn.value_and_grad(self.model, self._loss)
         adapter = initial_adapter(self.shapes, config.rank, config.seed)
         self.load_state({f"adapter/{name}": array for name, array in adapter.items()}, step=0)
@@ -69,16 +70,16 @@ class MlxEngine:
             part, fresh = self._value_and_grad(*_arrays(batch), 1 / total)
             gradient = {name: gradient[name] + value for name, value in tree_flatten(fresh)}
             mx.eval(part, gradient)
-            loss += float(part.item())
+            loss += _number(part)
         self.model.eval()
-        norm = float(mx.sqrt(mx.stack([mx.square(g).sum() for g in gradient.values()]).sum()).item())
+        norm = _number(mx.sqrt(mx.stack([mx.square(g).sum() for g in gradient.values()]).sum()))
         if norm < float("inf"):
             self._update(gradient, min(1.0, self.config.max_grad_norm / (norm + 1e-6)), learning_rate)
         return StepResult(loss, sum(int((batch.weights > 0).sum()) for batch in micro_batches), norm)
 
     def loss_sum(self, batch: Batch) -> float:
         """See `Engine.loss_sum`."""
-        return float(self._loss(*_arrays(batch), 1.0).item())
+        return _number(self._loss(*_arrays(batch), 1.0))
 
     def generate(self, prompt: Sequence[int], limit: int, stop: frozenset[int]) -> Iterator[int]:
         """See `Engine.generate`."""
@@ -142,6 +143,12 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 
 def _arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
     return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.weights)
+
+
+def _number(scalar: mx.array) -> float:
+    value = scalar.item()
+    assert isinstance(value, float)
+    return value
 
 
 def _log_sum_exp(logits: mx.array) -> mx.array:

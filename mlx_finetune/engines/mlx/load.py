@@ -13,7 +13,7 @@ from mlx_finetune.models.mlx_config import check_supported, mlx_overlay
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
-def load_model(folder: Path, dtype: str) -> nn.Module:
+def load_model(folder: Path, dtype: str | None) -> nn.Module:
     """The evaluated model, its floating parameters in `dtype` (a key of DTYPES); quantised layers stay as they are.
 
     Raises:
@@ -26,8 +26,11 @@ def load_model(folder: Path, dtype: str) -> nn.Module:
         model, _ = load_mlx_lm(folder, lazy=True, model_config=mlx_overlay(config), trust_remote_code=False)
     except (RuntimeError, TypeError, ValueError) as error:  # damaged file; key missing in config.json; other tensors
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: not loadable with MLX: {reason}", hint="is the download whole?") from error
-    _cast(model, DTYPES[dtype])
+        raise UserError(
+            f"{folder}: not loadable with MLX: {reason}", hint="is the download whole? if so: --engine torch"
+        ) from error
+    if dtype:
+        _cast(model, DTYPES[dtype])
     mx.eval(model.parameters())
     return model
 

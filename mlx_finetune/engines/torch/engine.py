@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
@@ -51,6 +52,7 @@ class TorchEngine:
         for name in self.shapes:
             self.adapted[name] = LoRALinear(linears[name], config.rank, config.alpha / config.rank, config.dropout)
             self.model.set_submodule(name, self.adapted[name])
+        self._set_dropout(False)
         self.parameters = {
             f"{name}.{part}.weight": getattr(module, part) for name, module in self.adapted.items() for part in ("lora_A", "lora_B")
         }
@@ -138,6 +140,7 @@ class TorchEngine:
 def _load(folder: Path, dtype: str, device: str) -> torch.nn.Module:
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
+    transformers_logging.disable_progress_bar()
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True, output_loading_info=True

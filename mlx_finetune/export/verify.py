@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mlx_finetune.files import atomic_folder, read_json
-from mlx_finetune.models.fuse import (
+from mlx_finetune.export.fuse import (
     CONFIG,
     LORA_A,
     LORA_B,
@@ -26,6 +25,7 @@ from mlx_finetune.models.fuse import (
     fuse_into,
     read_adapter,
 )
+from mlx_finetune.files import atomic_folder, read_json
 from mlx_finetune.models.weights import tensor_headers
 
 Backend = Literal["transformers", "mlx"]
@@ -33,6 +33,12 @@ Backend = Literal["transformers", "mlx"]
 TOLERANCE = 1e-3  # between two float32 sums of the same numbers in another order, many layers deep
 NOISE = 1e-5  # of the largest logit: below this float32 cannot say which of two models is nearer
 TIES = 0.1  # of the rounding's own effect: two float32 sums now and then round to either side of a tie
+# What a tuned model is compared on: prose, a gptme turn, code.
+PROBE_TEXTS = (
+    "The capital of France is Paris, and the river that runs through it is called the Seine.",
+    "Let me see what fails first.\n\n```shell\npytest -q 2>&1 | tail -40\n```",
+    "def add(a: int, b: int) -> int:\n    return a + b\n\nassert add(2, 3) == 5\n",
+)
 LONGEST = 256  # tokens of a text that are compared, so that the logits fit in memory
 
 
@@ -267,7 +273,8 @@ def _add_to_mlx(network: Any, checkpoint: Path) -> None:
 
     config = read_json(checkpoint / CONFIG)
     scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
-    tensors = {name: np.array(value.astype(mx.float32)) for name, value in mx.load(str(checkpoint / TENSORS)).items()}
+    stored: Any = mx.load(str(checkpoint / TENSORS))
+    tensors = {name: np.array(value.astype(mx.float32)) for name, value in stored.items()}
     modules = dict(network.named_modules())
     for module in (name.removeprefix(PREFIX).removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)):
         if module not in modules:
