@@ -46,7 +46,7 @@ class RunConfig(BaseModel):
     rank: int = Field(16, ge=1, description="width of the adapter")
     alpha: float = Field(32.0, gt=0, description="the adapter is scaled by alpha / rank")
     dropout: Fraction = Field(0.0, description="on the adapter's input while training")
-    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         "all-linear", description="all-linear, or names such as q_proj,v_proj"
     )
     num_layers: int | None = Field(None, ge=1, description="adapt the last so many layers only; none: all")
@@ -91,11 +91,14 @@ def make_config(values: Mapping[str, Any], place: str) -> RunConfig:
     Raises:
         UserError: an unknown key (the nearest known one named) or a value out of range.
     """
-    for key in values:
+    for key, value in values.items():
         if key not in FIELDS:
             near = difflib.get_close_matches(str(key), FIELDS, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known settings: {', '.join(FIELDS)}"
             raise UserError(f"{place}: unknown setting {key!r}", hint=hint)
+        if isinstance(value, bool):  # pydantic would read `yes` as 1
+            description = RunConfig.model_fields[key].description
+            raise UserError(f"{place}: {key} = {value!r}: yes or no is no value for it", hint=f"{key}: {description}")
     try:
         return RunConfig.model_validate(dict(values))
     except ValidationError as error:
@@ -121,7 +124,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
             raise UserError(f"--set {assignment}: no '=' in it", hint="write --set rank=8")
         try:
             values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"--set {assignment}: not a YAML value", hint="write --set rank=8") from error
     return values
 
@@ -137,7 +140,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", hint="name a YAML file, or use options") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no such day as 2026-13-45
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}", hint="settings are lines of `name: value`") from error
     if values is None:
         return {}

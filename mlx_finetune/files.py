@@ -14,16 +14,21 @@ from mlx_finetune.errors import UserError
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[str]]:
-    """A UTF-8 text file that takes its name only when it is whole; on an error the old file stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """A UTF-8 text file that takes its name only when it is whole; on an error the old file stays.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    with _place_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -34,18 +39,34 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder that takes its name only when the block ends without an error.
 
     Raises:
-        UserError: `path` exists: nothing is ever overwritten.
+        UserError: `path` exists, for nothing is ever overwritten, or nothing can be written there.
     """
-    refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    with _place_named(path):
+        refuse_existing(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
-        temporary.chmod(0o755)
+        temporary.chmod(0o777 & ~_umask())
         refuse_existing(path)
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _place_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}", hint="choose another place") from error
+
+
+def _umask() -> int:
+    """What the person withholds from others; Python can only read it by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def refuse_existing(path: Path, hint: str = "") -> None:
@@ -67,5 +88,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from error

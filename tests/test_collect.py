@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chats import RAISES, template_of
 
 from mlx_finetune.data.clean import reason_to_reject
 from mlx_finetune.data.collect import collect, write_rendered
 from mlx_finetune.data.conversation import Conversation, Message, Role, read_conversations
+from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -131,11 +133,40 @@ def test_an_existing_folder_is_never_touched(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_the_rendered_files_give_back_every_text(tmp_path: Path) -> None:
+def rendered(folder: Path) -> list[str]:
+    """The texts of train.csv, which are those of train.jsonl."""
+    with (folder / "train.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    with (folder / "train.jsonl").open(encoding="utf-8") as file:
+        texts = [json.loads(line) for line in file]
+    assert header == ["text"] and all(len(row) == 1 for row in rows)
+    assert texts == [{"text": row[0]} for row in rows]
+    return [row[0] for row in rows]
+
+
+def test_the_rendered_files_give_back_every_text(tmp_path: Path, tiny_llama: Path) -> None:
     texts = ['say "hi", then\nleave', "", "a\r\nb\rc", "snowman ☃\u2028end", "```shell\nls\n```\n"]
     conversations = [conversation("user", "assistant", text=text) for text in texts]
-    write_rendered(conversations, lambda one: one.messages[0].content, tmp_path)
-    with (tmp_path / "train.csv").open(encoding="utf-8", newline="") as file:
-        assert list(csv.reader(file)) == [["text"], *([text] for text in texts)]
-    with (tmp_path / "train.jsonl").open(encoding="utf-8") as file:
-        assert [json.loads(line) for line in file] == [{"text": text} for text in texts]
+    write_rendered(conversations, ChatTemplate.load(tiny_llama), tmp_path)
+    assert rendered(tmp_path) == [
+        f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{text.strip()}<|im_end|>\n" for text in texts
+    ]
+
+
+def test_with_a_template_the_collected_conversations_are_rendered_too(tmp_path: Path, tiny_llama: Path) -> None:
+    write_log(tmp_path / "logs", "one", ("system", "be kind"), ("user", "list"), ("assistant", "```shell\nls\n```\n"))
+    tree = write_tree(tmp_path / "trees.jsonl", "hello?", "hi")
+    template = ChatTemplate.load(tiny_llama)
+    collect(tmp_path / "logs", [tree], tmp_path / "out", template)
+    kept = [one for name in ("gptme", "openassistant") for one in read_conversations(tmp_path / "out" / f"{name}.jsonl")]
+    assert rendered(tmp_path / "out") == [template.render(template.as_learned(one.messages)) for one in kept]
+    assert rendered(tmp_path / "out")[0].endswith("<|im_start|>assistant\n```shell\nls\n```<|im_end|>\n")
+
+
+def test_a_conversation_that_the_template_does_not_take_is_named_and_leaves_no_folder(tmp_path: Path) -> None:
+    write_log(tmp_path / "logs", "one", ("user", "list"), ("assistant", "ls"), ("system", "a.txt"), ("assistant", "one file"))
+    template = template_of(tmp_path / "model", RAISES)
+    with pytest.raises(UserError, match="^one: the template does not take these messages") as error:
+        collect(tmp_path / "logs", [], tmp_path / "out", template)
+    assert error.value.hint == "collect without --model"
+    assert {path.name for path in tmp_path.iterdir()} == {"logs", "model"}

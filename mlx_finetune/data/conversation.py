@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -92,16 +93,20 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
 def _conversation(line: str, place: str) -> Conversation:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON: {error.msg}", hint="mlx-finetune collect makes such files") from error
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place}: half a character (a lone surrogate)", hint="write a ? in place of its \\ud...") from error
+    except (ValueError, RecursionError) as error:  # ValueError: more digits than Python reads
+        reason = getattr(error, "msg", str(error))
+        raise UserError(f"{place}: not JSON: {reason}", hint="mlx-finetune collect makes such files") from error
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
         raise UserError(f'{place}: no list "messages" on this line', hint="mlx-finetune collect makes such files")
     messages = tuple(_message(message, place, index) for index, message in enumerate(row["messages"], 1))
     conversation = Conversation(
         messages=messages,
-        source=str(row.get("source", "chat")),
-        group=str(row.get("group", "")),
-        license=str(row.get("license", "unknown")),
+        source=str(row.get("source") or "chat"),
+        group=str(row.get("group") or ""),
+        license=str(row.get("license") or "unknown"),
         meta=row["meta"] if isinstance(row.get("meta"), dict) else {},
     )
     if not conversation.group:
@@ -114,8 +119,10 @@ def _message(value: Any, place: str, index: int) -> Message:
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
         raise UserError(f"{where}: no text in content", hint='a message is {"role": ..., "content": "..."}')
     if value.get("role") not in ROLES:
-        raise UserError(f"{where}: role {value.get('role')!r} is not one of {', '.join(ROLES)}", hint="rename the role in the file")
+        raise UserError(
+            f"{where}: role {value.get('role')!r:.40} is not one of {', '.join(ROLES)}", hint="rename the role in the file"
+        )
     weight = value.get("weight", 1.0)
-    if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-        raise UserError(f"{where}: weight {weight!r} is not a number from 0 up", hint="0 reads the turn without learning it")
+    if not isinstance(weight, int | float) or not 0 <= weight <= sys.float_info.max:
+        raise UserError(f"{where}: weight {weight!r:.40} is not a number from 0 up", hint="0 reads the turn without learning it")
     return Message(value["role"], value["content"], float(weight))

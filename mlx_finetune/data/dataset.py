@@ -21,12 +21,14 @@ class ExampleStore:
     """The examples of one split, read from the disk as they are asked for."""
 
     def __init__(self, path: Path) -> None:
-        """`path`: an Arrow file written by `write_examples`."""
+        """`path`: an Arrow file that `write_dataset` wrote; raises UserError where it is none."""
         from datasets import Dataset as ArrowDataset
 
-        self._rows = ArrowDataset.from_file(str(path)).with_format("numpy")
+        try:
+            self._rows = ArrowDataset.from_file(str(path)).with_format("numpy")
+        except ValueError as error:
+            raise UserError(f"{path}: not an Arrow file", hint="run mlx-finetune prepare again") from error
         self.lengths: tuple[int, ...] = tuple(int(n) for n in self._rows["length"][:])
-        self.learned = np.array(self._rows["learned"][:], np.float64)  # [n] sum of the weights
         self.sources: tuple[str, ...] = tuple(str(source) for source in self._rows["source"][:])
 
     def __len__(self) -> int:
@@ -60,10 +62,10 @@ class Dataset:
         if not isinstance(info, dict) or info.get("version") != VERSION:
             found = info.get("version") if isinstance(info, dict) else None
             raise UserError(f"{folder}/dataset.json: version {found!r}, not {VERSION}", hint="run mlx-finetune prepare again")
-        stores = []
+        stores, sizes = [], info.get("bytes", {})
         for split in SPLITS:
             path = folder / f"{split}.arrow"
-            if not path.is_file() or path.stat().st_size != info["bytes"][split]:
+            if not path.is_file() or path.stat().st_size != sizes.get(split):
                 raise UserError(f"{path}: missing or not whole", hint="run mlx-finetune prepare again")
             stores.append(ExampleStore(path))
         return cls(folder, info, *stores)

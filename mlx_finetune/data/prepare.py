@@ -12,7 +12,7 @@ from mlx_finetune.data.batches import Example
 from mlx_finetune.data.conversation import Conversation, read_conversations
 from mlx_finetune.data.dataset import write_dataset
 from mlx_finetune.data.provenance import Refused
-from mlx_finetune.data.split import held_out_groups
+from mlx_finetune.data.split import held_out_groups, is_held_out
 from mlx_finetune.data.template import ChatTemplate, Encoded
 from mlx_finetune.data.windows import Window, Windows, cut
 from mlx_finetune.errors import UserError
@@ -33,6 +33,7 @@ class Tally:
     served_as_trained: int = 0  # learned turns that stand after exactly what a server would send
     turns_too_long: int = 0
     messages_shortened: int = 0
+    messages_left_out: int = 0  # only read, and no window had room for them
     turns_refused: Counter[str] = field(default_factory=Counter)  # by reason
 
     def to_json(self) -> dict[str, Any]:
@@ -72,18 +73,17 @@ def prepare(
     conversations = [c for path in collected_files(paths) for c in read_conversations(path)]
     held_out = held_out_groups(conversations, config.valid_fraction)
     tallies = {"train": Tally(), "valid": Tally()}
-    members = {
-        "train": [c for c in conversations if c.group not in held_out],
-        "valid": [c for c in conversations if c.group in held_out],
-    }
+    members: dict[str, list[Conversation]] = {"train": [], "valid": []}
+    for conversation in conversations:
+        members["valid" if is_held_out(conversation, held_out) else "train"].append(conversation)
     finished = 0
 
     def examples(split: str, file: IO[str]) -> Iterator[Example]:
         nonlocal finished
         for conversation in members[split]:
-            for window, encoded in _encoded(conversation, template, config.max_length, tallies[split]):
+            for window, turns, encoded in _encoded(conversation, template, config.max_length, tallies[split]):
                 file.write(json.dumps(_row(window, conversation), ensure_ascii=False) + "\n")
-                yield Example(encoded.tokens, encoded.weights, conversation.source, conversation.id, window.turns)
+                yield Example(encoded.tokens, encoded.weights, conversation.source, conversation.id, turns)
             finished += 1
             advance(finished, len(conversations))
 
@@ -97,34 +97,51 @@ def prepare(
         return write_dataset(folder, splits, lambda: info | _result(tallies, members, held_out))
 
 
-def _encoded(conversation: Conversation, template: ChatTemplate, max_length: int, tally: Tally) -> Iterator[tuple[Window, Encoded]]:
+def _encoded(
+    conversation: Conversation, template: ChatTemplate, max_length: int, tally: Tally
+) -> Iterator[tuple[Window, tuple[int, ...], Encoded]]:
+    """Each window that can be learned from, with the places in the conversation of the turns that it teaches."""
+    windows, results = _fitting(conversation, template, max_length)
+    _check_each_turn_once(conversation, windows)
     tally.conversations[conversation.source] += 1
-    limit = max_length
-    while True:
-        windows = cut(conversation, template.count, limit)
-        _check_each_turn_once(conversation, windows)
-        try:
-            encoded = [template.encode(window.messages) for window in windows.windows]
-        except Refused as refused:
-            tally.turns_refused[str(refused)] += conversation.assistant_turns
-            return
-        excess = max((len(e.tokens) for e in encoded), default=0) - max_length
-        if excess <= 0:
-            break
-        limit -= excess  # counts are estimates: this template adds more than the probe showed
     tally.turns_too_long += len(windows.too_long)
     tally.messages_shortened += windows.shortened
-    for window, result in zip(windows.windows, encoded, strict=True):
-        if result.weights.sum() == 0:
-            tally.turns_refused["a turn of blanks"] += len(window.turns)
+    tally.messages_left_out += windows.left_out
+    for window, result in zip(windows.windows, results, strict=True):
+        if isinstance(result, Refused):
+            tally.turns_refused[str(result)] += len(window.turns)
+            continue
+        places = [i for i, message in enumerate(window.messages) if message.role == "assistant" and message.weight > 0]
+        turns = tuple(turn for turn, place in zip(window.turns, places, strict=True) if place in result.turns)
+        if blank := len(window.turns) - len(turns):
+            tally.turns_refused["a turn of blanks"] += blank
+        if not turns:
             continue
         tally.examples += 1
         tally.tokens += len(result.tokens)
         tally.learned_tokens += int((result.weights > 0).sum())
-        tally.learned_turns += len(result.turns)
-        tally.turns_refused["a turn of blanks"] += len(window.turns) - len(result.turns)
+        tally.learned_turns += len(turns)
         tally.served_as_trained += result.served if window.whole and not conversation.meta.get("not_reproduced") else 0
-        yield window, result
+        yield window, turns, result
+
+
+def _fitting(conversation: Conversation, template: ChatTemplate, max_length: int) -> tuple[Windows, list[Encoded | Refused]]:
+    """Windows that keep to `max_length` when they are rendered, and what became of each."""
+    limit = max_length
+    while True:
+        windows = cut(conversation, template.count, limit)
+        results = [_encode(window, template) for window in windows.windows]
+        excess = max((len(result.tokens) for result in results if isinstance(result, Encoded)), default=0) - max_length
+        if excess <= 0:
+            return windows, results
+        limit -= excess  # counts are estimates: this template adds more than the probe showed
+
+
+def _encode(window: Window, template: ChatTemplate) -> Encoded | Refused:
+    try:
+        return template.encode(window.messages)
+    except Refused as refused:
+        return refused
 
 
 def _check_each_turn_once(conversation: Conversation, windows: Windows) -> None:
@@ -142,7 +159,7 @@ def _row(window: Window, conversation: Conversation) -> dict[str, Any]:
 def _result(tallies: dict[str, Tally], members: dict[str, list[Conversation]], held_out: frozenset[str]) -> dict[str, Any]:
     train = tallies["train"]
     if not train.examples:
-        lost = [f"{reason} ({count})" for reason, count in train.turns_refused.items() if count]
+        lost = [f"{reason} ({count})" for reason, count in train.turns_refused.items()]
         lost += [f"turn longer than a window ({train.turns_too_long})"] if train.turns_too_long else []
         reasons = "; ".join(lost) or "no assistant turn"
         raise UserError(f"no conversation left to learn from: {reasons}", hint="collect more, or a larger max_length")

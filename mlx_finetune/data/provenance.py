@@ -62,26 +62,30 @@ def _span(render: Render, messages: Sequence[Message], k: int, text: str, positi
     if not marked:
         return _span_by_sentinel(render, messages, k, text)
     if not positions.size:
-        raise Refused(f"the template drops a {role} message")
+        raise Refused(f"the template drops a message of role {role}")
     first, last = int(positions[0]), int(positions[-1])
     if text[first : last + 1] != content[marked[0] : marked[-1] + 1]:
-        raise Refused(f"the template rewrites a {role} message")
+        raise Refused(f"the template rewrites a message of role {role}")
     before, after = content[: marked[0]], content[marked[-1] + 1 :]
     # A template may trim blanks at the edges of a message, and nothing else.
     head = next((h for h in (before, before.lstrip()) if text[:first].endswith(h)), None)
     tail = next((t for t in (after, after.rstrip()) if text.startswith(t, last + 1)), None)
     if head is None or tail is None:
-        raise Refused(f"the template rewrites a {role} message")
+        raise Refused(f"the template rewrites a message of role {role}")
     return Span(first - len(head), last + 1 + len(tail))
 
 
 def _span_by_sentinel(render: Render, messages: Sequence[Message], k: int, text: str) -> Span:
     """For a message without a single ASCII letter or digit: rendered once more with a sentinel in its place."""
+    content, role = messages[k].content, messages[k].role
     probe = render([*messages[:k], replace(messages[k], content=SENTINEL), *messages[k + 1 :]])
     head, found, tail = probe.partition(SENTINEL)
-    if not found or SENTINEL in tail or not (text.startswith(head) and text.endswith(tail)):
-        raise Refused(f"the template drops or rewrites a {messages[k].role} message")
-    return Span(len(head), len(text) - len(tail))
+    span = Span(len(head), len(text) - len(tail))
+    written = text[span.start : span.end]
+    trimmed = written in (content, content.lstrip(), content.rstrip(), content.strip())
+    if not found or not trimmed or not (text.startswith(head) and text.endswith(tail)):
+        raise Refused(f"the template drops or rewrites a message of role {role}")
+    return span
 
 
 def _move(content: str, k: int) -> str:

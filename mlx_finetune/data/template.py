@@ -1,8 +1,9 @@
 """The model's own chat template and tokenizer: a conversation becomes tokens, and each learned token is known by its place."""
 
 import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,27 @@ class Encoded:
     tokens: np.ndarray  # int32 [T]
     weights: np.ndarray  # float32 [T]
     turns: tuple[int, ...]  # indices of the messages that are learned
-    served: int  # how many of them stand after exactly the text that a server would send
+    served: int  # how many of them stand after exactly the tokens that a server would feed
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens with the characters that they stand for."""
+
+    ids: np.ndarray  # int32 [T]
+    starts: np.ndarray  # int64 [T]
+    ends: np.ndarray  # int64 [T], exclusive
+    kept_as_text: tuple[int, ...]  # where messages start that name a control token
+
+    def between(self, start: int, end: int) -> np.ndarray:
+        """bool [T]: the tokens of the turn from `start` on, and the control token that begins at `end`.
+
+        Raises:
+            Refused: a token straddles one of the two.
+        """
+        if any(np.any((self.starts < edge) & (self.ends > edge)) for edge in (start, end)):
+            raise Refused("a token straddles the edge of a turn")
+        return (self.starts >= start) & (self.starts <= end)
 
 
 class ChatTemplate:
@@ -37,14 +58,16 @@ class ChatTemplate:
 
         self._tokenizer = tokenizer
         self.stop_ids = stop_ids
-        backend = tokenizer.backend_tokenizer.to_str()
+        # Its post-processor could only add tokens that the template writes itself, or trim the offsets that masks rest on.
+        backend = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | {"post_processor": None})
         self._special, self._plain = Tokenizer.from_str(backend), Tokenizer.from_str(backend)
         self._plain.encode_special_tokens = True  # a literal <|im_end|> in a message stays text
         for backend in (self._special, self._plain):
             backend.no_truncation()
             backend.no_padding()
-        added = self._special.get_added_tokens_decoder().values()
-        self._special_texts = sorted((t.content for t in added if t.special), key=len, reverse=True)
+        control = {i: token.content for i, token in self._special.get_added_tokens_decoder().items() if token.special}
+        self._special_ids = list(control)
+        self._special_texts = sorted(control.values(), key=len, reverse=True)
 
     @classmethod
     def load(cls, folder: Path) -> "ChatTemplate":
@@ -95,11 +118,13 @@ class ChatTemplate:
         """
         from jinja2 import TemplateError
 
+        # What a template may raise of its own, and what Python raises where it counts or looks something up.
+        errors = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
         rows = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text = self._tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=generation_prompt)
-        except TemplateError as error:
-            raise Refused(f"the template does not take these roles: {error}") from error
+        except errors as error:
+            raise Refused(f"the template does not take these messages: {' '.join(str(error).split())}") from error
         return str(text)
 
     def prompt(self, messages: Sequence[Message]) -> np.ndarray:
@@ -122,48 +147,71 @@ class ChatTemplate:
         """
         messages = self.as_learned(messages)
         text, spans = locate(self.render, messages)
-        tokens, starts, ends = self._tokenize(text, [span for span in spans if span])
-        weights = np.zeros(len(tokens), np.float32)
-        turns, served = [], 0
+        tokens = self._tokenize(text, [span for span in spans if span and self._names_control_token(text[span.start : span.end])])
+        weights = np.zeros(len(tokens.ids), np.float32)
+        starts: dict[int, int] = {}  # of the learned messages, in characters
+        endings = set()
         for index, (message, span) in enumerate(zip(messages, spans, strict=True)):
-            if message.role != "assistant" or message.weight == 0 or span is None:
-                continue
-            turn = self._with_end_of_turn(text, span)
-            inside = (starts >= turn.start) & (ends > turn.start) & (ends <= turn.end)
-            if np.any((starts < turn.start) & (ends > turn.start)) or np.any((starts < turn.end) & (ends > turn.end)):
-                raise Refused("a token straddles the edge of a turn")
-            weights[inside] = message.weight
-            turns.append(index)
-            served += self._is_served(messages[:index], text[: turn.start])
-        return Encoded(tokens, weights, tuple(turns), served)
+            if message.role == "assistant" and message.weight > 0 and span:
+                end, special = self._end_of_turn(text, span)
+                weights[tokens.between(span.start, end)] = message.weight
+                starts[index] = span.start
+                endings.add(special)
+        if len(endings) > 1:
+            raise Refused(f"the template ends assistant turns in different ways: {' '.join(sorted(endings))}")
+        if weights[:1].any():
+            raise Refused("nothing stands before the first turn")
+        return Encoded(tokens.ids, weights, tuple(starts), self._served(messages, text, tokens, starts))
 
-    def _is_served(self, messages: Sequence[Message], before: str) -> bool:
+    def _served(self, messages: Sequence[Message], text: str, tokens: "_Tokens", starts: Mapping[int, int]) -> int:
+        """How many of the turns a server would be asked for with the very tokens that stand before them here."""
+        control = np.flatnonzero(np.isin(tokens.ids, self._special_ids))
+        served = 0
+        for index, start in starts.items():
+            if any(place < start for place in tokens.kept_as_text) or not self._is_prompt(messages[:index], text[:start]):
+                continue
+            count = int(np.searchsorted(tokens.starts, start))
+            # Whole words before a control token do not depend on what follows it: the last stretch is enough.
+            first = int(control[np.searchsorted(control, count) - 1]) if control.size and control[0] < count else 0
+            stretch = self._special.encode(text[tokens.starts[first] : start], add_special_tokens=False).ids
+            served += stretch == tokens.ids[first:count].tolist()
+        return served
+
+    def _is_prompt(self, messages: Sequence[Message], before: str) -> bool:
         try:
             return bool(messages) and self.render(messages, True) == before
         except Refused:
             return False
 
-    def _with_end_of_turn(self, text: str, span: Span) -> Span:
-        end = span.end + len(text[span.end :]) - len(text[span.end :].lstrip())
-        for special in self._special_texts:
-            if text.startswith(special, end):
-                return Span(span.start, end + len(special))
-        raise Refused("no end-of-turn token follows an assistant message: the model would not learn to stop")
+    def _end_of_turn(self, text: str, span: Span) -> tuple[int, str]:
+        """Where the control token starts that ends the turn, and its text."""
+        start = span.end
+        while text[start : start + 1].isspace():
+            start += 1
+        special = next((special for special in self._special_texts if text.startswith(special, start)), None)
+        if special is None:
+            raise Refused("no end-of-turn token follows an assistant message: the model would not learn to stop")
+        return start, special
 
-    def _tokenize(self, text: str, contents: Sequence[Span]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token ids, and for each the first character and the end: int arrays [T]."""
-        if not any(special in text[span.start : span.end] for span in contents for special in self._special_texts):
-            return _arrays([(self._special.encode(text, add_special_tokens=False), 0)])
-        if not self._pieces_join:
+    def _names_control_token(self, content: str) -> bool:
+        return any(special in content for special in self._special_texts)
+
+    def _tokenize(self, text: str, as_text: Sequence[Span]) -> "_Tokens":
+        """Tokens of the rendered chat; in the messages at `as_text` the name of a control token stays text."""
+        if as_text and not self._pieces_join:
             raise Refused("a message holds the text of a special token, which this tokenizer cannot keep as text")
         encodings, end = [], 0
-        for span in contents:
+        for span in sorted(as_text, key=lambda span: span.start):
             encodings += [
                 (self._special.encode(text[end : span.start], add_special_tokens=False), end),
                 (self._plain.encode(text[span.start : span.end], add_special_tokens=False), span.start),
             ]
             end = span.end
-        return _arrays([*encodings, (self._special.encode(text[end:], add_special_tokens=False), end)])
+        encodings.append((self._special.encode(text[end:], add_special_tokens=False), end))
+        ids = np.array([i for encoding, _ in encodings for i in encoding.ids], np.int32)
+        offsets = [(start + offset, end + offset) for encoding, offset in encodings for start, end in encoding.offsets]
+        starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
+        return _Tokens(ids, starts, ends, tuple(span.start for span in as_text))
 
     @cached_property
     def _pieces_join(self) -> bool:
@@ -177,15 +225,9 @@ class ChatTemplate:
         return math.ceil(len(self.encode(PROBE).tokens) / len(PROBE)) + 1
 
 
-def _arrays(encodings: Sequence[tuple[Any, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    tokens = np.array([i for encoding, _ in encodings for i in encoding.ids], np.int32)
-    offsets = [(start + offset, end + offset) for encoding, offset in encodings for start, end in encoding.offsets]
-    starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
-    return tokens, starts, ends
-
-
 def _stop_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
     stops = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     path = folder / "generation_config.json"
-    eos = read_json(path).get("eos_token_id") if path.exists() else None
-    return frozenset(stops | (set(eos) if isinstance(eos, list) else {eos} if eos is not None else set()))
+    settings = read_json(path) if path.exists() else {}
+    eos = settings.get("eos_token_id") if isinstance(settings, dict) else None
+    return frozenset(stops | {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)})

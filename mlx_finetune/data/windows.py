@@ -29,6 +29,7 @@ class Windows:
     windows: tuple[Window, ...]
     too_long: tuple[int, ...]  # places of the assistant turns that no window has room for: not learned
     shortened: int  # messages that are only read and had lines cut from their middle
+    left_out: int  # messages that are only read and that no window has room for
 
 
 def cut(conversation: Conversation, count: Count, max_length: int) -> Windows:
@@ -41,30 +42,35 @@ def cut(conversation: Conversation, count: Count, max_length: int) -> Windows:
     messages = conversation.messages
     turns = tuple(i for i, message in enumerate(messages) if message.role == "assistant" and message.weight > 0)
     if not turns:
-        return Windows((), (), 0)
-    if sum(map(count, messages[: turns[-1] + 1])) <= max_length:
-        return Windows((Window(messages[: turns[-1] + 1], turns, whole=True),), (), 0)
-    lead = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
-    system, shortened = _fit_system(messages[:lead], count, max_length)
-    room = max_length - sum(map(count, system))
-    body, too_long = list(messages), []
-    for i in range(lead, turns[-1] + 1):
-        learned = i in turns
-        if learned and count(body[i]) > room * (1 - LONG_MESSAGE):
-            too_long.append(i)
-            learned = False
-        if not learned and count(body[i]) > room * LONG_MESSAGE:
-            body[i] = replace(shorten(body[i], count, int(room * LONG_MESSAGE)), weight=0.0)
-            shortened += 1
-    left = [i for i in turns if i not in too_long]
-    return Windows(tuple(_windows(system, body, lead, left, count, room)), tuple(too_long), shortened)
-
-
-def _windows(system: Sequence[Message], body: list[Message], lead: int, turns: list[int], count: Count, room: int) -> list[Window]:
+        return Windows((), (), 0, 0)
+    body = list(messages[: turns[-1] + 1])
     sizes = [count(message) for message in body]
-    windows, done, fresh = [], 0, lead  # `fresh`: the first message that no window had yet
+    if sum(sizes) <= max_length:
+        return Windows((Window(tuple(body), turns, whole=True),), (), 0, 0)
+    lead = next(i for i, message in enumerate(body) if message.role != "system")
+    system, taken, shortened = _fit_system(body[:lead], sum(sizes[:lead]), count, max_length)
+    room = max_length - taken
+    left = [i for i in turns if sizes[i] <= room * (1 - LONG_MESSAGE)]
+    if not left:
+        return Windows((), turns, 0, 0)
+    for i in sorted(set(range(lead, len(body))) - set(left)):
+        if sizes[i] > room * LONG_MESSAGE:
+            short = shorten(body[i], count, int(room * LONG_MESSAGE))
+            if (size := count(short)) < sizes[i]:
+                body[i], sizes[i] = short, size
+                shortened += 1
+    windows, left_out = _windows(system, body, sizes, lead, left, room)
+    return Windows(tuple(windows), tuple(i for i in turns if i not in left), shortened, left_out)
+
+
+def _windows(
+    system: Sequence[Message], body: list[Message], sizes: list[int], lead: int, turns: list[int], room: int
+) -> tuple[list[Window], int]:
+    """The windows, and how many messages stand in none of them."""
+    windows, left_out, done, fresh = [], 0, 0, lead  # `fresh`: the first message that no window had yet
     while done < len(turns):
         start, used, last = _first(body, sizes, lead, fresh, turns[done], room)
+        left_out += max(start - fresh, 0)
         following = done + 1
         while following < len(turns) and used + sum(sizes[last + 1 : turns[following] + 1]) <= room:
             used += sum(sizes[last + 1 : turns[following] + 1])
@@ -74,7 +80,7 @@ def _windows(system: Sequence[Message], body: list[Message], lead: int, turns: l
         kept = [m if i in learned else replace(m, weight=0.0) for i, m in enumerate(body[start : last + 1], start)]
         windows.append(Window((*system, *kept), tuple(learned), whole=False))
         done, fresh = following, last + 1
-    return windows
+    return windows, left_out
 
 
 def _first(body: list[Message], sizes: list[int], lead: int, fresh: int, turn: int, room: int) -> tuple[int, int, int]:
@@ -94,11 +100,13 @@ def _first(body: list[Message], sizes: list[int], lead: int, fresh: int, turn: i
     return start, used, turn
 
 
-def _fit_system(system: Sequence[Message], count: Count, max_length: int) -> tuple[tuple[Message, ...], int]:
-    if sum(map(count, system)) <= max_length * WHOLE_SYSTEM:
-        return tuple(system), 0
+def _fit_system(system: Sequence[Message], size: int, count: Count, max_length: int) -> tuple[tuple[Message, ...], int, int]:
+    """The system prompt as every window begins with it, its tokens, and how many messages were shortened for it."""
+    if size <= max_length * WHOLE_SYSTEM:
+        return tuple(system), size, 0
     joined = Message("system", "\n\n".join(message.content for message in system))
-    return (shorten(joined, count, int(max_length * SHORT_SYSTEM)),), len(system)
+    short = shorten(joined, count, int(max_length * SHORT_SYSTEM))
+    return (short,), count(short), len(system)
 
 
 def shorten(message: Message, count: Count, limit: int) -> Message:

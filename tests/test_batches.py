@@ -1,0 +1,83 @@
+"""Batches: every example once an epoch, a pure function of the step; shifted and padded once."""
+
+import numpy as np
+import pytest
+
+from mlx_finetune.data.batches import WIDTHS, Batch, Example, _epoch, examples_at, steps_per_epoch
+
+
+def lengths_of(count: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(count).integers(2, 5000, count).tolist())
+
+
+def example(tokens: list[int], weights: list[float]) -> Example:
+    return Example(np.array(tokens, np.int32), np.array(weights, np.float32), "gptme", "c", (1,))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 17, 100])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 7, 200])
+@pytest.mark.parametrize("accumulation", [1, 2, 3, 50])
+def test_each_epoch_has_every_example_exactly_once(count: int, batch_size: int, accumulation: int) -> None:
+    lengths, steps = lengths_of(count), steps_per_epoch(count, batch_size, accumulation)
+    for epoch in range(3):
+        micro_batches = [examples_at(lengths, batch_size, accumulation, 3, epoch * steps + step) for step in range(steps)]
+        assert all(1 <= len(step) <= accumulation and all(step) for step in micro_batches)
+        sizes = [len(batch) for step in micro_batches for batch in step]
+        assert sorted(index for step in micro_batches for batch in step for index in batch) == list(range(count))
+        assert sorted(sizes)[1:] == [batch_size] * (len(sizes) - 1)
+
+
+def test_what_a_step_sees_depends_on_nothing_but_lengths_seed_and_step() -> None:
+    lengths = lengths_of(40)
+    forwards = [examples_at(lengths, 4, 2, 7, step) for step in range(20)]
+    _epoch.cache_clear()
+    backwards = [examples_at(lengths, 4, 2, 7, step) for step in reversed(range(20))]
+    assert forwards == backwards[::-1]
+    assert examples_at(lengths, 4, 2, 7, 4) == [[21, 39, 38, 36], [32, 8, 28, 0]]
+
+
+def test_the_order_differs_between_epochs_and_seeds() -> None:
+    lengths = lengths_of(40)
+    epochs = [
+        [examples_at(lengths, 4, 1, seed, epoch * 10 + step) for step in range(10)] for seed in range(3) for epoch in range(3)
+    ]
+    assert len({str(epoch) for epoch in epochs}) == 9
+    together = [{frozenset(batch) for step in epoch for batch in step} for epoch in epochs]
+    assert all(len(one & other) < 5 for i, one in enumerate(together) for other in together[:i])
+
+
+def test_examples_of_one_length_are_shuffled_too() -> None:
+    orders = {str(examples_at((64,) * 12, 12, 1, 0, epoch)) for epoch in range(5)}
+    assert len(orders) == 5
+
+
+def test_padding_is_little_because_neighbours_share_a_batch() -> None:
+    lengths = np.array(lengths_of(400))
+    steps = [examples_at(tuple(lengths.tolist()), 4, 1, 0, step) for step in range(100)]
+    slots = sum(lengths[batch].max() * len(batch) for step in steps for batch in step)
+    assert lengths.sum() / slots > 0.85
+
+
+def test_a_batch_is_shifted_and_padded_on_the_right() -> None:
+    batch = Batch.of([example([5, 6, 7, 8], [0, 0, 1, 0.5]), example([9, 3], [0, 2])])
+    assert batch.inputs.shape == batch.targets.shape == batch.weights.shape == (2, WIDTHS)
+    assert batch.inputs[:, :4].tolist() == [[5, 6, 7, 0], [9, 0, 0, 0]]
+    assert batch.targets[:, :4].tolist() == [[6, 7, 8, 0], [3, 0, 0, 0]]
+    assert batch.weights[:, :4].tolist() == [[0, 1, 0.5, 0], [2, 0, 0, 0]]
+    assert not batch.weights[:, 4:].any() and not batch.inputs[:, 4:].any() and not batch.targets[:, 4:].any()
+    assert batch.learned == 3.5
+
+
+@pytest.mark.parametrize(("length", "width"), [(2, 32), (33, 32), (34, 64), (65, 64), (66, 96)])
+def test_the_width_is_the_next_multiple(length: int, width: int) -> None:
+    batch = Batch.of([example([1] * length, [0.0] + [1.0] * (length - 1))])
+    assert batch.inputs.shape == (1, width)
+    assert batch.learned == length - 1
+
+
+def test_an_example_or_batch_that_cannot_be_learned_from_is_our_mistake() -> None:
+    for tokens, weights in (([1, 2], [1, 1]), ([1, 2], [0, 0]), ([1, 2, 3], [0, 1])):
+        with pytest.raises(AssertionError):
+            example(tokens, weights)
+    with pytest.raises(AssertionError):
+        Example(np.array([1, 2]), np.array([0, 1], np.float32), "gptme", "c", ())

@@ -1,0 +1,219 @@
+"""The command line as a person meets it: one line for a mistake, exit status 2, and nothing overwritten."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlx_finetune.cli import app, main
+from mlx_finetune.config import FIELDS
+
+ROOT = Path(__file__).parents[1]
+LOGS = ROOT / "mlx_finetune" / "sample" / "gptme-logs"
+TREES = ROOT / "mlx_finetune" / "sample" / "openassistant.trees.jsonl"
+
+Answer = tuple[int, str, str]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
+    """Runs a verb in an empty folder; gives back exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Answer:
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return int(exit.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with collected/, dataset/ and a run/ of two steps, made through the command line."""
+    folder = tmp_path_factory.mktemp("made")
+    verbs = (
+        ("collect", LOGS, "--openassistant", TREES, "--out", folder / "collected"),
+        ("prepare", folder / "collected", "--model", tiny_llama, "--max-length", "512", "--out", folder / "dataset"),
+        ("train", "--model", tiny_llama, "--data", folder / "dataset", "--out", folder / "run", "--set", "steps=2", "--set", "rank=2"),
+    )
+    for arguments in verbs:
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in arguments])
+        assert not exit.value.code
+    return folder
+
+
+def test_the_whole_road_by_its_verbs(made: Path, cli: Callable[..., Answer], tmp_path: Path) -> None:
+    assert {path.name for path in (made / "collected").iterdir()} == {
+        "gptme.jsonl",
+        "openassistant.jsonl",
+        "rejected.jsonl",
+        "collect.json",
+    }
+    assert (made / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    status, out, err = cli("evaluate", made / "run", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["base"]["by_source"].keys() == {"gptme"} == found["tuned"]["by_source"].keys()
+    assert "next: mlx-finetune fuse" in err
+    status, out, err = cli("fuse", made / "run", "--out", tmp_path / "tuned", "--json")
+    assert status == 0 and json.loads(out)["verified"]["largest_difference"] < 1e-3
+    assert (tmp_path / "tuned" / "tokenizer.json").is_file()
+
+
+def test_every_verb_ends_with_its_path_and_the_next_command(made: Path, cli: Callable[..., Answer]) -> None:
+    status, out, err = cli("collect", LOGS, "--out", "c")
+    assert (status, out.splitlines()[-1]) == (0, "c") and "next: mlx-finetune prepare c" in err
+    status, out, err = cli("plot", made / "run")
+    assert (status, out.strip()) == (0, str(made / "run" / "loss.png"))
+
+
+def test_collect_with_a_model_also_writes_what_gptmes_first_collector_wrote(tiny_llama: Path, cli: Callable[..., Answer], tmp_path: Path) -> None:
+    status, out, _ = cli("collect", LOGS, "--model", tiny_llama, "--out", "c", "--json")
+    assert status == 0
+    rows = list(csv.DictReader((tmp_path / "c" / "train.csv").open(newline="", encoding="utf-8")))
+    lines = [json.loads(line) for line in (tmp_path / "c" / "train.jsonl").open(encoding="utf-8")]
+    assert [row["text"] for row in rows] == [line["text"] for line in lines]
+    assert len(lines) == json.loads(out)["conversations"]["gptme"]
+    assert all(line["text"].startswith("<|im_start|>system\n") and "<|im_start|>assistant\n" in line["text"] for line in lines)
+
+
+def test_a_dry_run_writes_nothing_and_shows_the_settings(made: Path, tiny_llama: Path, cli: Callable[..., Answer], tmp_path: Path) -> None:
+    arguments = ("train", "--model", tiny_llama, "--data", made / "dataset", "--out", "r", "--set", "rank=3", "--dry-run")
+    status, out, err = cli(*arguments)
+    assert status == 0 and "rank: 3   (set)" in out and "8 steps" not in out
+    assert not (tmp_path / "r").exists()
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+GOOD = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
+
+# What is given, and what the one line names.
+MISTAKES: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = {
+    "no such logs folder": (lambda t, m, d: ["collect", t / "nowhere", "--out", t / "o"], "nowhere"),
+    "OpenAssistant file that is not JSON": (
+        lambda t, m, d: ["collect", "--no-gptme", "--openassistant", write(t / "x.jsonl", "{}\nnot json\n"), "--out", t / "o"],
+        "x.jsonl:",
+    ),
+    "nothing to read": (lambda t, m, d: ["collect", "--no-gptme", "--out", t / "o"], "nothing to read"),
+    "collected folder missing": (lambda t, m, d: ["prepare", t / "nowhere", "--model", m, "--out", t / "o"], "nowhere: no such file"),
+    "collected file not JSON": (
+        lambda t, m, d: ["prepare", write(t / "c.jsonl", GOOD + "{cut"), "--model", m, "--out", t / "o"],
+        "c.jsonl:2: not JSON",
+    ),
+    "unknown role": (
+        lambda t, m, d: ["prepare", write(t / "c.jsonl", GOOD.replace('"user"', '"bot"')), "--model", m, "--out", t / "o"],
+        "c.jsonl:1: message 1: role 'bot' is not one of system, user, assistant, tool",
+    ),
+    "nothing to learn": (
+        lambda t, m, d: ["prepare", write(t / "c.jsonl", GOOD.replace('"assistant"', '"user"')), "--model", m, "--out", t / "o"],
+        "no conversation left to learn from",
+    ),
+    "model folder missing": (lambda t, m, d: ["prepare", d / "collected", "--model", t / "nomodel", "--out", t / "o"], "nomodel"),
+    "model without tokenizer": (
+        lambda t, m, d: ["prepare", d / "collected", "--model", without(m, t / "m", "tokenizer.json"), "--out", t / "o"],
+        "tokenizer",
+    ),
+    "model without chat template": (
+        lambda t, m, d: ["prepare", d / "collected", "--model", without(m, t / "m", "chat_template.jinja"), "--out", t / "o"],
+        "chat template",
+    ),
+    "max_length out of range": (
+        lambda t, m, d: ["prepare", d / "collected", "--model", m, "--max-length", "abc", "--out", t / "o"],
+        "max_length = 'abc'",
+    ),
+    "unknown setting in the file": (
+        lambda t, m, d: ["train", write(t / "c.yaml", "learnin_rate: 1\n"), "--out", t / "o"],
+        "c.yaml: unknown setting 'learnin_rate'",
+    ),
+    "unknown setting on the command line": (lambda t, m, d: ["train", "--set", "rnk=4", "--out", t / "o"], "unknown setting 'rnk'"),
+    "setting out of range": (lambda t, m, d: ["train", "--set", "rank=0", "--out", t / "o"], "rank = 0"),
+    "config file missing": (lambda t, m, d: ["train", t / "no.yaml", "--out", t / "o"], "no.yaml"),
+    "no model": (lambda t, m, d: ["train", "--data", d / "dataset", "--out", t / "o"], "no model given"),
+    "data not prepared": (lambda t, m, d: ["train", "--model", m, "--data", t, "--out", t / "o"], "not a prepared data set"),
+    "unknown engine": (
+        lambda t, m, d: ["train", "--model", m, "--data", d / "dataset", "--engine", "jax", "--out", t / "o"],
+        "engine = 'jax'",
+    ),
+    "wrong target module": (
+        lambda t, m, d: ["train", "--model", m, "--data", d / "dataset", "--set", "target_modules=qproj", "--out", t / "o"],
+        "'qproj'",
+    ),
+    "run folder exists": (lambda t, m, d: ["train", "--model", m, "--data", d / "dataset", "--out", d / "run"], "exists already"),
+    "resume of nothing": (lambda t, m, d: ["train", "--resume", "--out", t / "o"], "not a run"),
+    "evaluate of nothing": (lambda t, m, d: ["evaluate", t / "norun"], "norun: not a run"),
+    "no such checkpoint": (lambda t, m, d: ["evaluate", d / "run", "--checkpoint", "step-000009"], "no checkpoint 'step-000009'"),
+    "fuse into an existing folder": (lambda t, m, d: ["fuse", d / "run", "--out", d / "dataset"], "exists already"),
+    "demo into an existing folder": (lambda t, m, d: ["demo", "--out", d / "dataset"], "exists already"),
+    "no such verb": (lambda t, m, d: ["trian"], "trian"),
+    "no such option": (lambda t, m, d: ["train", "--modle", "x"], "--modle"),
+    "missing argument": (lambda t, m, d: ["prepare", "--model", m], "Missing argument"),
+}
+
+
+def without(model: Path, copy: Path, name: str) -> Path:
+    """The model folder with one thing missing."""
+    copy.mkdir()
+    for path in model.iterdir():
+        if path.name != name:
+            (copy / path.name).write_bytes(path.read_bytes())
+    config = copy / "tokenizer_config.json"
+    if name == "chat_template.jinja":
+        config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "chat_template"}))
+    return copy
+
+
+def snapshot(folder: Path) -> dict[str, float]:
+    return {str(path): path.lstat().st_mtime for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_line_and_a_hint_and_nothing_is_written(
+    mistake: str, made: Path, tiny_llama: Path, cli: Callable[..., Answer], tmp_path: Path
+) -> None:
+    arguments, named = MISTAKES[mistake]
+    given = arguments(tmp_path, tiny_llama, made)
+    before = snapshot(made) | snapshot(tmp_path)
+    status, out, err = cli(*given)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    hints = [line for line in err.splitlines() if line.startswith("hint: ")]
+    assert status == 2 and out == ""
+    assert len(errors) == 1 and named in errors[0], err
+    assert len(hints) == 1 and "Traceback" not in err
+    assert snapshot(made) | snapshot(tmp_path) == before
+
+
+def test_the_nearest_setting_is_named(cli: Callable[..., Answer]) -> None:
+    assert "hint: did you mean learning_rate?" in cli("train", "--set", "learnig_rate=1")[2]
+
+
+def test_help_names_every_setting_with_its_default(cli: Callable[..., Answer]) -> None:
+    text = re.sub(r"\s+", " ", cli("train", "--help")[1])
+    for name in FIELDS:
+        assert name in text
+    assert "gradient_accumulation [8]" in text and "learning_rate [0.0002]" in text
+
+
+def test_every_verb_has_help_that_ends_well(cli: Callable[..., Answer]) -> None:
+    for command in app.registered_commands:
+        name = command.name or command.callback.__name__  # type: ignore[union-attr]
+        status, out, _ = cli(name, "--help")
+        assert status == 0 and name in out
+    assert cli("--version")[1].startswith("mlx-finetune 0.")
+
+
+def test_help_loads_neither_numpy_nor_a_framework() -> None:
+    program = "import sys\nfrom mlx_finetune.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\n"
+    program += "print([m for m in ('numpy', 'mlx', 'mlx_lm', 'torch', 'transformers', 'datasets') if m in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert answer.stdout.splitlines()[-1] == "[]"

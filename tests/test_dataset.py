@@ -1,0 +1,363 @@
+"""The prepared folder: every turn is learned or counted with its reason, and what is on the disk is what training sees."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from chats import DROPS_SYSTEM, chat, conversation_of, random_chat, template_of, to_learn
+from tiny_models import CHATML
+
+import mlx_finetune
+from mlx_finetune.config import RunConfig
+from mlx_finetune.data.batches import Batch, Example
+from mlx_finetune.data.conversation import Conversation, Message, read_conversations, write_conversations
+from mlx_finetune.data.dataset import Dataset, write_dataset
+from mlx_finetune.data.prepare import collected_files, prepare
+from mlx_finetune.data.sources import gptme, openassistant
+from mlx_finetune.data.template import ChatTemplate
+from mlx_finetune.errors import UserError
+
+SAMPLE = Path(mlx_finetune.__file__).parent / "sample"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ChatTemplate:
+    return template_of(tmp_path_factory.mktemp("template"), CHATML)
+
+
+@pytest.fixture(scope="module")
+def sample() -> list[Conversation]:
+    trees = openassistant.read(SAMPLE / "openassistant.trees.jsonl").conversations
+    return [*gptme.read(SAMPLE / "gptme-logs").conversations, *trees]
+
+
+def random_examples(seed: int, count: int, length: int = 40) -> list[Example]:
+    random, examples = np.random.default_rng(seed), []
+    for i in range(count):
+        tokens = random.integers(0, 50_000, random.integers(2, length)).astype(np.int32)
+        weights = random.choice((0.0, 1.0, 0.1), len(tokens)).astype(np.float32)
+        weights[0], weights[-1] = 0, 1
+        examples.append(Example(tokens, weights, str(random.choice(("gptme", "openassistant"))), f"c{i}", (1, 2 * i)))
+    return examples
+
+
+def write(folder: Path, train: Sequence[Example], valid: Sequence[Example] = ()) -> Dataset:
+    folder.mkdir(parents=True)
+    write_dataset(folder, {"train": train, "valid": valid}, lambda: {"max_length": 40})
+    return Dataset.open(folder)
+
+
+def prepared(folder: Path, conversations: Sequence[Conversation], template: ChatTemplate, **settings: Any) -> Dataset:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_conversations(folder / "all.jsonl", conversations)
+    prepare([folder / "all.jsonl"], template, RunConfig(**settings), folder / "dataset", {"model": "tiny"})
+    return Dataset.open(folder / "dataset")
+
+
+def assert_equal(one: Example, other: Example) -> None:
+    assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.weights, other.weights)
+    assert (one.tokens.dtype, one.weights.dtype) == (np.int32, np.float32)
+    assert (one.source, one.conversation, one.turns) == (other.source, other.conversation, other.turns)
+
+
+def check_tally(dataset: Dataset, conversations: Sequence[Conversation]) -> None:
+    """Every turn is learned once or counted, and the counts are those of the examples."""
+    for split, store in (("train", dataset.train), ("valid", dataset.valid)):
+        tally, held_out = dataset.info[split], set(dataset.info["held_out_groups"])
+        here = [c for c in conversations if (c.source == "gptme" and c.group in held_out) == (split == "valid")]
+        learned = Counter((example.conversation, turn) for example in store for turn in example.turns)
+        assert max(learned.values(), default=1) == 1
+        assert tally["learned_turns"] == len(learned)
+        lost = tally["turns_too_long"] + sum(tally["turns_refused"].values())
+        assert tally["learned_turns"] + lost == sum(one.assistant_turns for one in here)
+        assert tally["examples"] == len(store) == dataset.info["examples"][split]
+        assert tally["tokens"] == sum(store.lengths) and max(store.lengths, default=0) <= dataset.info["max_length"]
+        assert tally["learned_tokens"] == sum(int((example.weights > 0).sum()) for example in store)
+        assert sum(tally["conversations"].values()) == len(here)
+        assert set(learned) <= {(c.id, place) for c in here for place, _, _ in to_learn(c.messages)}
+
+
+@pytest.mark.parametrize("size", [128, 512, 2048, 8192])
+def test_every_turn_of_the_sample_is_learned_once_or_counted(
+    tiny: ChatTemplate, sample: list[Conversation], tmp_path: Path, size: int
+) -> None:
+    dataset = prepared(tmp_path, sample, tiny, max_length=size, valid_fraction=0.3)
+    check_tally(dataset, sample)
+    assert dataset.info["train"]["turns_refused"] == {} == dataset.info["valid"]["turns_refused"]
+    assert set(dataset.valid.sources) == {"gptme"}
+    assert set(dataset.train.sources) == ({"gptme", "openassistant"} if size > 128 else {"gptme"})
+    if size == 8192:
+        assert dataset.info["train"]["served_as_trained"] == dataset.info["train"]["learned_turns"]
+
+
+@pytest.mark.parametrize("size", [256, 8192])
+def test_every_turn_of_genuine_logs_is_learned_once_or_counted(smollm2: Path, shared: Path, tmp_path: Path, size: int) -> None:
+    logs = [log for log in gptme.read(shared / "data" / "gptme-logs").conversations if log.assistant_turns]
+    dataset = prepared(tmp_path, logs, ChatTemplate.load(smollm2), max_length=size)
+    check_tally(dataset, logs)
+    assert dataset.info["train"]["turns_refused"] == {}
+    if size == 8192:
+        assert dataset.info["train"]["turns_too_long"] == dataset.info["valid"]["turns_too_long"] == 0
+
+
+@pytest.mark.parametrize("size", [64, 200, 1000])
+def test_every_turn_of_random_chats_is_learned_once_or_counted(tiny: ChatTemplate, tmp_path: Path, size: int) -> None:
+    random = np.random.default_rng(size)
+    chats = [conversation_of([*random_chat(random, 0.2), *chat("a", "b")], f"g{i}") for i in range(120)]
+    dataset = prepared(tmp_path, chats, tiny, max_length=size)
+    check_tally(dataset, chats)
+    assert set(dataset.info["train"]["turns_refused"]) >= {"private-use characters in a message", "a turn of blanks"}
+
+
+def test_what_one_window_cannot_hold_does_not_cost_the_others(tiny: ChatTemplate, tmp_path: Path) -> None:
+    messages = chat(*[f"{i} " + "and so " * 10 for i in range(40)])
+    messages[20] = Message("user", "\U000f0041")
+    conversation = conversation_of(messages)
+    dataset = prepared(tmp_path, [conversation], tiny, max_length=256)
+    check_tally(dataset, [conversation])
+    assert 1 <= dataset.info["train"]["turns_refused"]["private-use characters in a message"] <= 5
+
+
+def test_a_template_that_drops_tool_output_loses_nothing_without_a_count(tmp_path: Path) -> None:
+    template = template_of(tmp_path / "model", DROPS_SYSTEM)
+    with_output = conversation_of([*chat("a", "b"), Message("system", "output"), *chat("c", "d")], "one")
+    conversations = [with_output, conversation_of(chat("a", "b"), "two"), conversation_of(chat("e", "f"), "three")]
+    dataset = prepared(tmp_path, conversations, template, valid_fraction=0)
+    check_tally(dataset, conversations)
+    assert dataset.info["train"]["turns_refused"] == {"the template drops a message of role system": 2}
+
+
+def test_context_and_blank_turns_are_not_among_the_turns_of_an_example(tiny: ChatTemplate, tmp_path: Path) -> None:
+    messages = [*chat("a", "b", "c", " \n", "d", "e"), Message("user", "f"), Message("assistant", "g", 0.0), *chat("h", "i")]
+    messages[5] = Message("assistant", "e", 0.25)
+    dataset = prepared(tmp_path, [conversation_of(messages)], tiny)
+    (example,) = dataset.train
+    assert example.turns == (1, 5, 9)
+    assert sorted(set(example.weights.tolist())) == [0, 0.25, 1]
+    assert dataset.info["train"]["turns_refused"] == {"a turn of blanks": 1}
+
+
+def test_only_gptme_is_held_out_even_where_another_source_has_the_same_group(tiny: ChatTemplate, tmp_path: Path) -> None:
+    groups = [f"g{i}" for i in range(20)]
+    conversations = [conversation_of(chat(f"{s} {g}", "yes"), g, s) for g in groups for s in ("gptme", "openassistant")]
+    dataset = prepared(tmp_path, conversations, tiny, valid_fraction=0.5)
+    check_tally(dataset, conversations)
+    assert set(dataset.valid.sources) == {"gptme"}
+    assert Counter(dataset.train.sources)["openassistant"] == 20
+
+
+def test_the_jsonl_beside_holds_the_same_windows(tiny: ChatTemplate, sample: list[Conversation], tmp_path: Path) -> None:
+    dataset = prepared(tmp_path, sample, tiny, max_length=512)
+    rows = list(read_conversations(dataset.folder / "train.jsonl"))
+    assert len(rows) == len(dataset.train)
+    for row, example in zip(rows, dataset.train, strict=True):
+        encoded = tiny.encode(row.messages)
+        assert np.array_equal(encoded.tokens, example.tokens) and np.array_equal(encoded.weights, example.weights)
+
+
+def test_the_same_conversations_give_the_same_id_wherever_they_are_prepared(
+    tiny: ChatTemplate, sample: list[Conversation], tmp_path: Path
+) -> None:
+    ids = [prepared(tmp_path / name, sample, tiny, max_length=512).id for name in ("one", "another place")]
+    assert ids[0] == ids[1]
+    assert prepared(tmp_path / "shorter", sample, tiny, max_length=500).id != ids[0]
+    assert prepared(tmp_path / "fewer", sample[1:], tiny, max_length=512).id != ids[0]
+
+
+def test_the_id_is_of_tokens_and_weights_in_order(tmp_path: Path) -> None:
+    examples = random_examples(0, 3)
+    weights = examples[1].weights.copy()
+    weights[-1] = 0.5
+    changed = Example(examples[1].tokens, weights, *(getattr(examples[1], name) for name in ("source", "conversation", "turns")))
+    splits: Mapping[str, tuple[list[Example], list[Example]]] = {
+        "same": (examples, []),
+        "weight": ([examples[0], changed, examples[2]], []),
+        "order": (examples[::-1], []),
+        "split": (examples[:2], examples[2:]),
+    }
+    ids = {name: write(tmp_path / name, *split).id for name, split in splits.items()}
+    assert len(set(ids.values())) == 4
+    assert ids["same"] == "dc79e524992c2c50"
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    train, valid = random_examples(1, 30), random_examples(2, 7)
+    dataset = write(tmp_path / "d", train, valid)
+    for store, written in ((dataset.train, train), (dataset.valid, valid)):
+        assert len(store) == len(written)
+        for one, other in zip(store, written, strict=True):
+            assert_equal(one, other)
+        assert store.lengths == tuple(len(example.tokens) for example in written)
+        assert store.sources == tuple(example.source for example in written)
+    assert_equal(dataset.train[29], train[29])
+
+
+def test_a_split_may_be_empty(tmp_path: Path) -> None:
+    dataset = write(tmp_path / "d", random_examples(1, 3))
+    assert (len(dataset.valid), dataset.valid.lengths, dataset.held_out(2), list(dataset.valid)) == (0, (), {}, [])
+
+
+def test_held_out_batches_have_each_example_once_and_by_source(tmp_path: Path) -> None:
+    valid = random_examples(4, 23)
+    batches = write(tmp_path / "d", random_examples(3, 1), valid).held_out(4)
+    assert list(batches) == ["gptme", "openassistant"]
+    for source, group in batches.items():
+        expected = [Batch.of([example]) for example in valid if example.source == source]
+        rows = [row[weights > 0].tolist() for batch in group for row, weights in zip(batch.targets, batch.weights, strict=True)]
+        assert sorted(rows) == sorted(batch.targets[batch.weights > 0].tolist() for batch in expected)
+        assert sum(batch.learned for batch in group) == pytest.approx(sum(batch.learned for batch in expected), rel=1e-12)
+
+
+def test_a_step_is_a_pure_function_of_data_seed_and_step(tmp_path: Path) -> None:
+    examples, config = random_examples(5, 11), RunConfig(batch_size=2, gradient_accumulation=2)
+    one, other = write(tmp_path / "a", examples), write(tmp_path / "b", examples)
+    assert one.steps_per_epoch(config) == 3
+    late = one.batches_at(5, config)
+    for step in range(6):
+        for mine, same in zip(one.batches_at(step, config), other.batches_at(step, config), strict=True):
+            assert np.array_equal(mine.inputs, same.inputs) and np.array_equal(mine.weights, same.weights)
+    assert all(np.array_equal(a.targets, b.targets) for a, b in zip(late, one.batches_at(5, config), strict=True))
+    learned = [sum(b.learned for step in range(3) for b in one.batches_at(3 * epoch + step, config)) for epoch in range(2)]
+    assert learned == pytest.approx([sum(float(e.weights.sum(dtype=np.float64)) for e in examples)] * 2, rel=1e-12)
+
+
+READ = """
+import sys
+from pathlib import Path
+import pyarrow
+from mlx_finetune.data.dataset import Dataset
+dataset = Dataset.open(Path(sys.argv[1]))
+total = sum(int(example.tokens.sum()) for example in dataset.train)
+print(total, pyarrow.total_allocated_bytes())
+"""
+
+
+def test_the_data_stay_on_the_disk_and_no_cache_appears_in_the_home(tmp_path: Path) -> None:
+    examples = random_examples(6, 400, length=8000)
+    dataset = write(tmp_path / "d", examples)
+    home = tmp_path / "home"
+    home.mkdir()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(dataset.folder)],
+        env=kept | {"HOME": str(home), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    total, allocated = map(int, done.stdout.split())
+    assert total == sum(int(example.tokens.sum()) for example in examples)
+    assert (dataset.folder / "train.arrow").stat().st_size > 10_000_000 > 20 * allocated
+    assert list(home.rglob("*")) == []
+    assert {path.name for path in dataset.folder.iterdir()} == {"train.arrow", "valid.arrow", "dataset.json"}
+
+
+def cut_off(folder: Path) -> None:
+    path = folder / "train.arrow"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def other_version(folder: Path) -> None:
+    info = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    (folder / "dataset.json").write_text(json.dumps(info | {"version": 2}), encoding="utf-8")
+
+
+def no_sizes(folder: Path) -> None:
+    (folder / "dataset.json").write_text('{"version": 1, "id": "a"}', encoding="utf-8")
+
+
+def garbled(folder: Path) -> None:
+    path = folder / "train.arrow"
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (cut_off, "train.arrow: missing or not whole"),
+        (lambda folder: (folder / "valid.arrow").unlink(), "valid.arrow: missing or not whole"),
+        (garbled, "train.arrow: not an Arrow file"),
+        (other_version, "version 2, not 1"),
+        (no_sizes, "not whole"),
+        (lambda folder: (folder / "dataset.json").write_text("[]"), "version None, not 1"),
+        (lambda folder: (folder / "dataset.json").write_text("{"), "not JSON"),
+        (lambda folder: (folder / "dataset.json").unlink(), "not a prepared data set"),
+    ],
+)
+def test_a_damaged_folder_is_refused(tmp_path: Path, damage: Callable[[Path], None], reason: str) -> None:
+    write(tmp_path / "d", random_examples(7, 3), random_examples(8, 2))
+    damage(tmp_path / "d")
+    with pytest.raises(UserError, match=reason) as error:
+        Dataset.open(tmp_path / "d")
+    assert error.value.message.startswith(str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize(
+    ("conversations", "settings", "reason"),
+    [
+        ([], {}, "no assistant turn"),
+        ([conversation_of([Message("user", "a")])], {}, "no assistant turn"),
+        ([conversation_of(chat("a", "b " * 500))], {"max_length": 64}, r"turn longer than a window \(1\)"),
+        ([conversation_of(chat("a", " "))], {}, r"a turn of blanks \(1\)"),
+        ([conversation_of(chat("\U000f0041", "b"))], {}, r"private-use characters in a message \(1\)"),
+    ],
+)
+def test_nothing_to_learn_is_refused_and_leaves_no_folder(
+    tiny: ChatTemplate, tmp_path: Path, conversations: list[Conversation], settings: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UserError, match=reason):
+        prepared(tmp_path, conversations, tiny, **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["all.jsonl"]
+
+
+def test_a_bad_line_or_a_folder_that_exists_changes_nothing(tiny: ChatTemplate, tmp_path: Path) -> None:
+    (tmp_path / "all.jsonl").write_text('{"messages": []}\n{"text": "a"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"all\.jsonl:2: "):
+        prepare([tmp_path / "all.jsonl"], tiny, RunConfig(), tmp_path / "out", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["all.jsonl"]
+    (tmp_path / "out").mkdir()
+    write_conversations(tmp_path / "all.jsonl", [conversation_of(chat("a", "b"))])
+    with pytest.raises(UserError, match="exists already"):
+        prepare([tmp_path / "all.jsonl"], tiny, RunConfig(), tmp_path / "out", {})
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_interrupted_writing_leaves_no_folder(tiny: ChatTemplate, tmp_path: Path) -> None:
+    write_conversations(tmp_path / "all.jsonl", [conversation_of(chat("a", str(i)), str(i)) for i in range(9)])
+
+    def stop(done: int, total: int) -> None:
+        assert total == 9
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare([tmp_path / "all.jsonl"], tiny, RunConfig(), tmp_path / "out", {}, stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["all.jsonl"]
+
+
+def test_a_folder_stands_for_the_conversations_that_collect_put_into_it(tmp_path: Path) -> None:
+    for name in ("gptme.jsonl", "openassistant.jsonl", "rejected.jsonl", "train.jsonl", "collect.json", "train.csv"):
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    assert [path.name for path in collected_files([tmp_path])] == ["gptme.jsonl", "openassistant.jsonl"]
+    assert collected_files([tmp_path / "train.jsonl"]) == [tmp_path / "train.jsonl"]
+    for path, reason in ((tmp_path / "empty", "no conversations in this folder"), (tmp_path / "none", "no such file or folder")):
+        with pytest.raises(UserError, match=reason):
+            collected_files([path])
+
+
+def test_examples_are_read_one_at_a_time_while_they_are_written(tmp_path: Path) -> None:
+    def stream() -> Iterator[Example]:
+        yield from random_examples(9, 5)
+
+    (tmp_path / "d").mkdir()
+    asked = []
+    info = write_dataset(tmp_path / "d", {"train": stream(), "valid": stream()}, lambda: {"asked": asked.append(1)})
+    assert asked == [1] and info["examples"] == {"train": 5, "valid": 5}

@@ -1,0 +1,263 @@
+"""The loop: resuming is exact, checkpoints move between engines, and what was held out never moves training."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mlx_finetune.config import make_config
+from mlx_finetune.data.conversation import Conversation, Message, write_conversations
+from mlx_finetune.data.dataset import Dataset
+from mlx_finetune.data.prepare import prepare
+from mlx_finetune.data.template import ChatTemplate
+from mlx_finetune.engines import open_engine
+from mlx_finetune.errors import UserError
+from mlx_finetune.models.weights import fingerprint
+from mlx_finetune.training import loop
+from mlx_finetune.training.checkpoint import Origin, load_checkpoint, save_checkpoint
+from mlx_finetune.training.metrics import Metrics, read_metrics
+from mlx_finetune.training.run import execute, last_checkpoint, plan_resume, plan_run
+from mlx_finetune.training.schedule import learning_rate
+
+STEPS = 10
+
+
+def conversations(count: int, word: str = "ls") -> list[Conversation]:
+    """Made to differ in length and content; two of three from gptme."""
+    made = []
+    for i in range(count):
+        turns = [Message("system", "You are gptme.")]
+        for turn in range(i % 3 + 1):
+            turns += [Message("user", f"list {i} {turn}"), Message("assistant", f"```shell\n{word} -{'l' * (i % 5)} dir{turn}\n```")]
+        source = "openassistant" if i % 3 == 0 else "gptme"
+        made.append(Conversation(tuple(turns), source, f"log-{word}-{i}", "MIT"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def data(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tiny_llama, tmp_path_factory.mktemp("data"), "ls")
+
+
+def prepared(model: Path, folder: Path, word: str) -> Path:
+    write_conversations(folder / "gptme.jsonl", conversations(15, word))
+    config = make_config({"max_length": 512, "valid_fraction": 0.2}, "test")
+    prepare([folder / "gptme.jsonl"], ChatTemplate.load(model), config, folder / "dataset", {})
+    return folder / "dataset"
+
+
+def settings(model: Path, data: Path, out: Path, engine: str, **values: Any) -> dict[str, Any]:
+    places = {"model": str(model), "data": str(data), "out": str(out), "engine": engine}
+    shape = {"rank": 4, "alpha": 8, "batch_size": 2, "gradient_accumulation": 2, "steps": STEPS, "learning_rate": 1e-2}
+    return places | shape | {"eval_every": 4, "save_every": 5, "warmup_ratio": 0.2} | values
+
+
+def run(values: dict[str, Any]) -> Path:
+    plan = plan_run(make_config(values, "test"))
+    execute(plan, lambda done, steps, note: None)
+    return plan.run
+
+
+def tensors(run: Path, step: int) -> dict[str, np.ndarray]:
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    return load_file(folder / "adapter_model.safetensors") | load_file(folder / "optimizer.safetensors")
+
+
+def losses(run: Path, split: str) -> list[float]:
+    return [row["loss"] for row in read_metrics(run / "metrics.jsonl") if row["split"] == split]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_llama: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An uninterrupted run of each engine, with dropout, so that its seeds count too."""
+    folder = tmp_path_factory.mktemp("straight")
+    return {name: run(settings(tiny_llama, data, folder / name, name, dropout=0.1)) for name in ("mlx", "torch")}
+
+
+def cut_after(run: Path, step: int, copy: Path) -> Path:
+    """The run as a crash after `step` would leave it: later checkpoints gone, later metrics still there."""
+    shutil.copytree(run, copy, symlinks=True)
+    for folder in (copy / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    return copy
+
+
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(engine_name: str, straight: dict[str, Path], tmp_path: Path) -> None:
+    resumed = cut_after(straight[engine_name], 5, tmp_path / "run")
+    plan = plan_resume(resumed, {})
+    assert plan.checkpoint and plan.checkpoint.name == "step-000005"
+    execute(plan, lambda done, steps, note: None)
+    expected, found = tensors(straight[engine_name], STEPS), tensors(resumed, STEPS)
+    assert expected.keys() == found.keys()
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    assert losses(resumed, "train") == losses(straight[engine_name], "train")
+    assert losses(resumed, "valid") == losses(straight[engine_name], "valid")
+
+
+@pytest.mark.parametrize(("first", "then"), [("mlx", "torch"), ("torch", "mlx")])
+def test_a_checkpoint_moves_between_engines(first: str, then: str, tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    whole = run(settings(tiny_llama, data, tmp_path / "whole", first))
+    moved = cut_after(whole, 5, tmp_path / "moved")
+    execute(plan_resume(moved, {"engine": then}), lambda done, steps, note: None)
+    # Two engines in float32, five steps apart: measured 1e-6.
+    np.testing.assert_allclose(losses(moved, "train"), losses(whole, "train"), atol=1e-5)
+    assert json.loads((moved / "latest" / "progress.json").read_text())["engine"] == then
+
+
+def test_a_run_falls_in_loss_and_leaves_what_the_contract_names(engine_name: str, straight: dict[str, Path]) -> None:
+    folder = straight[engine_name]
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints", "latest", "best"}
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())][-1] == "step-000010"
+    names = {path.name for path in (folder / "latest").iterdir()}
+    assert names == {"adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "progress.json"}
+    valid = losses(folder, "valid")
+    assert len(valid) == 4 and valid[-1] < valid[0] - 0.5
+    best = json.loads((folder / "best" / "progress.json").read_text())["step"]
+    at = {row["step"]: row["loss"] for row in read_metrics(folder / "metrics.jsonl") if row["split"] == "valid"}
+    assert at[best] == min(loss for step, loss in at.items() if step)
+
+
+def test_how_often_one_looks_does_not_change_the_run(engine_name: str, tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    often = run(settings(tiny_llama, data, tmp_path / "often", engine_name, dropout=0.1, eval_every=1, save_every=1))
+    never = run(settings(tiny_llama, data, tmp_path / "never", engine_name, dropout=0.1, eval_every=99, save_every=99))
+    assert all(np.array_equal(a, b) for a, b in zip(tensors(often, STEPS).values(), tensors(never, STEPS).values(), strict=True))
+
+
+def test_both_engines_log_the_same_run(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    runs = {name: run(settings(tiny_llama, data, tmp_path / name, name)) for name in ("mlx", "torch")}
+    np.testing.assert_allclose(losses(runs["mlx"], "train"), losses(runs["torch"], "train"), atol=1e-5)
+    np.testing.assert_allclose(losses(runs["mlx"], "valid"), losses(runs["torch"], "valid"), atol=1e-5)
+
+
+def test_peft_opens_the_checkpoint_as_it_is_and_computes_what_the_engine_does(
+    engine_name: str, straight: dict[str, Path], tiny_llama: Path, data: Path
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    dataset = Dataset.open(data)
+    batches = [batch for each in dataset.held_out(2).values() for batch in each]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), straight[engine_name] / "latest")
+    total = 0.0
+    for batch in batches:
+        with torch.no_grad():
+            logits = model(torch.from_numpy(batch.inputs).long()).logits
+        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), torch.from_numpy(batch.targets).long(), reduction="none")
+        total += float((nll * torch.from_numpy(batch.weights)).sum())
+    loss = total / sum(batch.learned for batch in batches)
+    assert loss == pytest.approx(losses(straight[engine_name], "valid")[-1], abs=1e-5)
+
+
+def test_resume_refuses_other_data_another_model_and_other_settings(
+    straight: dict[str, Path], tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = cut_after(straight["torch"], 5, tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    other = prepared(tiny_llama, tmp_path / "other", "pwd")
+    with pytest.raises(UserError, match="trained with data .* this is data"):
+        plan_resume(folder, {"data": str(other)})
+    changed = tmp_path / "model"
+    shutil.copytree(tiny_llama, changed)
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(UserError, match="trained with model .* this is model"):
+        plan_resume(folder, {"model": str(changed)})
+    with pytest.raises(UserError, match="rank was 4 in this run, not 8"):
+        plan_resume(folder, {"rank": 8})
+    with pytest.raises(UserError, match="not a run"):
+        plan_resume(tmp_path / "nowhere", {})
+
+
+def test_an_existing_run_folder_is_refused_and_untouched(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists already") as error:
+        plan_run(make_config(settings(tiny_llama, data, tmp_path / "run", "torch"), "test"))
+    assert "--resume" in error.value.hint
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+def test_a_torn_checkpoint_is_never_taken_for_a_whole_one(straight: dict[str, Path], tmp_path: Path) -> None:
+    folder = cut_after(straight["torch"], 5, tmp_path / "run")
+    half = folder / "checkpoints" / ".step-000008.abcdef"  # as a kill in the middle of writing leaves it
+    half.mkdir()
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    found = last_checkpoint(folder)
+    assert found and found.name == "step-000005"
+    (found / "optimizer.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        load_checkpoint(found)
+
+
+def test_the_first_ctrl_c_saves_and_the_run_goes_on_exactly(
+    engine_name: str, straight: dict[str, Path], tiny_llama: Path, data: Path, tmp_path: Path
+) -> None:
+    import os
+    import signal
+
+    def press(done: int, steps: int, note: str) -> None:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    plan = plan_run(make_config(settings(tiny_llama, data, tmp_path / "run", engine_name, dropout=0.1), "test"))
+    trained, _ = execute(plan, press)
+    assert trained.interrupted and trained.step < STEPS
+    found = last_checkpoint(plan.run)
+    assert found and found.name == f"step-{trained.step:06d}"
+    execute(plan_resume(plan.run, {}), lambda done, steps, note: None)
+    expected, resumed = tensors(straight[engine_name], STEPS), tensors(plan.run, STEPS)
+    assert all(np.array_equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_nothing(engine_name: str, tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    values = settings(tiny_llama, data, tmp_path / "run", engine_name, learning_rate=1e30, warmup_ratio=0.0, max_grad_norm=1e30)
+    plan = plan_run(make_config(values, "test"))
+    with pytest.raises(UserError, match="loss") as error:
+        execute(plan, lambda done, steps, note: None)
+    assert "learning_rate" in error.value.hint
+    assert last_checkpoint(plan.run) is None
+
+
+def test_a_checkpoint_with_a_nan_is_not_written(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    config = make_config(settings(tiny_llama, data, tmp_path, "torch"), "test")
+    engine = open_engine(config, tiny_llama)
+    state = engine.state()
+    next(iter(state.values()))[0, 0] = np.nan
+    engine.load_state(state, 1)
+    with pytest.raises(UserError, match="not a finite number"):
+        save_checkpoint(tmp_path, engine, 1, config, Origin("d", fingerprint(tiny_llama)))
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine() -> None:
+    config = make_config({"learning_rate": 1.0, "warmup_ratio": 0.1}, "test")
+    rates = [learning_rate(step, 100, config) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 0.001
+    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert learning_rate(0, 1, make_config({"warmup_ratio": 0.0}, "test")) == 2e-4
+
+
+def test_epochs_are_counted_in_whole_data_and_steps_win_over_them(data: Path) -> None:
+    dataset = Dataset.open(data)
+    shape = {"batch_size": 2, "gradient_accumulation": 2}
+    per_epoch = dataset.steps_per_epoch(make_config(shape, "test"))
+    assert per_epoch == -(-len(dataset.train) // 4)
+    assert loop.total_steps(dataset, make_config(shape | {"epochs": 2}, "test")) == 2 * per_epoch
+    assert loop.total_steps(dataset, make_config(shape | {"epochs": 2, "steps": 3}, "test")) == 3
+
+
+def test_metrics_drop_what_a_crash_wrote_after_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "split": "train", "loss": 2.0}\n{"step": 2, "split": "train", "loss": 1.5}\n{"step": 3, "spl')
+    Metrics(path, start=1)
+    assert [row["step"] for row in read_metrics(path)] == [1]
+    path.write_text('{"step": 1}\nnot json\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: not JSON"):
+        read_metrics(path)
