@@ -43,7 +43,7 @@ STRIPS_THINKING = chatml_with(
 )
 REPEATS_SYSTEM = chatml_with("messages[0]['content'] + message['content'] if message['role'] == 'user' else message['content']")
 UPPER = chatml_with("message['content'] | upper")
-ESCAPES = chatml_with("message['content'] | replace('\"', '”') | replace('，', ',')")
+ESCAPES = chatml_with("message['content'] | replace('\"', '”') | replace('、', ',')")
 SYSTEM_LAST = (
     "{% for message in messages if message['role'] != 'system' %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -63,10 +63,10 @@ TEMPLATES: Mapping[str, str] = {
 }
 
 PIECES = (
-    "the answer", "def f(x):\n    return [x, 'y', \"z\"]\n", '"quoted"', "it's", "👩‍🔬🇩🇪", "é\u0301ü", "你好，世界", "שלום", "...", "`", "   ", "\t",
-    "\n", "\n\n\n", "\r\n", "\r", "a\r\nb", "<think>\nwhy\n</think>\n\n", "</think>", "<tool_call>", "[INST]", "</s>", "{{ x }}", "{% if %}",
-    "<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "<|user|>", "\x00", "\x1f", "\u200b", "\u2028", "\ufeff", "\u00a0", "\ue000",
-    "0123456789", "$ ls -la /home; echo $?", "#", "-", "&lt;", "\\n", "assistant", "user", "A", "",
+    "the answer", "def f(x):\n    return [x, 'y', \"z\"]\n", '"quoted"', "it's", "👩‍🔬🇩🇪", "é\u0301ü", "你好、世界", "שלום", "...",
+    "`", "   ", "\t", "\n", "\n\n\n", "\r\n", "\r", "a\r\nb", "<think>\nwhy\n</think>\n\n", "</think>", "<tool_call>", "[INST]", "</s>",
+    "{{ x }}", "{% if %}", "<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "<|user|>", "\x00", "\x1f", "\u200b", "\u2028",
+    "\ufeff", "\u00a0", "\ue000", "0123456789", "$ ls -la /home; echo $?", "#", "-", "&lt;", "\\n", "assistant", "user", "A", "",
 )  # fmt: skip
 BEYOND = ("\U000f0041", "\U0010fffd")  # private use of planes 15 and 16, where provenance is marked
 

@@ -166,7 +166,7 @@ def test_with_a_template_the_collected_conversations_are_rendered_too(tmp_path: 
 def test_a_conversation_that_the_template_does_not_take_is_named_and_leaves_no_folder(tmp_path: Path) -> None:
     write_log(tmp_path / "logs", "one", ("user", "list"), ("assistant", "ls"), ("system", "a.txt"), ("assistant", "one file"))
     template = template_of(tmp_path / "model", RAISES)
-    with pytest.raises(UserError, match="^one: the template does not take these messages") as error:
+    with pytest.raises(UserError, match=r"^one: the template does not take these messages") as error:
         collect(tmp_path / "logs", [], tmp_path / "out", template)
     assert error.value.hint == "collect without --model"
     assert {path.name for path in tmp_path.iterdir()} == {"logs", "model"}

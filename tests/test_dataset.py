@@ -15,7 +15,7 @@ from chats import DROPS_SYSTEM, chat, conversation_of, random_chat, template_of,
 from tiny_models import CHATML
 
 import mlx_finetune
-from mlx_finetune.config import RunConfig
+from mlx_finetune.config import make_config
 from mlx_finetune.data.batches import Batch, Example
 from mlx_finetune.data.conversation import Conversation, Message, read_conversations, write_conversations
 from mlx_finetune.data.dataset import Dataset, write_dataset
@@ -57,7 +57,7 @@ def write(folder: Path, train: Sequence[Example], valid: Sequence[Example] = ())
 def prepared(folder: Path, conversations: Sequence[Conversation], template: ChatTemplate, **settings: Any) -> Dataset:
     folder.mkdir(parents=True, exist_ok=True)
     write_conversations(folder / "all.jsonl", conversations)
-    prepare([folder / "all.jsonl"], template, RunConfig(**settings), folder / "dataset", {"model": "tiny"})
+    prepare([folder / "all.jsonl"], template, make_config(settings, "test"), folder / "dataset", {"model": "tiny"})
     return Dataset.open(folder / "dataset")
 
 
@@ -216,7 +216,7 @@ def test_held_out_batches_have_each_example_once_and_by_source(tmp_path: Path) -
 
 
 def test_a_step_is_a_pure_function_of_data_seed_and_step(tmp_path: Path) -> None:
-    examples, config = random_examples(5, 11), RunConfig(batch_size=2, gradient_accumulation=2)
+    examples, config = random_examples(5, 11), make_config({"batch_size": 2, "gradient_accumulation": 2}, "test")
     one, other = write(tmp_path / "a", examples), write(tmp_path / "b", examples)
     assert one.steps_per_epoch(config) == 3
     late = one.batches_at(5, config)
@@ -320,12 +320,12 @@ def test_nothing_to_learn_is_refused_and_leaves_no_folder(
 def test_a_bad_line_or_a_folder_that_exists_changes_nothing(tiny: ChatTemplate, tmp_path: Path) -> None:
     (tmp_path / "all.jsonl").write_text('{"messages": []}\n{"text": "a"}\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"all\.jsonl:2: "):
-        prepare([tmp_path / "all.jsonl"], tiny, RunConfig(), tmp_path / "out", {})
+        prepare([tmp_path / "all.jsonl"], tiny, make_config({}, "test"), tmp_path / "out", {})
     assert [path.name for path in tmp_path.iterdir()] == ["all.jsonl"]
     (tmp_path / "out").mkdir()
     write_conversations(tmp_path / "all.jsonl", [conversation_of(chat("a", "b"))])
     with pytest.raises(UserError, match="exists already"):
-        prepare([tmp_path / "all.jsonl"], tiny, RunConfig(), tmp_path / "out", {})
+        prepare([tmp_path / "all.jsonl"], tiny, make_config({}, "test"), tmp_path / "out", {})
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -338,7 +338,7 @@ def test_an_interrupted_writing_leaves_no_folder(tiny: ChatTemplate, tmp_path: P
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare([tmp_path / "all.jsonl"], tiny, RunConfig(), tmp_path / "out", {}, stop)
+        prepare([tmp_path / "all.jsonl"], tiny, make_config({}, "test"), tmp_path / "out", {}, stop)
     assert [path.name for path in tmp_path.iterdir()] == ["all.jsonl"]
 
 
@@ -353,11 +353,13 @@ def test_a_folder_stands_for_the_conversations_that_collect_put_into_it(tmp_path
             collected_files([path])
 
 
-def test_examples_are_read_one_at_a_time_while_they_are_written(tmp_path: Path) -> None:
-    def stream() -> Iterator[Example]:
-        yield from random_examples(9, 5)
+def test_what_is_said_of_the_data_is_asked_when_all_examples_are_through(tmp_path: Path) -> None:
+    def stream(read: list[Example]) -> Iterator[Example]:
+        for example in random_examples(9, 5):
+            read.append(example)
+            yield example
 
     (tmp_path / "d").mkdir()
-    asked = []
-    info = write_dataset(tmp_path / "d", {"train": stream(), "valid": stream()}, lambda: {"asked": asked.append(1)})
-    assert asked == [1] and info["examples"] == {"train": 5, "valid": 5}
+    read = []
+    info = write_dataset(tmp_path / "d", {"train": stream(read), "valid": stream(read)}, lambda: {"read": len(read)})
+    assert info["read"] == 10 and info["examples"] == {"train": 5, "valid": 5}

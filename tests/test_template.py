@@ -209,7 +209,7 @@ THOUGHT = chat("hello", "<think>\nwell\n</think>\n\ngood day", "and?", "<think>\
         (STRIPS_THINKING, chat("hello", "<think></think>。", "and?", "fine"), "rewrites a message of role assistant"),
         (UPPER, chat("hello", "good day"), "what its words are"),
         (ESCAPES, chat("hello", 'good "day"'), "rewrites a message of role assistant"),
-        (ESCAPES, chat("hello", '"，"'), "rewrites a message of role assistant"),
+        (ESCAPES, chat("hello", '"、"'), "rewrites a message of role assistant"),
         (chatml_with("message['content'][:20]"), chat("hello", "a very long answer indeed"), "rewrites"),
         (chatml_with("message['content'][-20:]"), chat("hello", "a very long answer indeed"), "rewrites"),
         (chatml_with("message['content'] * (1 if loop.index < 6 else 2)"), chat(*["so", "fine"] * 3), "rewrites"),
