@@ -135,7 +135,7 @@ def epochs(dataset: Dataset) -> dict[str, Any]:
                 for i in batch
             )
             each.append(f"{len(seen)} examples, each {min(seen.values())} to {max(seen.values())} times")
-            once[f"{batch_size} x {steps}, epoch {epoch + 1}"] = sorted(seen) == list(range(len(dataset.train))) and set(seen.values()) == {1}
+            once[f"{batch_size} x {steps}, epoch {epoch + 1}"] = seen == Counter(range(len(dataset.train)))
         counts[f"{batch_size} x {steps}"] = each
     return {"each_example_once": once, "epoch_counts": counts}
 
@@ -143,7 +143,10 @@ def epochs(dataset: Dataset) -> dict[str, Any]:
 def lines(figures: dict[str, Any]) -> list[str]:
     """The report."""
     report = [f"{name}: largest difference {value:.1e} (bound {BOUND:.0e})" for name, value in figures["differences"].items()]
-    report += [f"resume at step 10 on {engine}: adapter and moments bit-identical: {same}" for engine, same in figures["resume_bit_identical"].items()]
+    report += [
+        f"resume at step 10 on {engine}: adapter and moments bit-identical: {same}"
+        for engine, same in figures["resume_bit_identical"].items()
+    ]
     report += [f"batch {shape}, epochs 1 to 3: {'; '.join(each)}" for shape, each in figures["epoch_counts"].items()]
     return report
 
@@ -151,7 +154,10 @@ def lines(figures: dict[str, Any]) -> list[str]:
 def machine() -> dict[str, Any]:
     """Where this was measured."""
     packages = ("mlx", "mlx-lm", "torch", "transformers", "numpy")
-    return {"machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores", "versions": {p: version(p) for p in packages}}
+    return {
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "versions": {p: version(p) for p in packages},
+    }
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ ENGINE, MAX_LENGTH, VALID_FRACTION = default("engine"), str(default("max_length"
 EngineName = Annotated[str, typer.Option("--engine", help="auto, mlx or torch.")]
 Checkpoint = Annotated[str, typer.Option("--checkpoint", help="best, latest, or a name such as step-000100.")]
 
-SETTINGS = "Settings, for --set and for the config file (default in brackets):\n\n" + "\n\n".join(
-    f"[bold]{name}[/bold] [{'none' if default(name) is None else default(name)}] {RunConfig.model_fields[name].description}"
+SETTINGS = "Settings, for --set and for the config file:\n\n" + "\n\n".join(
+    f"[bold]{name}[/bold] = {'none' if default(name) is None else default(name)}: {RunConfig.model_fields[name].description}"
     for name in FIELDS
     if name not in ("model", "data", "out")
 )

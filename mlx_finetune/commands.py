@@ -80,6 +80,7 @@ def show_dataset(info: dict[str, Any]) -> None:
         "served_as_trained": "of them after exactly what is served",
         "turns_too_long": "turns too long for a window, not learned",
         "messages_shortened": "long messages shortened where only read",
+        "messages_left_out": "messages only read that no window had room for",
     }
     rows = [("conversations", str(sum(train["conversations"].values())), str(sum(valid["conversations"].values())))]
     rows += [(text, str(train[name]), str(valid[name])) for name, text in names.items()]

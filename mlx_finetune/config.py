@@ -30,39 +30,39 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    model: str = Field("", description="Hugging Face folder or hub id of the base model")
-    data: str = Field("", description="folder that `prepare` made")
-    out: str = Field("", description="folder of the run")
+    model: str = Field(default="", description="Hugging Face folder or hub id of the base model")
+    data: str = Field(default="", description="folder that `prepare` made")
+    out: str = Field(default="", description="folder of the run")
     engine: Literal["auto", "mlx", "torch"] = Field(
-        "auto", description="auto: MLX on Apple silicon, torch on CUDA, else what is installed"
+        default="auto", description="auto: MLX on Apple silicon, torch on CUDA, else what is installed"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of the frozen weights; auto: as stored on a GPU (bfloat16 on CUDA), float32 on a CPU"
+        default="auto", description="of the frozen weights; auto: as stored on a GPU (bfloat16 on CUDA), float32 on a CPU"
     )
 
-    max_length: Size = Field(8192, ge=64, description="tokens in one window; longer conversations become several windows")
-    valid_fraction: Fraction = Field(0.1, description="share of the gptme conversations held out for validation")
+    max_length: Size = Field(default=8192, ge=64, description="tokens in one window; longer conversations become several windows")
+    valid_fraction: Fraction = Field(default=0.1, description="share of the gptme conversations held out for validation")
 
-    rank: int = Field(16, ge=1, description="width of the adapter")
-    alpha: float = Field(32.0, gt=0, description="the adapter is scaled by alpha / rank")
-    dropout: Fraction = Field(0.0, description="on the adapter's input while training")
+    rank: int = Field(default=16, ge=1, description="width of the adapter")
+    alpha: float = Field(default=32.0, gt=0, description="the adapter is scaled by alpha / rank")
+    dropout: Fraction = Field(default=0.0, description="on the adapter's input while training")
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        "all-linear", description="all-linear, or names such as q_proj,v_proj"
+        default="all-linear", description="all-linear, or names such as q_proj,v_proj"
     )
-    num_layers: int | None = Field(None, ge=1, description="adapt the last so many layers only; none: all")
+    num_layers: int | None = Field(default=None, ge=1, description="adapt the last so many layers only; none: all")
 
-    learning_rate: float = Field(2e-4, gt=0, description="at the end of the warmup; cosine to 0 from there")
-    warmup_ratio: Fraction = Field(0.05, description="share of the steps in which the rate rises linearly")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW, decoupled")
-    max_grad_norm: float = Field(1.0, gt=0, description="the gradient of a step is clipped to this norm")
-    batch_size: int = Field(1, ge=1, description="examples in a micro-batch: what memory holds at once")
-    gradient_accumulation: int = Field(8, ge=1, description="micro-batches in a step")
-    epochs: float = Field(1.0, gt=0, description="passes over the data")
-    steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs where given")
-    seed: int = Field(0, ge=0, description="of the adapter, the order and the dropout")
+    learning_rate: float = Field(default=2e-4, gt=0, description="at the end of the warmup; cosine to 0 from there")
+    warmup_ratio: Fraction = Field(default=0.05, description="share of the steps in which the rate rises linearly")
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW, decoupled")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="the gradient of a step is clipped to this norm")
+    batch_size: int = Field(default=1, ge=1, description="examples in a micro-batch: what memory holds at once")
+    gradient_accumulation: int = Field(default=8, ge=1, description="micro-batches in a step")
+    epochs: float = Field(default=1.0, gt=0, description="passes over the data")
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps; wins over epochs where given")
+    seed: int = Field(default=0, ge=0, description="of the adapter, the order and the dropout")
 
-    eval_every: int = Field(50, ge=1, description="steps between two held-out losses")
-    save_every: int = Field(50, ge=1, description="steps between two checkpoints")
+    eval_every: int = Field(default=50, ge=1, description="steps between two held-out losses")
+    save_every: int = Field(default=50, ge=1, description="steps between two checkpoints")
 
     @model_validator(mode="before")
     @classmethod

@@ -17,13 +17,13 @@ def say(text: str) -> None:
 def progress(title: str) -> Iterator[Callable[..., None]]:
     """A bar on stderr; gives a function (done, total, note=""). Where stderr is no terminal: a line at every tenth."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _lines(title)
         return
-    columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+    columns = [TextColumn(title), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=None, note="")
         yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
@@ -37,7 +37,7 @@ def _lines(title: str) -> Callable[..., None]:
         tenth = 10 * done // max(total, 1)
         if tenth != said:
             said = tenth
-            say(f"{title} {done}/{total} {note}".rstrip())
+            say(f"{title} {100 * done // max(total, 1)} % {note}".rstrip())
 
     return advance
 

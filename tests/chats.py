@@ -44,6 +44,10 @@ STRIPS_THINKING = chatml_with(
 REPEATS_SYSTEM = chatml_with("messages[0]['content'] + message['content'] if message['role'] == 'user' else message['content']")
 UPPER = chatml_with("message['content'] | upper")
 ESCAPES = chatml_with("message['content'] | replace('\"', '”') | replace('、', ',')")
+# As Qwen2.5: a system prompt of its own where there is none.
+DEFAULT_PROMPT = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n' + 'You are the answer. ' * 20 }}{% endif %}" + CHATML
+)
 SYSTEM_LAST = (
     "{% for message in messages if message['role'] != 'system' %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -64,20 +68,22 @@ TEMPLATES: Mapping[str, str] = {
 
 PIECES = (
     "the answer", "def f(x):\n    return [x, 'y', \"z\"]\n", '"quoted"', "it's", "👩‍🔬🇩🇪", "é\u0301ü", "你好、世界", "שלום", "...",
-    "`", "   ", "\t", "\n", "\n\n\n", "\r\n", "\r", "a\r\nb", "<think>\nwhy\n</think>\n\n", "</think>", "<tool_call>", "[INST]", "</s>",
-    "{{ x }}", "{% if %}", "<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "<|user|>", "\x00", "\x1f", "\u200b", "\u2028",
-    "\ufeff", "\u00a0", "\ue000", "0123456789", "$ ls -la /home; echo $?", "#", "-", "&lt;", "\\n", "assistant", "user", "A", "",
+    "`", "   ", "\t", "\n", "\n\n\n", "\r\n", "\r", "a\r\nb", "<think>\nwhy\n</think>\n\n", "</think>", "<tool_call>", "[INST]",
+    "</s>", "{{ x }}", "{% if %}", "<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "<|user|>", "\x00", "\x1f", "\u200b",
+    "\u2028", "\ufeff", "\u00a0", "\ue000", "\U000f0041", "\U0010fffd", "0123456789", "$ ls -la /home; echo $?",
+    "#", "-", "&lt;", "\\n", "assistant", "user",
+    "A", "",
 )  # fmt: skip
-BEYOND = ("\U000f0041", "\U0010fffd")  # private use of planes 15 and 16, where provenance is marked
+BEYOND = ("\U00050041", "\U000dfffd")  # unassigned code points, where provenance is marked
 
 
-def template_of(folder: Path, jinja: str, eos: str | None = None, post_processor: Any = None) -> ChatTemplate:
-    """A chat template on the tiny tokenizer, saved and loaded as a model's would be."""
+def template_of(folder: Path, jinja: str, eos: str | None = None, **changes: Any) -> ChatTemplate:
+    """A chat template on the tiny tokenizer (`changes`: its parts), saved and loaded as a model's would be."""
     tokenizer = tiny_tokenizer()
     if eos:
         tokenizer.add_special_tokens({"eos_token": eos})
-    if post_processor:
-        tokenizer.backend_tokenizer.post_processor = post_processor
+    for part, value in changes.items():
+        setattr(tokenizer.backend_tokenizer, part, value)
     tokenizer.chat_template = jinja
     tokenizer.save_pretrained(folder)
     return ChatTemplate.load(folder)

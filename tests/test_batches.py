@@ -1,5 +1,7 @@
 """Batches: every example once an epoch, a pure function of the step; shifted and padded once."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ def lengths_of(count: int) -> tuple[int, ...]:
     return tuple(np.random.default_rng(count).integers(2, 5000, count).tolist())
 
 
-def example(tokens: list[int], weights: list[float]) -> Example:
+def example(tokens: Sequence[int], weights: Sequence[float]) -> Example:
     return Example(np.array(tokens, np.int32), np.array(weights, np.float32), "gptme", "c", (1,))
 
 

@@ -41,7 +41,19 @@ def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     verbs = (
         ("collect", LOGS, "--openassistant", TREES, "--out", folder / "collected"),
         ("prepare", folder / "collected", "--model", tiny_llama, "--max-length", "512", "--out", folder / "dataset"),
-        ("train", "--model", tiny_llama, "--data", folder / "dataset", "--out", folder / "run", "--set", "steps=2", "--set", "rank=2"),
+        (
+            "train",
+            "--model",
+            tiny_llama,
+            "--data",
+            folder / "dataset",
+            "--out",
+            folder / "run",
+            "--set",
+            "steps=2",
+            "--set",
+            "rank=2",
+        ),
     )
     for arguments in verbs:
         with pytest.raises(SystemExit) as exit:
@@ -74,7 +86,9 @@ def test_every_verb_ends_with_its_path_and_the_next_command(made: Path, cli: Cal
     assert (status, out.strip()) == (0, str(made / "run" / "loss.png"))
 
 
-def test_collect_with_a_model_also_writes_what_gptmes_first_collector_wrote(tiny_llama: Path, cli: Callable[..., Answer], tmp_path: Path) -> None:
+def test_collect_with_a_model_also_writes_what_gptmes_first_collector_wrote(
+    tiny_llama: Path, cli: Callable[..., Answer], tmp_path: Path
+) -> None:
     status, out, _ = cli("collect", LOGS, "--model", tiny_llama, "--out", "c", "--json")
     assert status == 0
     rows = list(csv.DictReader((tmp_path / "c" / "train.csv").open(newline="", encoding="utf-8")))
@@ -84,9 +98,11 @@ def test_collect_with_a_model_also_writes_what_gptmes_first_collector_wrote(tiny
     assert all(line["text"].startswith("<|im_start|>system\n") and "<|im_start|>assistant\n" in line["text"] for line in lines)
 
 
-def test_a_dry_run_writes_nothing_and_shows_the_settings(made: Path, tiny_llama: Path, cli: Callable[..., Answer], tmp_path: Path) -> None:
+def test_a_dry_run_writes_nothing_and_shows_the_settings(
+    made: Path, tiny_llama: Path, cli: Callable[..., Answer], tmp_path: Path
+) -> None:
     arguments = ("train", "--model", tiny_llama, "--data", made / "dataset", "--out", "r", "--set", "rank=3", "--dry-run")
-    status, out, err = cli(*arguments)
+    status, out, _ = cli(*arguments)
     assert status == 0 and "rank: 3   (set)" in out and "8 steps" not in out
     assert not (tmp_path / "r").exists()
 
@@ -106,7 +122,10 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = {
         "x.jsonl:",
     ),
     "nothing to read": (lambda t, m, d: ["collect", "--no-gptme", "--out", t / "o"], "nothing to read"),
-    "collected folder missing": (lambda t, m, d: ["prepare", t / "nowhere", "--model", m, "--out", t / "o"], "nowhere: no such file"),
+    "collected folder missing": (
+        lambda t, m, d: ["prepare", t / "nowhere", "--model", m, "--out", t / "o"],
+        "nowhere: no such file",
+    ),
     "collected file not JSON": (
         lambda t, m, d: ["prepare", write(t / "c.jsonl", GOOD + "{cut"), "--model", m, "--out", t / "o"],
         "c.jsonl:2: not JSON",
@@ -141,6 +160,10 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = {
     "config file missing": (lambda t, m, d: ["train", t / "no.yaml", "--out", t / "o"], "no.yaml"),
     "no model": (lambda t, m, d: ["train", "--data", d / "dataset", "--out", t / "o"], "no model given"),
     "data not prepared": (lambda t, m, d: ["train", "--model", m, "--data", t, "--out", t / "o"], "not a prepared data set"),
+    "another window than the data was prepared with": (
+        lambda t, m, d: ["train", "--model", m, "--data", d / "dataset", "--set", "max_length=128", "--out", t / "o"],
+        "max_length = 128, but",
+    ),
     "unknown engine": (
         lambda t, m, d: ["train", "--model", m, "--data", d / "dataset", "--engine", "jax", "--out", t / "o"],
         "engine = 'jax'",
@@ -201,7 +224,7 @@ def test_help_names_every_setting_with_its_default(cli: Callable[..., Answer]) -
     text = re.sub(r"\s+", " ", cli("train", "--help")[1])
     for name in FIELDS:
         assert name in text
-    assert "gradient_accumulation [8]" in text and "learning_rate [0.0002]" in text
+    assert "gradient_accumulation = 8:" in text and "target_modules = all-linear:" in text and "steps = none:" in text
 
 
 def test_every_verb_has_help_that_ends_well(cli: Callable[..., Answer]) -> None:

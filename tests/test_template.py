@@ -4,8 +4,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -188,6 +190,26 @@ def test_random_chats_are_learned_exactly_or_refused(load: Load, name: str) -> N
     assert learned > (1 if few else 100), (learned, refused)
 
 
+def test_random_chats_are_learned_exactly_where_the_tokenizer_joins_letters_and_marks(tmp_path: Path) -> None:
+    from tokenizers.normalizers import NFC
+
+    template, random = template_of(tmp_path, CHATML, normalizer=NFC()), np.random.default_rng(9)
+    for _ in range(100):
+        messages = [replace(m, content=m.content.replace("e", "e\u0301")) for m in random_chat(random)]
+        encoded = template.encode(messages)
+        expected = [normalize("NFC", text) for _, text, _ in to_learn(messages)]
+        assert [text_of(template, ids[:-1]) for _, ids, _ in turns_of(template, encoded)] == expected
+
+
+def test_a_tokenizer_that_puts_a_blank_before_each_piece_keeps_no_control_token_as_text(tmp_path: Path) -> None:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    template = template_of(tmp_path, CHATML, pre_tokenizer=ByteLevel(add_prefix_space=True))
+    assert template.encode(chat("hello", "good day")).turns == (1,)
+    with pytest.raises(Refused, match="text of a control token, which this tokenizer cannot keep as text"):
+        template.encode(chat("hello", f"good {END} day"))
+
+
 def test_random_chats_are_learned_exactly_on_the_real_tokenizer(real: ChatTemplate) -> None:
     random = np.random.default_rng(8)
     assert sum(len(check(real, random_chat(random)).turns) for _ in range(150)) > 150
@@ -220,8 +242,8 @@ THOUGHT = chat("hello", "<think>\nwell\n</think>\n\ngood day", "and?", "<think>\
             chat("a", "the secret"),
             "what its words are",
         ),
-        (CHATML, chat("x\U000f0041", "hi"), "private-use characters"),
-        (CHATML, chat(*["hi", "yes"] * 512), f"more than {MOST_MESSAGES} messages"),
+        (CHATML, chat("x\U00050041", "hi"), "unassigned characters"),
+        (CHATML, chat(*["hi", "yes"] * 2600), f"more than {MOST_MESSAGES} messages"),
         (SPACED, chat("hello", "the answer"), "a token straddles the edge of a turn"),
         (
             "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}",

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ def conversations(count: int, word: str = "ls") -> list[Conversation]:
     for i in range(count):
         turns = [Message("system", "You are gptme.")]
         for turn in range(i % 3 + 1):
-            turns += [Message("user", f"list {i} {turn}"), Message("assistant", f"```shell\n{word} -{'l' * (i % 5)} dir{turn}\n```")]
+            turns += [
+                Message("user", f"list {i} {turn}"),
+                Message("assistant", f"```shell\n{word} -{'l' * (i % 5)} dir{turn}\n```"),
+            ]
         source = "openassistant" if i % 3 == 0 else "gptme"
         made.append(Conversation(tuple(turns), source, f"log-{word}-{i}", "MIT"))
     return made
@@ -87,7 +91,9 @@ def cut_after(run: Path, step: int, copy: Path) -> Path:
     return copy
 
 
-def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(engine_name: str, straight: dict[str, Path], tmp_path: Path) -> None:
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
+    engine_name: str, straight: dict[str, Path], tmp_path: Path
+) -> None:
     resumed = cut_after(straight[engine_name], 5, tmp_path / "run")
     plan = plan_resume(resumed, {})
     assert plan.checkpoint and plan.checkpoint.name == "step-000005"
@@ -143,7 +149,9 @@ def test_peft_opens_the_checkpoint_as_it_is_and_computes_what_the_engine_does(
 
     dataset = Dataset.open(data)
     batches = [batch for each in dataset.held_out(2).values() for batch in each]
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), straight[engine_name] / "latest")
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), straight[engine_name] / "latest"
+    )
     total = 0.0
     for batch in batches:
         with torch.no_grad():
@@ -160,13 +168,13 @@ def test_resume_refuses_other_data_another_model_and_other_settings(
     folder = cut_after(straight["torch"], 5, tmp_path / "run")
     (tmp_path / "other").mkdir()
     other = prepared(tiny_llama, tmp_path / "other", "pwd")
-    with pytest.raises(UserError, match="trained with data .* this is data"):
+    with pytest.raises(UserError, match=r"trained with data .* this is data"):
         plan_resume(folder, {"data": str(other)})
     changed = tmp_path / "model"
     shutil.copytree(tiny_llama, changed)
     config = json.loads((changed / "config.json").read_text())
     (changed / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    with pytest.raises(UserError, match="trained with model .* this is model"):
+    with pytest.raises(UserError, match=r"trained with model .* this is model"):
         plan_resume(folder, {"model": str(changed)})
     with pytest.raises(UserError, match="rank was 4 in this run, not 8"):
         plan_resume(folder, {"rank": 8})
@@ -215,7 +223,9 @@ def test_the_first_ctrl_c_saves_and_the_run_goes_on_exactly(
     assert all(np.array_equal(expected[name], resumed[name]) for name in expected)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_nothing(engine_name: str, tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_nothing(
+    engine_name: str, tiny_llama: Path, data: Path, tmp_path: Path
+) -> None:
     values = settings(tiny_llama, data, tmp_path / "run", engine_name, learning_rate=1e30, warmup_ratio=0.0, max_grad_norm=1e30)
     plan = plan_run(make_config(values, "test"))
     with pytest.raises(UserError, match="loss") as error:
@@ -240,7 +250,7 @@ def test_the_rate_warms_up_and_falls_along_a_cosine() -> None:
     rates = [learning_rate(step, 100, config) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 0.001
-    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(rates[10:]))
     assert learning_rate(0, 1, make_config({"warmup_ratio": 0.0}, "test")) == 2e-4
 
 

@@ -91,6 +91,14 @@ def test_windows_follow_each_other_with_a_quarter_of_what_was_read_before() -> N
     assert [(m.content.split()[0], m.weight) for m in second[1:4]] == [("ask3", 0), ("answer3", 0), ("ask4", 0)]
 
 
+def test_no_window_begins_with_an_answer_whose_question_is_not_there() -> None:
+    messages = [Message("system", "rule"), *chat(*["why " * 3, "so " * 14] * 20)]
+    for size in range(64, 200, 8):
+        windows = cut(conversation_of(messages), words, size)
+        check(conversation_of(messages), windows, size)
+        assert {window.messages[1].role for window in windows.windows} == {"user"}
+
+
 def test_long_output_keeps_its_head_and_its_tail() -> None:
     conversation = log(4, 8, output=200)
     windows = cut(conversation, words, 256)

@@ -87,7 +87,7 @@ def prepare(
             finished += 1
             advance(finished, len(conversations))
 
-    info = {"max_length": config.max_length, "tokenizer": template.fingerprint, **origin}
+    info = {"max_length": config.max_length, "valid_fraction": config.valid_fraction, "tokenizer": template.fingerprint, **origin}
     with (
         atomic_folder(out) as folder,
         atomic_file(folder / "train.jsonl") as train,

@@ -1,6 +1,6 @@
 """Which characters of a rendered chat came from which message, proven and never guessed.
 
-Every ASCII letter, digit and harmless sign of message k is moved to a private-use code point that carries k. One more render
+Every ASCII letter, digit and harmless sign of message k is moved to an unassigned code point that carries k. One more render
 with the moved text then names the owner of each character, and undoing the move must give the real render back: proof that the
 template did not look at the letters.
 """
@@ -15,11 +15,12 @@ from mlx_finetune.data.conversation import Message
 
 Render = Callable[[Sequence[Message]], str]
 
-BASE, STEP = 0xF0000, 128
-MOST_MESSAGES = (0x110000 - BASE) // STEP - 1
+BASE, TOP, STEP = 0x40000, 0xE0000, 128  # planes 4 to 13 of Unicode hold no characters
+MOST_MESSAGES = (TOP - BASE) // STEP
 MOVED = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789`.,:;!?*#-_+=()$%@~^")
 # Templates look for text such as </think> or [INST] in a message, so what looks like a tag stays as it is.
 TAG = re.compile(r"</?[A-Za-z][\w|:.-]*>|<\|[^|>]*\|>|<｜[^｜]*｜>|\[/?[A-Z_]+\]")
+UNASSIGNED = re.compile(f"[{chr(BASE)}-{chr(TOP - 1)}]")
 SENTINEL = "\ue000SENTINEL\ue001"
 
 
@@ -43,14 +44,14 @@ def locate(render: Render, messages: Sequence[Message]) -> tuple[str, list[Span 
     """
     if len(messages) > MOST_MESSAGES:
         raise Refused(f"more than {MOST_MESSAGES} messages in one window")
-    if any(ord(max(message.content, default="a")) >= BASE for message in messages):
-        raise Refused("private-use characters in a message")
     text = render(messages)
+    if UNASSIGNED.search(text):
+        raise Refused("unassigned characters in a message")
     moved = render([replace(message, content=_move(message.content, k)) for k, message in enumerate(messages)])
     codes = np.frombuffer(moved.encode("utf-32-le"), np.uint32).astype(np.int64)
     if _undo(codes) != text:
         raise Refused("the template treats a message by what its words are")
-    owners = np.where(codes >= BASE, (codes - BASE) // STEP, -1)
+    owners = np.where((codes >= BASE) & (codes < TOP), (codes - BASE) // STEP, -1)
     return text, [_span(render, messages, k, text, np.flatnonzero(owners == k)) for k in range(len(messages))]
 
 
@@ -58,7 +59,7 @@ def _span(render: Render, messages: Sequence[Message], k: int, text: str, positi
     content, role = messages[k].content, messages[k].role
     if not content.strip():
         return None
-    marked = [i for i, code in enumerate(_move(content, k)) if ord(code) >= BASE]
+    marked = [i for i, code in enumerate(_move(content, k)) if BASE <= ord(code) < TOP]
     if not marked:
         return _span_by_sentinel(render, messages, k, text)
     if not positions.size:
@@ -101,5 +102,5 @@ def _shift(text: str, k: int) -> str:
 
 
 def _undo(codes: np.ndarray) -> str:
-    plain = np.where(codes >= BASE, (codes - BASE) % STEP, codes).astype("<u4")
+    plain = np.where((codes >= BASE) & (codes < TOP), (codes - BASE) % STEP, codes).astype("<u4")
     return plain.tobytes().decode("utf-32-le")

@@ -62,9 +62,9 @@ class ChatTemplate:
         backend = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | {"post_processor": None})
         self._special, self._plain = Tokenizer.from_str(backend), Tokenizer.from_str(backend)
         self._plain.encode_special_tokens = True  # a literal <|im_end|> in a message stays text
-        for backend in (self._special, self._plain):
-            backend.no_truncation()
-            backend.no_padding()
+        for encoder in (self._special, self._plain):
+            encoder.no_truncation()
+            encoder.no_padding()
         control = {i: token.content for i, token in self._special.get_added_tokens_decoder().items() if token.special}
         self._special_ids = list(control)
         self._special_texts = sorted(control.values(), key=len, reverse=True)
@@ -199,7 +199,7 @@ class ChatTemplate:
     def _tokenize(self, text: str, as_text: Sequence[Span]) -> "_Tokens":
         """Tokens of the rendered chat; in the messages at `as_text` the name of a control token stays text."""
         if as_text and not self._pieces_join:
-            raise Refused("a message holds the text of a special token, which this tokenizer cannot keep as text")
+            raise Refused("a message holds the text of a control token, which this tokenizer cannot keep as text")
         encodings, end = [], 0
         for span in sorted(as_text, key=lambda span: span.start):
             encodings += [

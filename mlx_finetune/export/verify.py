@@ -5,6 +5,7 @@ else added to the weights that MLX loaded.
 """
 
 import gc
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -189,7 +190,9 @@ def _in_transformers(
     from peft import PeftModel
 
     base, base_keys = _load_transformers(model)
-    tuned = PeftModel.from_pretrained(base, checkpoint).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for names that it is about to change
+        tuned = PeftModel.from_pretrained(base, checkpoint).eval()
     reference = list(_transformers_logits(tuned, tokens))
     with tuned.disable_adapter():
         from_base = _distance(reference, _transformers_logits(tuned, tokens))
@@ -214,7 +217,9 @@ def _in_transformers(
 def _load_transformers(folder: Path) -> tuple[Any, dict[str, set[str]]]:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model, keys = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
     return model.eval(), {kind: {str(name) for name in names} for kind, names in keys.items()}
 

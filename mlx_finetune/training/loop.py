@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_finetune.config import RunConfig
+from mlx_finetune.data.batches import Batch
 from mlx_finetune.data.dataset import Dataset
-from mlx_finetune.engines import Engine
+from mlx_finetune.engines import Engine, StepResult
 from mlx_finetune.errors import UserError
 from mlx_finetune.training.checkpoint import Origin, point, save_checkpoint
 from mlx_finetune.training.held_out import held_out_loss
@@ -42,35 +43,49 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
     Raises:
         UserError: the loss or the gradient is not a number; the last good checkpoint stays.
     """
-    steps, held_out = total_steps(dataset, config), dataset.held_out(config.batch_size)
-    metrics = Metrics(run / "metrics.jsonl", start)
-    best = min((row["loss"] for row in read_metrics(metrics.path) if row["split"] == "valid" and row["step"]), default=math.inf)
-    learned = seen = 0
-    spent, done = 0.0, start
-    if held_out and start == 0:
+    steps, metrics = total_steps(dataset, config), Metrics(run / "metrics.jsonl", start)
+    look = _Look(engine, dataset.held_out(config.batch_size), metrics)
+    learned, seen, spent, done = 0, 0, 0.0, start
+    if start == 0:
         advance(0, steps, "held-out loss of the base model")
-        measured = held_out_loss(engine, held_out)
-        metrics.held_out(0, measured.loss, measured.by_source)
+        look.at(0)
     with interruptible() as interrupt:
         while done < steps and not interrupt.asked:
             began = time.perf_counter()
             rate, batches = learning_rate(done, steps, config), dataset.batches_at(done, config)
             result = engine.step(batches, rate, config.seed + done)
-            if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-                raise UserError(
-                    f"step {done + 1}: loss {result.loss}, gradient {result.grad_norm}", hint="use a lower learning_rate"
-                )
-            done, spent = done + 1, spent + time.perf_counter() - began
-            learned, seen = learned + result.tokens, seen + sum(batch.inputs.size for batch in batches)
-            metrics.train(done, result, rate, time.perf_counter() - began)
-            advance(done, steps, f"loss {result.loss:.3f}")
-            better = False
-            if held_out and (done % config.eval_every == 0 or done == steps):
-                measured = held_out_loss(engine, held_out)
-                metrics.held_out(done, measured.loss, measured.by_source)
-                better, best = measured.loss < best, min(best, measured.loss)
+            _check_finite(done + 1, result)
+            done, seconds = done + 1, time.perf_counter() - began
+            learned, seen, spent = learned + result.tokens, seen + sum(batch.inputs.size for batch in batches), spent + seconds
+            metrics.train(done, result, rate, seconds)
+            advance(done, steps, f"step {done} of {steps}, loss {result.loss:.3f}")
+            better = look.at(done) if done % config.eval_every == 0 or done == steps else False
             if better or done % config.save_every == 0 or done == steps or interrupt.asked:
                 folder = save_checkpoint(run, engine, done, config, origin)
-                if better or not held_out:
+                if better or not look.held_out:
                     point(run / "best", folder)
     return Trained(done, steps, done < steps, learned, seen, spent)
+
+
+class _Look:
+    """Held-out losses as they are measured, and the lowest so far (the base model's does not count)."""
+
+    def __init__(self, engine: Engine, held_out: dict[str, list[Batch]], metrics: Metrics) -> None:
+        self.engine, self.held_out, self.metrics = engine, held_out, metrics
+        before = [row["loss"] for row in read_metrics(metrics.path) if row["split"] == "valid" and row["step"]]
+        self.best = min(before, default=math.inf)
+
+    def at(self, step: int) -> bool:
+        """Measures and logs; whether this is the best after a step of training."""
+        if not self.held_out:
+            return False
+        measured = held_out_loss(self.engine, self.held_out)
+        self.metrics.held_out(step, measured.loss, measured.by_source)
+        better = step > 0 and measured.loss < self.best
+        self.best = measured.loss if better else self.best
+        return better
+
+
+def _check_finite(step: int, result: StepResult) -> None:
+    if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+        raise UserError(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}", hint="use a lower learning_rate")

@@ -16,6 +16,7 @@ from mlx_finetune.models.weights import fingerprint, tensor_headers
 from mlx_finetune.training.checkpoint import Origin, check_origin, resume
 from mlx_finetune.training.loop import Advance, Trained, total_steps, train
 
+PREPARED = ("max_length", "valid_fraction")  # settings of `prepare`
 # What may differ when a run goes on: where things stand, what computes, and when to look.
 MAY_CHANGE = frozenset({"model", "data", "out", "engine", "dtype", "eval_every", "save_every"})
 
@@ -80,6 +81,7 @@ def _plan(config: RunConfig, run: Path, checkpoint: Path | None) -> Plan:
             f"{config.data}: prepared for another tokenizer or chat template than {config.model}",
             hint=f"mlx-finetune prepare --model {config.model}",
         )
+    config = _as_prepared(config, dataset)
     origin = Origin(data=dataset.id, model=fingerprint(model))
     if checkpoint:
         check_origin(checkpoint, read_json(checkpoint / "progress.json"), origin)
@@ -89,6 +91,16 @@ def _plan(config: RunConfig, run: Path, checkpoint: Path | None) -> Plan:
     }
     config = config.model_copy(update=places | {"out": str(run.resolve())})
     return Plan(config, model, dataset, origin, run, checkpoint, total_steps(dataset, config))
+
+
+def _as_prepared(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """The config with what `prepare` was told; raises UserError where the person now asks for something else."""
+    for name in PREPARED:
+        asked, prepared = getattr(config, name), dataset.info[name]
+        if name in config.model_fields_set and asked != prepared:
+            hint = f"run mlx-finetune prepare again, or leave {name} out"
+            raise UserError(f"{name} = {asked}, but {dataset.folder} was prepared with {prepared}", hint=hint)
+    return config.model_copy(update={name: dataset.info[name] for name in PREPARED})
 
 
 def _check_mlx(model: Path, dataset: Dataset) -> None:
