@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_models import make_tiny
 
 from mlx_finetune.config import RunConfig, make_config
 from mlx_finetune.data.batches import Batch, Example
 from mlx_finetune.engines import Engine, open_engine
 from mlx_finetune.engines.adapter import choose_targets, initial_adapter, without_adapter
 from mlx_finetune.errors import UserError
+from mlx_finetune.models.mlx_config import PROVEN
 
 VOCABULARY = 320
 
@@ -190,3 +192,21 @@ def test_the_adapter_starts_from_its_seed_within_its_bound() -> None:
 def test_an_engine_that_is_not_there_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="engine = 'jax'"):
         make_config({"engine": "jax"}, "test")
+
+
+@pytest.mark.parametrize("model_type", sorted(PROVEN))
+def test_both_engines_agree_on_loss_and_gradient_for_every_proven_architecture(model_type: str, tmp_path: Path) -> None:
+    model = make_tiny(model_type, tmp_path / model_type, tokenizer=False)
+    results, states = {}, {}
+    for name in ("mlx", "torch"):
+        engine = open_engine(config(name, max_grad_norm=1e9), model)
+        spread(engine)
+        results[name] = engine.step([random_batch(1), random_batch(2)], 1e-3, seed=0)
+        states[name] = engine.state()
+    assert results["mlx"].loss == pytest.approx(results["torch"].loss, rel=1e-5)
+    assert results["mlx"].grad_norm == pytest.approx(results["torch"].grad_norm, rel=1e-4)
+    assert states["mlx"].keys() == states["torch"].keys()
+    for name in states["mlx"]:
+        if name.startswith("m/"):
+            largest = np.abs(states["torch"][name]).max()
+            np.testing.assert_allclose(states["mlx"][name], states["torch"][name], atol=1e-4 * largest + 1e-7)

@@ -51,6 +51,11 @@ class Batch:
         return cls(inputs, targets, weights)
 
     @property
+    def columns(self) -> np.ndarray:
+        """int32 [n]: the places in which any row learns something; the head of the model is needed nowhere else."""
+        return np.flatnonzero((self.weights > 0).any(axis=0)).astype(np.int32)
+
+    @property
     def learned(self) -> float:
         """Sum of the weights: the number of learned tokens where every weight is 1."""
         return float(self.weights.sum(dtype=np.float64))

@@ -3,6 +3,7 @@
 import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -110,8 +111,13 @@ class MlxEngine:
         """See `Engine.peak_memory`."""
         return int(mx.get_peak_memory()) if self.on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def _loss(self, inputs: mx.array, targets: mx.array, weights: mx.array, scale: float) -> mx.array:
-        logits = self.model(inputs).astype(mx.float32)
+    def _loss(self, inputs: mx.array, columns: mx.array, targets: mx.array, weights: mx.array, scale: float) -> mx.array:
+        backbone = self.model["model"]
+        self.model["model"] = _Columns(backbone, columns)
+        try:
+            logits = self.model(inputs).astype(mx.float32)
+        finally:
+            self.model["model"] = backbone
         chosen = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
         return ((_log_sum_exp(logits) - chosen) * weights).sum() * scale
 
@@ -141,8 +147,26 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
     return (rows, columns * 32 // linear.bits) if isinstance(linear, nn.QuantizedLinear) else (rows, columns)
 
 
-def _arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-    return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.weights)
+class _Columns:
+    """Stands in for the layers of a model and hands on only the columns that are learned.
+
+    Whatever the model does after its layers (head, tied or not, scale, soft cap) it does column by column, so the loss is the
+    same and the largest matrix product and the largest array shrink to what is learned.
+    """
+
+    def __init__(self, backbone: nn.Module, columns: mx.array) -> None:
+        self._backbone, self._columns = backbone, columns
+
+    def __call__(self, *arguments: Any, **named: Any) -> mx.array:
+        return self._backbone(*arguments, **named)[:, self._columns]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backbone, name)
+
+
+def _arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    columns = batch.columns
+    return mx.array(batch.inputs), mx.array(columns), mx.array(batch.targets[:, columns]), mx.array(batch.weights[:, columns])
 
 
 def _number(scalar: mx.array) -> float:

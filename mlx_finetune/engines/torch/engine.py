@@ -1,5 +1,6 @@
 """TorchEngine: transformers' model classes with our LoRA, on CUDA, or in float32 on a CPU."""
 
+import inspect
 import resource
 import sys
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,8 @@ class TorchEngine:
         self.config = config
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = _load(model, config.dtype, self.device)
+        # The head, the largest matrix product and the largest array, only where something is learned.
+        self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         linears = {n: m for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.shapes = choose_targets({n: (m.out_features, m.in_features) for n, m in linears.items()}, config)
         self.adapted: dict[str, LoRALinear] = {}
@@ -127,9 +130,14 @@ class TorchEngine:
         return peak if sys.platform == "darwin" else peak * 1024
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        inputs, targets, weights = (torch.from_numpy(x).to(self.device) for x in (batch.inputs, batch.targets, batch.weights))
-        logits = self.model(inputs.long(), use_cache=False).logits.float()
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction="none")
+        columns = batch.columns
+        arrays = (batch.inputs, columns, batch.targets[:, columns], batch.weights[:, columns])
+        inputs, kept, targets, weights = (torch.from_numpy(array).to(self.device) for array in arrays)
+        if self._keeps_logits:
+            logits = self.model(inputs.long(), use_cache=False, logits_to_keep=kept).logits
+        else:
+            logits = self.model(inputs.long(), use_cache=False).logits[:, kept]
+        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().long(), reduction="none")
         return (losses * weights.flatten()).sum()
 
     def _set_dropout(self, on: bool) -> None:
