@@ -24,8 +24,8 @@ from mlx_finetune.training.loop import Trained
 from mlx_finetune.training.run import execute, plan_run
 
 SETTINGS = {
-    "max_length": 1024,
-    "valid_fraction": 0.4,
+    "max_length": 768,
+    "valid_fraction": 0.3,
     "rank": 8,
     "alpha": 16,
     "learning_rate": 1e-3,
