@@ -42,7 +42,8 @@ def check(conversation: Conversation, windows: Windows, max_length: int, count: 
         here = [m for m in window.messages if m.role == "assistant" and m.weight > 0]
         assert here == [messages[turn] for turn in window.turns]
         assert window.messages[-1] == messages[window.turns[-1]]
-        assert window.whole == (window.messages == messages[: len(window.messages)] and len(windows.windows) == 1)
+        said = [(message.role, message.content) for message in window.messages]
+        assert window.whole == (said == [(message.role, message.content) for message in messages[: len(said)]])
         check_order(window.messages, messages)
 
 
@@ -225,3 +226,12 @@ def test_windows_of_the_sample_are_served_or_refused_never_wrong(tmp_path: Path)
                 template.encode(window.messages)
         else:
             assert template.encode(window.messages).turns
+
+
+def test_the_first_window_of_a_long_conversation_is_whole_and_later_ones_are_not() -> None:
+    messages = [Message("system", "s" * 10), *chat(*[f"{i:02}" * 10 for i in range(20)])]
+    conversation = Conversation(tuple(messages), "gptme", "g", "MIT")
+    windows = cut(conversation, lambda message: len(message.content), 120).windows
+    assert len(windows) > 2
+    assert [window.whole for window in windows] == [True] + [False] * (len(windows) - 1)
+    assert [m.content for m in windows[0].messages] == [m.content for m in messages[: len(windows[0].messages)]]

@@ -19,7 +19,7 @@ class Window:
 
     messages: tuple[Message, ...]
     turns: tuple[int, ...]
-    whole: bool  # the conversation from its start, nothing cut
+    whole: bool  # the conversation from its start on, nothing cut: what a server is sent
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,12 @@ def cut(conversation: Conversation, count: Count, max_length: int) -> Windows:
                 body[i], sizes[i] = short, size
                 shortened += 1
     windows, left_out = _windows(system, body, sizes, lead, left, room)
+    windows = [replace(window, whole=_is_start_of(messages, window)) for window in windows]
     return Windows(tuple(windows), tuple(i for i in turns if i not in left), shortened, left_out)
+
+
+def _is_start_of(messages: Sequence[Message], window: Window) -> bool:
+    return all(ours.content == theirs.content for ours, theirs in zip(window.messages, messages, strict=False))
 
 
 def _windows(
