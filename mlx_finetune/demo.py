@@ -30,7 +30,7 @@ SETTINGS = {
     "alpha": 16,
     "learning_rate": 1e-3,
     "batch_size": 1,
-    "gradient_accumulation": 4,
+    "gradient_accumulation": 2,
     "epochs": 1,
     "eval_every": 1000,
     "save_every": 1000,
