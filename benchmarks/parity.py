@@ -110,7 +110,7 @@ def tensors(run: Path) -> dict[str, bytes]:
 
 
 def accumulation(data: Path, model: Path, engine: str) -> float:
-    """Loss, gradient norm and held-out loss after one step on 4 examples: one by one against all at once."""
+    """Losses and gradient norms of two steps on 4 examples: one by one against all at once."""
     dataset, measured = Dataset.open(data), []
     examples = [dataset.train[i] for i in range(4)]
     for batches in ([Batch.of([example]) for example in examples], [Batch.of(examples)]):

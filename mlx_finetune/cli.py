@@ -17,6 +17,7 @@ Model = Annotated[str, typer.Option("--model", help="Base model: a Hugging Face 
 Out = Annotated[Path, typer.Option("--out", help="Folder to make; must not exist.")]
 ENGINE, MAX_LENGTH, VALID_FRACTION = default("engine"), str(default("max_length")), default("valid_fraction")
 EngineName = Annotated[str, typer.Option("--engine", help="auto, mlx or torch.")]
+RunEngine = Annotated[str, typer.Option("--engine", help="auto, mlx or torch. Default: the one of the run.")]
 Checkpoint = Annotated[str, typer.Option("--checkpoint", help="best, latest, or a name such as step-000100.")]
 
 SETTINGS = "Settings, for --set and for the config file:\n\n" + "\n\n".join(
@@ -96,7 +97,7 @@ def train(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder that train made.")],
     checkpoint: Checkpoint = "best",
-    engine: EngineName = ENGINE,
+    engine: RunEngine = "",
     as_json: Json = False,
 ) -> None:
     """Held-out loss of base and tuned model, by source."""

@@ -102,8 +102,11 @@ def train_command(
 
     overrides = parse_assignments(list(assignments)) | named
     if resume:
-        run = overrides.pop("out", "")
-        if not run or file:
+        if file:
+            raise UserError(f"{file}: a resumed run has its own settings", hint="leave the file out, or --resume")
+        run = make_config(overrides, "the command line").out
+        overrides.pop("out", None)
+        if not run:
             raise UserError(
                 "--resume goes on with the run in --out, with its own settings", hint="mlx-finetune train --resume --out RUN"
             )
@@ -116,7 +119,7 @@ def train_command(
     say(f"{plan.steps} steps{start} -> {plan.run}")
     if dry_run:
         result = {"steps": plan.steps, "config": config.to_dict()}
-        finish(result, as_json, lambda: show_config(config), plan.run, "the same without --dry-run")
+        finish(result, as_json, lambda: show_config(config), None, "the same without --dry-run")
         return
     with progress("train") as advance:
         trained, engine = execute(plan, advance)
@@ -175,7 +178,7 @@ def fuse_command(run: Path, out: Path, checkpoint: str, as_json: bool) -> None:
     from mlx_finetune.export.verify import PROBE_TEXTS, fuse_and_verify
 
     refuse_existing(out)
-    _, model, _, folder = open_run(run, checkpoint, "auto")
+    _, model, folder = open_run(run, checkpoint)
     say(f"adding {folder} to the weights of {model}, into {out}")
     with progress("fuse") as advance:
         fused, verified = fuse_and_verify(model, folder, out, PROBE_TEXTS, advance)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file
@@ -22,6 +22,7 @@ def _size(value: Any) -> Any:
 
 
 Size = Annotated[int, BeforeValidator(_size)]
+Place = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser()) if path.startswith("~") else path)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -30,9 +31,9 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    model: str = Field(default="", description="Hugging Face folder or hub id of the base model")
-    data: str = Field(default="", description="folder that `prepare` made")
-    out: str = Field(default="", description="folder of the run")
+    model: Place = Field(default="", description="Hugging Face folder or hub id of the base model")
+    data: Place = Field(default="", description="folder that `prepare` made")
+    out: Place = Field(default="", description="folder of the run")
     engine: Literal["auto", "mlx", "torch"] = Field(
         default="auto", description="auto: MLX on Apple silicon, torch on CUDA, else what is installed"
     )
@@ -59,7 +60,7 @@ class RunConfig(BaseModel):
     gradient_accumulation: int = Field(default=8, ge=1, description="micro-batches in a step")
     epochs: float = Field(default=1.0, gt=0, description="passes over the data")
     steps: int | None = Field(default=None, ge=1, description="optimizer steps; wins over epochs where given")
-    seed: int = Field(default=0, ge=0, description="of the adapter, the order and the dropout")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of the adapter, the order and the dropout")
 
     eval_every: int = Field(default=50, ge=1, description="steps between two held-out losses")
     save_every: int = Field(default=50, ge=1, description="steps between two checkpoints")

@@ -69,6 +69,20 @@ def _umask() -> int:
     return mask
 
 
+def new_folder(path: Path) -> None:
+    """Makes the folder and is the only one who did: of two programs that try, one gets it.
+
+    Raises:
+        UserError: something of that name exists, or the place cannot be written to.
+    """
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError as error:
+        raise UserError(f"{path} exists already", hint="choose another --out, or move the old one away") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}", hint="choose another --out") from error
+
+
 def refuse_existing(path: Path, hint: str = "") -> None:
     """Raises UserError where something of that name stands already."""
     if path.exists() or path.is_symlink():

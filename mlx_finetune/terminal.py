@@ -48,7 +48,8 @@ def table(title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str] = (
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=bool(header), pad_edge=False)
+    print(title)
+    grid = Table(box=box.SIMPLE, show_header=bool(header), pad_edge=False)
     for i in range(len(rows[0])):
         grid.add_column(header[i] if header else "", justify="left" if i == 0 else "right")
     for row in rows:
@@ -56,12 +57,13 @@ def table(title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str] = (
     Console(width=None if sys.stdout.isatty() else 120).print(grid)
 
 
-def finish(result: Mapping[str, Any], as_json: bool, show: Callable[[], None], made: Path, following: str) -> None:
+def finish(result: Mapping[str, Any], as_json: bool, show: Callable[[], None], made: Path | None, following: str) -> None:
     """The end of a verb: with --json the result as one object and nothing else on stdout; else what `show` prints and the path."""
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
     else:
         show()
-        print(made)
+        if made:
+            print(made)
     if following:
         say(f"next: {following}")

@@ -10,8 +10,14 @@ import numpy as np
 import pytest
 from tiny_models import SIZES, VOCABULARY, make_tiny, rewrite_as_v4
 
+from mlx_finetune.config import make_config
+from mlx_finetune.data.conversation import Conversation, Message, write_conversations
+from mlx_finetune.data.dataset import Dataset
+from mlx_finetune.data.prepare import prepare
+from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
 from mlx_finetune.models.mlx_config import PROVEN, check_supported, max_exact_length, mlx_overlay
+from mlx_finetune.training.run import check_mlx
 
 RELATIVE = 1e-4  # float32, random weights, four layers: 1e-6 to 1e-5 is usual; a wrong setting gives 1e-1
 SCALING: dict[str, dict[str, Any]] = {
@@ -248,3 +254,13 @@ def test_a_folder_that_is_no_whole_checkpoint_is_refused_by_name(tiny_llama: Pat
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
     with pytest.raises(UserError, match=r"not loadable with MLX: .*mlp"):
         load_model(folder, "float32")
+
+
+def test_evaluating_with_mlx_beyond_the_sliding_window_is_refused(tmp_path: Path) -> None:
+    model = make_tiny("mistral", tmp_path / "mistral", tokenizer=True, changes={"sliding_window": 32})
+    turns = (Message("user", "list the files " * 8), Message("assistant", "```shell\nls\n```"))
+    conversations = [Conversation(turns, "gptme", f"log-{i}", "MIT", {"i": i}) for i in range(3)]
+    write_conversations(tmp_path / "c.jsonl", conversations)
+    prepare([tmp_path / "c.jsonl"], ChatTemplate.load(model), make_config({}, "test"), tmp_path / "data", {})
+    with pytest.raises(UserError, match="exact up to 32"):
+        check_mlx(model, Dataset.open(tmp_path / "data"))

@@ -103,7 +103,7 @@ def test_a_dry_run_writes_nothing_and_shows_the_settings(
 ) -> None:
     arguments = ("train", "--model", tiny_llama, "--data", made / "dataset", "--out", "r", "--set", "rank=3", "--dry-run")
     status, out, _ = cli(*arguments)
-    assert status == 0 and "rank: 3   (set)" in out and "8 steps" not in out
+    assert status == 0 and "rank: 3   (set)" in out
     assert not (tmp_path / "r").exists()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from mlx_finetune.config import make_config
 from mlx_finetune.data.conversation import Conversation, Message, write_conversations
@@ -17,6 +17,7 @@ from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.engines import open_engine
 from mlx_finetune.errors import UserError
+from mlx_finetune.evaluation.compare import open_run
 from mlx_finetune.models.weights import fingerprint
 from mlx_finetune.training import loop
 from mlx_finetune.training.checkpoint import Origin, load_checkpoint, save_checkpoint
@@ -268,6 +269,42 @@ def test_metrics_drop_what_a_crash_wrote_after_the_checkpoint(tmp_path: Path) ->
     path.write_text('{"step": 1, "split": "train", "loss": 2.0}\n{"step": 2, "split": "train", "loss": 1.5}\n{"step": 3, "spl')
     Metrics(path, start=1)
     assert [row["step"] for row in read_metrics(path)] == [1]
-    path.write_text('{"step": 1}\nnot json\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl:2: not JSON"):
-        read_metrics(path)
+    row = '{"step": 1, "split": "train", "loss": 2.0}\n'
+    for bad, reason in (("not json", "not JSON"), ("5", "not a line of metrics"), ('{"step": 1}', "not a line of metrics")):
+        path.write_text(f"{row}{bad}\n{row}")
+        with pytest.raises(UserError, match=f"metrics.jsonl:2: {reason}"):
+            read_metrics(path)
+
+
+def test_of_two_starts_with_one_name_the_first_is_left_alone(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    values = settings(tiny_llama, data, tmp_path / "run", "torch", steps=2)
+    first, second = plan_run(make_config(values, "test")), plan_run(make_config(values | {"rank": 8}, "test"))
+    execute(first, lambda done, steps, note: None)
+    before = (first.run / "config.yaml").read_text()
+    with pytest.raises(UserError, match="exists already"):
+        execute(second, lambda done, steps, note: None)
+    assert (first.run / "config.yaml").read_text() == before and len(losses(first.run, "train")) == 2
+
+
+def test_best_is_mended_where_a_crash_fell_before_its_link(straight: dict[str, Path], tmp_path: Path) -> None:
+    folder = cut_after(straight["torch"], STEPS, tmp_path / "run")
+    right = (folder / "best").readlink()
+    (folder / "best").unlink()
+    (folder / "best").symlink_to("checkpoints/step-000005")
+    execute(plan_resume(folder, {}), lambda done, steps, note: None)
+    assert (folder / "best").readlink() == right != Path("checkpoints/step-000005")
+
+
+def test_fuse_and_evaluate_refuse_a_base_that_is_not_the_one_trained_on(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    folder = run(settings(model, data, tmp_path / "run", "torch", steps=2))
+    assert open_run(folder, "best")[1] == model
+    tensors = load_file(model / "model.safetensors")
+    save_file({name: array * np.float32(1.3) for name, array in tensors.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="trained with model"):
+        open_run(folder, "best")
+
+
+def test_a_run_can_be_opened_without_its_data_and_keeps_the_engine_that_it_had(straight: dict[str, Path]) -> None:
+    assert {name: open_run(folder, "best")[0].engine for name, folder in straight.items()} == {"mlx": "mlx", "torch": "torch"}

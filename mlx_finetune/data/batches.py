@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-WIDTHS = 32  # batches are padded to a multiple of this: few shapes, few compilations
+WIDTHS = 32  # batches are padded to a multiple of this: few shapes, little tracing
 
 
 @dataclass(frozen=True)

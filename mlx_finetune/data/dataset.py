@@ -84,6 +84,11 @@ class Dataset:
         chosen = examples_at(self.train.lengths, config.batch_size, config.gradient_accumulation, config.seed, step)
         return [Batch.of([self.train[i] for i in indices]) for indices in chosen]
 
+    def tokens_at(self, step: int, config: RunConfig) -> int:
+        """How many tokens step `step` reads, padding not counted."""
+        chosen = examples_at(self.train.lengths, config.batch_size, config.gradient_accumulation, config.seed, step)
+        return sum(self.train.lengths[i] - 1 for indices in chosen for i in indices)
+
     def held_out(self, batch_size: int) -> dict[str, list[Batch]]:
         """Validation batches by source, neighbours in length together."""
         batches: dict[str, list[Batch]] = {}

@@ -6,14 +6,15 @@ from typing import Any
 
 from mlx_finetune.config import RunConfig, load_config, make_config
 from mlx_finetune.data.dataset import Dataset
-from mlx_finetune.engines import Engine, open_engine
+from mlx_finetune.engines import Engine, choose_engine, open_engine
 from mlx_finetune.engines.adapter import without_adapter
 from mlx_finetune.errors import UserError
-from mlx_finetune.files import read_json, write_json
-from mlx_finetune.models.hub import model_folder
+from mlx_finetune.files import write_json
+from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.weights import fingerprint
-from mlx_finetune.training.checkpoint import Origin, resume
+from mlx_finetune.training.checkpoint import Origin, check_origin, read_progress, resume
 from mlx_finetune.training.held_out import HeldOut, held_out_loss
+from mlx_finetune.training.run import check_mlx, check_names
 
 
 @dataclass(frozen=True)
@@ -48,27 +49,40 @@ def find_checkpoint(run: Path, name: str) -> Path:
     )
 
 
-def open_run(run: Path, checkpoint: str, engine: str) -> tuple[RunConfig, Path, Dataset, Path]:
-    """Config (with `engine` put in), model folder, data set and checkpoint folder of a run."""
+def open_run(run: Path, checkpoint: str, engine: str = "") -> tuple[RunConfig, Path, Path]:
+    """Config (with `engine` put in where given), model folder and checkpoint folder of a run.
+
+    Raises:
+        UserError: no such checkpoint, or the model is not the one that it was trained on.
+    """
     folder = find_checkpoint(run, checkpoint)
-    config = make_config(load_config(run / "config.yaml", {}).to_dict() | {"engine": engine}, "--engine")
-    return config, model_folder(config.model), Dataset.open(Path(config.data)), folder
+    config = load_config(run / "config.yaml", {})
+    if engine:
+        config = make_config(config.to_dict() | {"engine": engine}, "--engine")
+    model, progress = model_folder(config.model), read_progress(folder)
+    check_model_folder(model)
+    check_origin(folder, progress, Origin(data=str(progress.get("data")), model=fingerprint(model)))
+    return config, model, folder
 
 
 def open_tuned(config: RunConfig, model: Path, dataset: Dataset, checkpoint: Path) -> Engine:
     """An engine with the checkpoint in it; raises UserError where model or data are not those it was trained on."""
+    if choose_engine(config.engine) == "mlx":
+        check_mlx(model, dataset)
     engine = open_engine(config, model)
+    check_names(engine, model)
     resume(checkpoint, engine, config, Origin(data=dataset.id, model=fingerprint(model)))
     return engine
 
 
-def compare(run: Path, checkpoint: str = "best", engine: str = "auto") -> tuple[Comparison, Engine]:
-    """Writes `evaluation.json` into the run; the engine is given back tuned.
+def compare(run: Path, checkpoint: str = "best", engine: str = "") -> tuple[Comparison, Engine]:
+    """Writes `evaluation.json` into the run, by the run's own engine unless another is named; it is given back tuned.
 
     Raises:
         UserError: the run has no such checkpoint, or nothing was held out.
     """
-    config, model, dataset, folder = open_run(run, checkpoint, engine)
+    config, model, folder = open_run(run, checkpoint, engine)
+    dataset = Dataset.open(Path(config.data))
     held_out = dataset.held_out(config.batch_size)
     if not held_out:
         raise UserError(f"{dataset.folder}: nothing was held out", hint="prepare with two or more gptme conversations")
@@ -76,7 +90,7 @@ def compare(run: Path, checkpoint: str = "best", engine: str = "auto") -> tuple[
     tuned, state = held_out_loss(opened, held_out), opened.state()
     opened.load_state(without_adapter(opened.shapes, config.rank), step=0)
     base = held_out_loss(opened, held_out)
-    step = int(read_json(folder / "progress.json")["step"])
+    step = int(read_progress(folder)["step"])
     opened.load_state(state, step)
     comparison = Comparison(folder.name, step, opened.name, base, tuned)
     write_json(run / "evaluation.json", comparison.to_json())

@@ -220,7 +220,9 @@ def _load_transformers(folder: Path) -> tuple[Any, dict[str, set[str]]]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model, keys = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
+    model, keys = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
+    )
     return model.eval(), {kind: {str(name) for name in names} for kind, names in keys.items()}
 
 

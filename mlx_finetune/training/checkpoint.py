@@ -16,6 +16,7 @@ from mlx_finetune.engines.adapter import MOMENTS, PEFT_PREFIX, peft_config
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_folder, read_json, write_json
 
+DAMAGED = "remove this folder to go on from the one before"
 PACKAGES = ("mlx-finetune", "mlx", "mlx-lm", "torch", "transformers")
 
 
@@ -36,7 +37,9 @@ def save_checkpoint(run: Path, engine: Engine, step: int, config: RunConfig, ori
     """Writes the folder atomically and points `latest` at it."""
     folder, state = checkpoint_folder(run, step), engine.state()
     if not all(np.isfinite(array).all() for array in state.values()):
-        raise UserError(f"step {step}: a weight is not a finite number, nothing was saved", hint="use a lower learning_rate")
+        raise UserError(
+            f"step {step}: a weight is not a finite number, nothing was saved", hint="start a new run with a lower learning_rate"
+        )
     with atomic_folder(folder) as temporary:
         adapter = {PEFT_PREFIX + n.removeprefix("adapter/"): a for n, a in state.items() if n.startswith("adapter/")}
         save_file(adapter, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -65,13 +68,21 @@ def load_checkpoint(folder: Path) -> tuple[Arrays, dict[str, Any]]:
     Raises:
         UserError: the folder is not a whole checkpoint.
     """
-    progress = read_json(folder / "progress.json")
+    progress = read_progress(folder)
     try:
         adapter = load_file(folder / "adapter_model.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a whole checkpoint: {error}", hint="take an earlier one") from error
+        raise UserError(f"{folder}: not a whole checkpoint: {error}", hint=DAMAGED) from error
     return {f"adapter/{n.removeprefix(PEFT_PREFIX)}": a for n, a in adapter.items()} | moments, progress
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; raises UserError where that is damaged."""
+    progress = read_json(folder / "progress.json")
+    if not isinstance(progress, dict) or not isinstance(progress.get("step"), int):
+        raise UserError(f"{folder}/progress.json: not a checkpoint's", hint=DAMAGED)
+    return progress
 
 
 def resume(folder: Path, engine: Engine, config: RunConfig, origin: Origin) -> int:
@@ -93,7 +104,8 @@ def check_origin(folder: Path, progress: dict[str, Any], origin: Origin) -> None
     for name, now in vars(origin).items():
         then = progress.get(name)
         if then != now:
-            hint = f"name the {name} that it was trained with, or start a new run with another --out"
+            before = progress.get("config", {}).get(name)
+            hint = f"it was trained with --{name} {before}; for another, start a new run with another --out"
             raise UserError(f"{folder}: trained with {name} {then}, this is {name} {now}", hint=hint)
 
 

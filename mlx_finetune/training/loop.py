@@ -11,7 +11,7 @@ from mlx_finetune.data.batches import Batch
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.engines import Engine, StepResult
 from mlx_finetune.errors import UserError
-from mlx_finetune.training.checkpoint import Origin, point, save_checkpoint
+from mlx_finetune.training.checkpoint import Origin, checkpoint_folder, point, save_checkpoint
 from mlx_finetune.training.held_out import held_out_loss
 from mlx_finetune.training.interrupt import interruptible
 from mlx_finetune.training.metrics import Metrics, read_metrics
@@ -46,6 +46,7 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
     steps, metrics = total_steps(dataset, config), Metrics(run / "metrics.jsonl", start)
     look = _Look(engine, dataset.held_out(config.batch_size), metrics)
     learned, seen, spent, done = 0, 0, 0.0, start
+    look.point_best(run)
     if start == 0:
         advance(0, steps, "held-out loss of the base model")
         look.at(0)
@@ -55,8 +56,9 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
             rate, batches = learning_rate(done, steps, config), dataset.batches_at(done, config)
             result = engine.step(batches, rate, config.seed + done)
             _check_finite(done + 1, result)
-            done, seconds = done + 1, time.perf_counter() - began
-            learned, seen, spent = learned + result.tokens, seen + sum(batch.inputs.size for batch in batches), spent + seconds
+            seconds = time.perf_counter() - began
+            learned, seen, spent = learned + result.tokens, seen + dataset.tokens_at(done, config), spent + seconds
+            done += 1
             metrics.train(done, result, rate, seconds)
             advance(done, steps, f"step {done} of {steps}, loss {result.loss:.3f}")
             better = look.at(done) if done % config.eval_every == 0 or done == steps else False
@@ -72,8 +74,15 @@ class _Look:
 
     def __init__(self, engine: Engine, held_out: dict[str, list[Batch]], metrics: Metrics) -> None:
         self.engine, self.held_out, self.metrics = engine, held_out, metrics
-        before = [row["loss"] for row in read_metrics(metrics.path) if row["split"] == "valid" and row["step"]]
-        self.best = min(before, default=math.inf)
+        before = [(row["loss"], row["step"]) for row in read_metrics(metrics.path) if row["split"] == "valid" and row["step"]]
+        self.best: float = min(before)[0] if before else math.inf
+        self.best_step: int = min(before)[1] if before else 0
+
+    def point_best(self, run: Path) -> None:
+        """Mends `best` where a crash fell between a checkpoint and its link."""
+        folder = checkpoint_folder(run, self.best_step)
+        if folder.is_dir():
+            point(run / "best", folder)
 
     def at(self, step: int) -> bool:
         """Measures and logs; whether this is the best after a step of training."""
@@ -88,4 +97,6 @@ class _Look:
 
 def _check_finite(step: int, result: StepResult) -> None:
     if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-        raise UserError(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}", hint="use a lower learning_rate")
+        raise UserError(
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}", hint="start a new run with a lower learning_rate"
+        )

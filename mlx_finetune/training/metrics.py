@@ -8,6 +8,8 @@ from mlx_finetune.engines import StepResult
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file
 
+HINT = "take the line out, or start a new run"
+
 
 class Metrics:
     """Appends to the file; a resumed run first drops what lies after its checkpoint."""
@@ -41,8 +43,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise UserError(f"{path}:{number}: not JSON: {error.msg}") from error
+                raise UserError(f"{path}:{number}: not JSON: {error.msg}", hint=HINT) from error
+            continue
+        if not isinstance(row, dict) or not {"step", "split", "loss"} <= row.keys():
+            raise UserError(f"{path}:{number}: not a line of metrics", hint=HINT)
+        rows.append(row)
     return rows

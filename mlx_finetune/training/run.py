@@ -9,11 +9,11 @@ from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.engines import Engine, choose_engine, open_engine
 from mlx_finetune.errors import UserError
-from mlx_finetune.files import read_json, refuse_existing
+from mlx_finetune.files import new_folder, read_json, refuse_existing
 from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.mlx_config import check_supported, max_exact_length
 from mlx_finetune.models.weights import fingerprint, tensor_headers
-from mlx_finetune.training.checkpoint import Origin, check_origin, resume
+from mlx_finetune.training.checkpoint import Origin, check_origin, read_progress, resume
 from mlx_finetune.training.loop import Advance, Trained, total_steps, train
 
 PREPARED = ("max_length", "valid_fraction")  # settings of `prepare`
@@ -30,7 +30,8 @@ class Plan:
     dataset: Dataset
     origin: Origin
     run: Path
-    checkpoint: Path | None  # where a resumed run goes on
+    resumed: bool
+    checkpoint: Path | None  # where a resumed run goes on; None from its start
     steps: int
 
 
@@ -45,7 +46,7 @@ def plan_run(config: RunConfig) -> Plan:
             raise UserError(f"no {name} given", hint=f"--{name}, or a line `{name}: ...` in the config")
     run = Path(config.out)
     refuse_existing(run, hint="choose another --out, or --resume to go on with it")
-    return _plan(config, run, None)
+    return _plan(config, run, resumed=False)
 
 
 def plan_resume(run: Path, overrides: dict[str, Any]) -> Plan:
@@ -62,20 +63,21 @@ def plan_resume(run: Path, overrides: dict[str, Any]) -> Plan:
         now = config.to_dict()[name]
         if now != then and name not in MAY_CHANGE:
             raise UserError(f"--resume: {name} was {then!r} in this run, not {now!r}", hint="start a new run with another --out")
-    return _plan(config, run, last_checkpoint(run))
+    return _plan(config, run, resumed=True)
 
 
 def last_checkpoint(run: Path) -> Path | None:
     """The whole checkpoint with the most steps; folders appear whole, so every one counts."""
-    return max((run / "checkpoints").glob("step-*"), default=None)
+    return max((run / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")), default=None)
 
 
-def _plan(config: RunConfig, run: Path, checkpoint: Path | None) -> Plan:
+def _plan(config: RunConfig, run: Path, resumed: bool) -> Plan:
+    checkpoint = last_checkpoint(run) if resumed else None
     dataset = Dataset.open(Path(config.data))
     model = model_folder(config.model)
     check_model_folder(model)
-    if choose_engine(config.engine) == "mlx":
-        _check_mlx(model, dataset)
+    if (engine := choose_engine(config.engine)) == "mlx":
+        check_mlx(model, dataset)
     if ChatTemplate.load(model).fingerprint != dataset.info["tokenizer"]:
         raise UserError(
             f"{config.data}: prepared for another tokenizer or chat template than {config.model}",
@@ -84,13 +86,13 @@ def _plan(config: RunConfig, run: Path, checkpoint: Path | None) -> Plan:
     config = _as_prepared(config, dataset)
     origin = Origin(data=dataset.id, model=fingerprint(model))
     if checkpoint:
-        check_origin(checkpoint, read_json(checkpoint / "progress.json"), origin)
+        check_origin(checkpoint, read_progress(checkpoint), origin)
     places = {
         "model": config.model if not Path(config.model).is_dir() else str(model.resolve()),
         "data": str(Path(config.data).resolve()),
     }
-    config = config.model_copy(update=places | {"out": str(run.resolve())})
-    return Plan(config, model, dataset, origin, run, checkpoint, total_steps(dataset, config))
+    config = config.model_copy(update=places | {"out": str(run.resolve()), "engine": engine})
+    return Plan(config, model, dataset, origin, run, resumed, checkpoint, total_steps(dataset, config))
 
 
 def _as_prepared(config: RunConfig, dataset: Dataset) -> RunConfig:
@@ -103,7 +105,7 @@ def _as_prepared(config: RunConfig, dataset: Dataset) -> RunConfig:
     return config.model_copy(update={name: dataset.info[name] for name in PREPARED})
 
 
-def _check_mlx(model: Path, dataset: Dataset) -> None:
+def check_mlx(model: Path, dataset: Dataset) -> None:
     """Raises UserError where MLX would compute something else than transformers: another architecture, or beyond a window."""
     architecture = read_json(model / "config.json")
     check_supported(architecture)
@@ -132,6 +134,7 @@ def execute(plan: Plan, advance: Advance) -> tuple[Trained, Engine]:
     engine = open_engine(plan.config, plan.model)
     check_names(engine, plan.model)
     start = resume(plan.checkpoint, engine, plan.config, plan.origin) if plan.checkpoint else 0
-    plan.run.mkdir(parents=True, exist_ok=True)
+    if not plan.resumed:
+        new_folder(plan.run)
     save_config(plan.run / "config.yaml", plan.config)
     return train(engine, plan.dataset, plan.config, plan.run, plan.origin, start, advance), engine

@@ -1,6 +1,5 @@
 """MlxEngine: mlx-lm's model classes with our LoRA, on Metal, or in float32 on a CPU."""
 
-import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
-from mlx_finetune.engines import Arrays, StepResult
+from mlx_finetune.engines import Arrays, StepResult, process_peak
 from mlx_finetune.engines.adapter import MOMENTS, choose_targets, initial_adapter
 from mlx_finetune.engines.mlx.load import load_model
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch's defaults, so that both engines step alike
-SUM_CHUNK = 256
+SUM_CHUNK = 128
 
 
 class LoRALinear(nn.Module):
@@ -47,7 +46,7 @@ class MlxEngine:
         """Loads the folder `model` and puts a fresh adapter on it."""
         self.config = config
         self.on_gpu = mx.default_device() == mx.Device(mx.gpu)
-        self.device = "Metal" if self.on_gpu else "cpu"
+        self.device = "Metal" if mx.metal.is_available() else "gpu" if self.on_gpu else "cpu"
         dtype = config.dtype if config.dtype != "auto" else None if self.on_gpu else "float32"
         self.model = load_model(model, dtype)
         self.model.freeze()
@@ -57,7 +56,6 @@ class MlxEngine:
         adapted = [(n, LoRALinear(linears[n], shape, config.rank, scale, config.dropout)) for n, shape in self.shapes.items()]
         self.model.update_modules(tree_unflatten(adapted))
         self.model.eval()  # dropout acts inside a step only
-        self._value_and_grad = nn.value_and_grad(self.model, self._loss)
         adapter = initial_adapter(self.shapes, config.rank, config.seed)
         self.load_state({f"adapter/{name}": array for name, array in adapter.items()}, step=0)
 
@@ -67,8 +65,9 @@ class MlxEngine:
         self.model.train()
         total = sum(batch.learned for batch in micro_batches)
         loss, gradient = 0.0, {name: mx.zeros_like(p) for name, p in self._parameters().items()}
+        value_and_grad = nn.value_and_grad(self.model, self._loss)
         for batch in micro_batches:
-            part, fresh = self._value_and_grad(*_arrays(batch), 1 / total)
+            part, fresh = value_and_grad(*_arrays(batch), 1 / total)
             gradient = {name: gradient[name] + value for name, value in tree_flatten(fresh)}
             mx.eval(part, gradient)
             loss += _number(part)
@@ -76,6 +75,7 @@ class MlxEngine:
         norm = _number(mx.sqrt(mx.stack([mx.square(g).sum() for g in gradient.values()]).sum()))
         if norm < float("inf"):
             self._update(gradient, min(1.0, self.config.max_grad_norm / (norm + 1e-6)), learning_rate)
+        mx.clear_cache()  # shapes differ from step to step: what they leave cached is seldom used again
         return StepResult(loss, sum(int((batch.weights > 0).sum()) for batch in micro_batches), norm)
 
     def loss_sum(self, batch: Batch) -> float:
@@ -86,7 +86,8 @@ class MlxEngine:
         """See `Engine.generate`."""
         tokens, cache = mx.array([list(map(int, prompt))]), make_prompt_cache(self.model)
         for _ in range(limit):
-            token = int(self.model(tokens, cache=cache)[0, -1].argmax().item())
+            last = mx.array([tokens.shape[1] - 1])
+            token = int(np.argmax(np.array(self._logits(tokens, last, cache=cache)[0, 0])))
             if token in stop:
                 return
             yield token
@@ -109,17 +110,21 @@ class MlxEngine:
 
     def peak_memory(self) -> int:
         """See `Engine.peak_memory`."""
-        return int(mx.get_peak_memory()) if self.on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return int(mx.get_peak_memory()) if self.on_gpu else process_peak()
 
     def _loss(self, inputs: mx.array, columns: mx.array, targets: mx.array, weights: mx.array, scale: float) -> mx.array:
+        logits = self._logits(inputs, columns)
+        chosen = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
+        return ((_log_sum_exp(logits) - chosen) * weights).sum() * scale
+
+    def _logits(self, inputs: mx.array, columns: mx.array, **named: Any) -> mx.array:
+        """[B, T] -> float32 [B, n, V]: the head is computed for `columns` [n] alone."""
         backbone = self.model["model"]
         self.model["model"] = _Columns(backbone, columns)
         try:
-            logits = self.model(inputs).astype(mx.float32)
+            return self.model(inputs, **named).astype(mx.float32)
         finally:
             self.model["model"] = backbone
-        chosen = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
-        return ((_log_sum_exp(logits) - chosen) * weights).sum() * scale
 
     def _update(self, gradient: dict[str, mx.array], clip: float, learning_rate: float) -> None:
         """AdamW with bias correction and decoupled decay (Loshchilov and Hutter 2019), as torch has it."""

@@ -1,8 +1,6 @@
 """TorchEngine: transformers' model classes with our LoRA, on CUDA, or in float32 on a CPU."""
 
 import inspect
-import resource
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
-from mlx_finetune.engines import Arrays, StepResult
+from mlx_finetune.engines import Arrays, StepResult, process_peak
 from mlx_finetune.engines.adapter import choose_targets, initial_adapter
 from mlx_finetune.errors import UserError
 
@@ -93,8 +91,9 @@ class TorchEngine:
     def generate(self, prompt: Sequence[int], limit: int, stop: frozenset[int]) -> Iterator[int]:
         """See `Engine.generate`."""
         tokens, cache = torch.tensor([list(prompt)], device=self.device), None
+        last = {"logits_to_keep": 1} if self._keeps_logits else {}
         for _ in range(limit):
-            answer = self.model(tokens, past_key_values=cache, use_cache=True)
+            answer = self.model(tokens, past_key_values=cache, use_cache=True, **last)
             cache, token = answer.past_key_values, int(answer.logits[0, -1].argmax())
             if token in stop:
                 return
@@ -126,8 +125,7 @@ class TorchEngine:
         """See `Engine.peak_memory`."""
         if self.device == "cuda":
             return int(torch.cuda.max_memory_allocated())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return process_peak()
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         columns = batch.columns
@@ -149,11 +147,12 @@ def _load(folder: Path, dtype: str, device: str) -> torch.nn.Module:
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"{folder}: transformers cannot load this model: {reason}", hint="see that the folder is complete"
