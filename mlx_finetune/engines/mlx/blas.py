@@ -31,7 +31,6 @@ def preload_fast_blas() -> str | None:
     """
     if sys.platform != "linux" or "mlx.core" in sys.modules:
         return None
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve MLX where cores are shared
     if chosen := os.environ.get(VARIABLE):
         return _load_chosen(chosen)
     for candidate in _candidates():
