@@ -41,9 +41,8 @@ def test_importing_every_neutral_module_loads_no_framework() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_file_imports_only_from_its_own_layer_or_above(module: str) -> None:
     path = PACKAGE.parent / Path(*module.split(".")).with_suffix(".py")
-    imported = [
-        node.module
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mlx_finetune.")
-    ]
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))  # inside functions too
+    imported = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    imported += [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+    imported = [name for name in imported if name.startswith("mlx_finetune.")]
     assert [name for name in imported if layer(name) > layer(module)] == []
