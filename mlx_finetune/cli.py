@@ -149,6 +149,8 @@ def main(arguments: list[str] | None = None) -> None:
     except TyperException as error:
         context = getattr(error, "ctx", None)
         message = error.format_message() if hasattr(error, "format_message") else str(error)
+        if not message:  # a bare call shows the help
+            sys.exit(2)
         _fail(message.rstrip("."), f"{context.command_path if context else 'mlx-finetune'} --help")
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)

@@ -11,6 +11,8 @@ from typing import IO, Any
 
 from mlx_finetune.errors import UserError
 
+DAMAGED = "bring the file back, or make its folder again"
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[str]]:
@@ -101,8 +103,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
+        raise UserError(f"{path}: no such file", hint=DAMAGED) from error
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+        raise UserError(f"{path}: {error.strerror}", hint=DAMAGED) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
+        raise UserError(f"{path}: not JSON: {error}", hint=DAMAGED) from error

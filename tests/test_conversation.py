@@ -116,3 +116,11 @@ def test_an_error_while_writing_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stop"):
         write_conversations(tmp_path / "a.jsonl", broken())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("weight", ["1e300", "1e-50", "1001"])
+def test_a_weight_that_float32_sums_cannot_hold_is_refused(weight: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"messages": [{"role": "assistant", "content": "a", "weight": %s}]}\n' % weight)  # noqa: UP031
+    with pytest.raises(UserError, match="is not a number that is 0 or from"):
+        list(read_conversations(path))

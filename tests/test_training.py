@@ -308,3 +308,13 @@ def test_fuse_and_evaluate_refuse_a_base_that_is_not_the_one_trained_on(tiny_lla
 
 def test_a_run_can_be_opened_without_its_data_and_keeps_the_engine_that_it_had(straight: dict[str, Path]) -> None:
     assert {name: open_run(folder, "best")[0].engine for name, folder in straight.items()} == {"mlx": "mlx", "torch": "torch"}
+
+
+def test_a_config_edited_after_training_is_refused_by_resume_and_evaluate(straight: dict[str, Path], tmp_path: Path) -> None:
+    folder = cut_after(straight["torch"], 5, tmp_path / "run")
+    (folder / "checkpoints" / "step-old").mkdir()  # a person's own copy is no checkpoint
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("alpha: 8.0", "alpha: 500.0"))
+    for read in (lambda: plan_resume(folder, {}), lambda: open_run(folder, "step-000005")):
+        with pytest.raises(UserError, match=r"trained with alpha 8\.0, config\.yaml says 500\.0"):
+            read()

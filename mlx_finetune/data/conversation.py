@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +13,7 @@ from mlx_finetune.files import atomic_file
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
+LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000  # beyond, float32 sums over a conversation lose the rest
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,9 @@ def _message(value: Any, place: str, index: int) -> Message:
             f"{where}: role {value.get('role')!r:.40} is not one of {', '.join(ROLES)}", hint="rename the role in the file"
         )
     weight = value.get("weight", 1.0)
-    if not isinstance(weight, int | float) or not 0 <= weight <= sys.float_info.max:
-        raise UserError(f"{where}: weight {weight!r:.40} is not a number from 0 up", hint="0 reads the turn without learning it")
+    if not isinstance(weight, int | float) or not (weight == 0 or LEAST_WEIGHT <= weight <= MOST_WEIGHT):
+        raise UserError(
+            f"{where}: weight {weight!r:.40} is not a number that is 0 or from {LEAST_WEIGHT} to {MOST_WEIGHT}",
+            hint="0 reads the turn without learning it",
+        )
     return Message(value["role"], value["content"], float(weight))

@@ -69,6 +69,8 @@ def choose_engine(name: str) -> str:
     if name == "auto":
         on_apple_silicon = sys.platform == "darwin" and platform.machine() == "arm64"
         name = "mlx" if on_apple_silicon or not installed["torch"] else "torch"
+    if name not in installed:
+        raise UserError(f"engine {name!r} is not one of auto, mlx, torch", hint="leave --engine out for auto")
     if not installed[name]:
         raise UserError(f"engine {name} is not installed", hint=f"pip install 'mlx-finetune{'[torch]' if name == 'torch' else ''}'")
     return name

@@ -14,7 +14,7 @@ from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.weights import fingerprint
 from mlx_finetune.training.checkpoint import Origin, check_origin, read_progress, resume
 from mlx_finetune.training.held_out import HeldOut, held_out_loss
-from mlx_finetune.training.run import check_mlx, check_names
+from mlx_finetune.training.run import check_mlx, check_names, check_settings
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def open_run(run: Path, checkpoint: str, engine: str = "") -> tuple[RunConfig, P
     """
     folder = find_checkpoint(run, checkpoint)
     config = load_config(run / "config.yaml", {})
+    check_settings(folder, config)
     if engine:
         config = make_config(config.to_dict() | {"engine": engine}, "--engine")
     model, progress = model_folder(config.model), read_progress(folder)

@@ -68,7 +68,8 @@ def plan_resume(run: Path, overrides: dict[str, Any]) -> Plan:
 
 def last_checkpoint(run: Path) -> Path | None:
     """The whole checkpoint with the most steps; folders appear whole, so every one counts."""
-    return max((run / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")), default=None)
+    folders = [folder for folder in (run / "checkpoints").glob("step-*") if folder.name.removeprefix("step-").isdecimal()]
+    return max(folders, key=lambda folder: int(folder.name.removeprefix("step-")), default=None)
 
 
 def _plan(config: RunConfig, run: Path, resumed: bool) -> Plan:
@@ -87,12 +88,22 @@ def _plan(config: RunConfig, run: Path, resumed: bool) -> Plan:
     origin = Origin(data=dataset.id, model=fingerprint(model))
     if checkpoint:
         check_origin(checkpoint, read_progress(checkpoint), origin)
+        check_settings(checkpoint, config)
     places = {
         "model": config.model if not Path(config.model).is_dir() else str(model.resolve()),
         "data": str(Path(config.data).resolve()),
     }
     config = config.model_copy(update=places | {"out": str(run.resolve()), "engine": engine})
     return Plan(config, model, dataset, origin, run, resumed, checkpoint, total_steps(dataset, config))
+
+
+def check_settings(checkpoint: Path, config: RunConfig) -> None:
+    """Raises UserError where config.yaml was edited after the checkpoint was written."""
+    then, now = read_progress(checkpoint).get("config") or {}, config.to_dict()
+    for name in now.keys() - MAY_CHANGE:
+        if name in then and then[name] != now[name]:
+            hint = f"put {name}: {then[name]} back into config.yaml, or start a new run"
+            raise UserError(f"{checkpoint}: trained with {name} {then[name]!r}, config.yaml says {now[name]!r}", hint=hint)
 
 
 def _as_prepared(config: RunConfig, dataset: Dataset) -> RunConfig:

@@ -132,7 +132,7 @@ def _entry(line: str) -> _Entry:
         ui_only=bool(row.get("ui_only")),
         files=tuple(str(file) for file in files),
         file_hashes={str(file): str(digest) for file, digest in hashes.items()},
-        model=metadata["model"] if isinstance(metadata.get("model"), str) else None,
+        model=printable(metadata["model"]) if isinstance(metadata.get("model"), str) else None,
         not_reproduced=tuple(name for name, value in special.items() if value is not None),
     )
 

@@ -78,7 +78,7 @@ def _tree(line: str, place: str) -> _Tree:
         raise UserError(f"{place}: not JSON: {error}", hint=TREES_HINT) from error
     root = _root(row, place)
     _check(root, place)
-    return _Tree(str(row.get("message_tree_id") or root["message_id"]), row.get("tree_state"), root)
+    return _Tree(printable(str(row.get("message_tree_id") or root["message_id"])), row.get("tree_state"), root)
 
 
 def _root(row: Any, place: str) -> Node:
@@ -103,7 +103,7 @@ def _check(root: Node, place: str) -> None:
         name = node.get("message_id") if isinstance(node, dict) else None
         if not isinstance(name, str) or not isinstance(node.get("text"), str):
             raise UserError(f"{place}: message {name!r} has no message_id or no text", hint=TREES_HINT)
-        if node.get("role") not in ROLES:
+        if not isinstance(node.get("role"), str) or node["role"] not in ROLES:
             known = ", ".join(ROLES)
             raise UserError(f"{place}: message {name}: role {node.get('role')!r:.40} is not one of {known}", hint=TREES_HINT)
         if not isinstance(node.get("replies") or [], list) or not isinstance(node.get("rank") or 0, int):
@@ -124,7 +124,7 @@ def _best_conversation(tree: _Tree) -> Conversation | Rejected:
         source=SOURCE,
         group=tree.id,
         license="Apache-2.0",
-        meta={"lang": tree.root.get("lang"), "message_ids": [node["message_id"] for node in path]},
+        meta={"lang": printable(str(tree.root.get("lang"))), "message_ids": [printable(str(node["message_id"])) for node in path]},
     )
 
 
