@@ -171,6 +171,10 @@ def test_resume_refuses_other_data_another_model_and_other_settings(
     other = prepared(tiny_llama, tmp_path / "other", "pwd")
     with pytest.raises(UserError, match=r"trained with data .* this is data"):
         plan_resume(folder, {"data": str(other)})
+    narrow = make_config({"max_length": 128}, "test")
+    prepare([tmp_path / "other" / "gptme.jsonl"], ChatTemplate.load(tiny_llama), narrow, tmp_path / "narrow", {})
+    with pytest.raises(UserError, match=r"trained with data .* this is data"):  # not: another max_length
+        plan_resume(folder, {"data": str(tmp_path / "narrow")})
     changed = tmp_path / "model"
     shutil.copytree(tiny_llama, changed)
     config = json.loads((changed / "config.json").read_text())

@@ -84,11 +84,11 @@ def _plan(config: RunConfig, run: Path, resumed: bool) -> Plan:
             f"{config.data}: prepared for another tokenizer or chat template than {config.model}",
             hint=f"mlx-finetune prepare --model {config.model}",
         )
-    config = _as_prepared(config, dataset)
     origin = Origin(data=dataset.id, model=fingerprint(model))
     if checkpoint:
         check_origin(checkpoint, read_progress(checkpoint), origin)
         check_settings(checkpoint, config)
+    config = _as_prepared(config, dataset)
     places = {
         "model": config.model if not Path(config.model).is_dir() else str(model.resolve()),
         "data": str(Path(config.data).resolve()),
