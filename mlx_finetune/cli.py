@@ -1,5 +1,6 @@
 """The command line: one function a verb; everything heavy is imported inside."""
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,8 @@ from mlx_finetune.config import FIELDS, RunConfig, default
 from mlx_finetune.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 Model = Annotated[str, typer.Option("--model", help="Base model: a Hugging Face folder, or a hub id such as org/name.")]
@@ -152,6 +155,10 @@ def main(arguments: list[str] | None = None) -> None:
         if not message:  # a bare call shows the help
             sys.exit(2)
         _fail(message.rstrip("."), f"{context.command_path if context else 'mlx-finetune'} --help")
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _fail(f"{error.filename or 'disk'}: {error.strerror}", "make room, or choose another --out; nothing half-written was kept")
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
