@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+from mlx_finetune.cli_collect import collect
 from mlx_finetune.config import FIELDS, RunConfig, default
 from mlx_finetune.errors import UserError
 
@@ -45,21 +46,7 @@ def _options(
     """Turns your gptme conversations into a tuned model of your own, on this machine."""
 
 
-@app.command()
-def collect(
-    logs: Annotated[Path | None, typer.Argument(help="Folder of gptme logs. Default: gptme's own.")] = None,
-    openassistant: Annotated[list[Path] | None, typer.Option(help="OpenAssistant file of trees (repeatable).")] = None,
-    out: Out = Path("collected"),
-    model: Annotated[
-        str, typer.Option(help="Also write train.csv and train.jsonl, rendered with this model's chat template.")
-    ] = "",
-    gptme: Annotated[bool, typer.Option(help="Read gptme logs at all.")] = True,
-    as_json: Json = False,
-) -> None:
-    """Read gptme logs and OpenAssistant trees into conversations, one a line."""
-    from mlx_finetune.commands import collect_command
-
-    collect_command(logs, openassistant or [], out, model, gptme, as_json)
+app.command()(collect)
 
 
 @app.command()

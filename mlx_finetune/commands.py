@@ -1,7 +1,5 @@
 """What each verb does, from its checked arguments to the lines that a person reads."""
 
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,34 +14,6 @@ from mlx_finetune.files import refuse_existing
 from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.weights import fingerprint
 from mlx_finetune.terminal import finish, progress, say, table
-
-
-def collect_command(logs: Path | None, openassistant: Sequence[Path], out: Path, model: str, gptme: bool, as_json: bool) -> None:
-    """`mlx-finetune collect`."""
-    from mlx_finetune.data.collect import collect
-    from mlx_finetune.data.sources.gptme import default_logs_folder
-
-    if not gptme and not openassistant:
-        raise UserError("nothing to read", hint="leave out --no-gptme, or name --openassistant FILE")
-    if gptme and logs is None:
-        logs = default_logs_folder(os.environ, Path.home(), sys.platform)
-    refuse_existing(out)
-    template = load_template(model) if model else None
-    for source in ([logs] if gptme else []) + list(openassistant):
-        say(f"reading {source}")
-    summary = collect(logs if gptme else None, openassistant, out, template)
-    result = summary.to_json() | {"out": str(out)}
-
-    def show() -> None:
-        rows = [(source, str(count), str(summary.assistant_turns[source])) for source, count in summary.conversations.items()]
-        table("collected", rows, ("source", "conversations", "assistant turns"))
-        for reason, count in summary.rejected.items():
-            print(f"rejected: {count} ({reason})")
-        for line in summary.bad_lines:
-            print(f"skipped: {line.path}:{line.line}: {line.reason}")
-
-    say("secrets are not removed by this version: these files are as private as your logs")
-    finish(result, as_json, show, out, f"mlx-finetune prepare {out} --model MODEL")
 
 
 def load_template(model: str) -> ChatTemplate:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_finetune.config import RunConfig, make_config
-from mlx_finetune.data.collect import collect
+from mlx_finetune.data.collect import Sources, collect
 from mlx_finetune.data.conversation import Conversation, read_conversations
 from mlx_finetune.data.prepare import prepare
+from mlx_finetune.data.refine import Settings
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.engines import Engine, choose_engine
 from mlx_finetune.engines.adapter import without_adapter
@@ -58,7 +59,8 @@ def run_demo(out: Path, engine: str, as_json: bool) -> None:
     say(f"1/6 model: {gguf.name} -> {out / 'model'}, a Hugging Face folder in float32")
     gguf_to_hugging_face(gguf, out / "model")
     say(f"2/6 collect: the sample's gptme logs and OpenAssistant trees -> {out / 'collected'}")
-    collect(sample / "gptme-logs", [sample / "openassistant.trees.jsonl"], out / "collected")
+    sources = Sources(sample / "gptme-logs", (str(sample / "openassistant.trees.jsonl"),))
+    collect(sources, Settings(), out / "collected")
     places = {"model": str(out / "model"), "data": str(out / "dataset"), "out": str(out / "run")}
     config = make_config(SETTINGS | places | {"engine": engine}, "demo")
     info, template = _prepare(config, out)

@@ -37,23 +37,42 @@ def atomic_file(path: Path) -> Iterator[IO[str]]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, replace_old: bool = False) -> Iterator[Path]:
     """A folder that takes its name only when the block ends without an error.
 
+    With `replace_old` the folder that has the name gives way at the very end; until then it stays as it is.
+
     Raises:
-        UserError: `path` exists, for nothing is ever overwritten, or nothing can be written there.
+        UserError: `path` exists, for nothing is overwritten unasked, or nothing can be written there.
     """
     with _place_named(path):
-        refuse_existing(path)
+        if not replace_old:
+            refuse_existing(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
-        refuse_existing(path)
-        temporary.replace(path)
+        if replace_old:
+            _swap(temporary, path)
+        else:
+            refuse_existing(path)
+            temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, old: Path) -> None:
+    """`new` takes the name of `old`, which is then deleted; where that fails, `old` has its name again."""
+    aside = Path(tempfile.mkdtemp(dir=old.parent, prefix=f".{old.name}.")) / old.name
+    old.replace(aside)
+    try:
+        new.replace(old)
+    except OSError:
+        aside.replace(old)
+        raise
+    finally:
+        shutil.rmtree(aside.parent, ignore_errors=True)
 
 
 @contextmanager

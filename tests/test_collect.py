@@ -1,20 +1,29 @@
-"""Collecting: every conversation is kept once, or named with the reason why not."""
+"""Collecting: every conversation is kept once, or named with the reason why not; no secret, nothing twice, nothing lost."""
 
 import csv
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chats import RAISES, template_of
+from mlx_finetune.data.redact import Rules
 
-from mlx_finetune.data.clean import reason_to_reject
-from mlx_finetune.data.collect import collect, write_rendered
+from mlx_finetune.data import refining
+from mlx_finetune.data.clean import reason_in_name, reason_in_shape
+from mlx_finetune.data.collect import Sources, collect, write_rendered
 from mlx_finetune.data.conversation import Conversation, Message, Role, read_conversations
+from mlx_finetune.data.refine import Settings
+from mlx_finetune.data.select import Selection, read_tags
+from mlx_finetune.data.sources.openassistant import EVERYTHING
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+PLAIN = Settings(redaction=Rules())
+GITHUB = "ghp_" + "0aZ9" * 9
 
 
 def conversation(*roles: Role, source: str = "gptme", name: str = "2026-01-01-a-log", text: str = "text") -> Conversation:
@@ -39,12 +48,21 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def gather(out: Path, logs: Path | None = None, *trees: Path, settings: Settings = PLAIN, update: bool = False) -> dict[str, Any]:
+    return collect(Sources(logs, tuple(map(str, trees)), (), EVERYTHING), settings, out, update=update)
+
+
+def texts(out: Path, source: str = "gptme") -> dict[str, list[str]]:
+    return {one.name: [m.content for m in one.messages] for one in read_conversations(out / f"{source}.jsonl")}
+
+
 @pytest.mark.parametrize(
     ("rejected", "reason"),
     [
         (conversation(), "no messages"),
         (conversation("system", "assistant"), "no user turn"),
         (conversation("system", "user", "system"), "no assistant turn"),
+        (conversation("user", "assistant", text=" "), "no assistant turn"),
         (conversation("user", "assistant", name="test-1-x"), "a temporary or test log of gptme"),
         (conversation("user", "assistant", name="tmpabc"), "a temporary or test log of gptme"),
         (
@@ -53,63 +71,105 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
         ),
         (conversation("user", "assistant", name="2026-06-03-fix-flaky-test-run"), None),
         (conversation("user", "assistant", name="test-1", source="openassistant"), None),
+        (
+            Conversation((Message("user", "a"), Message("assistant", "b", 0.0, "cut off")), "gptme", "g", "private"),
+            "no turn left to learn: cut off",
+        ),
     ],
 )
 def test_a_conversation_is_rejected_for_a_reason_or_kept(rejected: Conversation, reason: str | None) -> None:
-    assert reason_to_reject(rejected) == reason
+    assert (reason_in_name(rejected) or reason_in_shape(rejected)) == reason
 
 
-def test_the_real_sources_become_one_folder_that_accounts_for_everything(tmp_path: Path) -> None:
-    trees = DATA / "openassistant" / "oasst_export_trees_en_2023-02.jsonl"
-    if not trees.exists():
-        pytest.skip("the data of ../shared is not here")
-    out = tmp_path / "collected"
-    summary = collect(DATA / "gptme-logs", [trees], out)
-    assert summary.conversations == {"gptme": 24, "openassistant": 90}
-    assert summary.rejected == {
-        "first message is synthetic": 5,
-        "a gptme evaluation: would leak into evaluation": 1,
-        "no messages": 1,
-    }
-    assert json.loads((out / "collect.json").read_text(encoding="utf-8")) == summary.to_json()
-    assert summary.to_json()["bad_lines"][0]["line"] == 21
-    assert summary.to_json()["bad_lines"][0]["file"].endswith("2026-06-22-node-cache-race/conversation.jsonl")
-    for source, count in summary.conversations.items():
-        kept = list(read_conversations(out / f"{source}.jsonl"))
-        assert len(kept) == count
-        assert sum(one.assistant_turns for one in kept) == summary.assistant_turns[source]
-        assert {one.source for one in kept} == {source}
-    assert {row["id"] for row in lines_of(out / "rejected.jsonl") if row["source"] == "gptme"} == {
-        "2026-06-26-swimming-angry-cat",
-        "2026-07-23-gptme-evals-local--qwen3-coder-markdown-5f2a9c1e",
-    }
+def test_every_genuine_log_is_kept_or_rejected_for_the_reason_in_the_manifest(tmp_path: Path, shared: Path) -> None:
+    manifest = json.loads((shared / "data" / "gptme-logs.manifest.json").read_text(encoding="utf-8"))
+    summary = gather(tmp_path / "out", shared / "data" / "gptme-logs")
+    rejected = {row["id"]: row["reason"] for row in lines_of(tmp_path / "out" / "rejected.jsonl")}
+    assert set(texts(tmp_path / "out")) | {name for name in rejected if "#" not in name} == set(manifest)
+    for name, expected in manifest.items():
+        if expected.get("kind") == "named like a gptme-eval run":
+            assert rejected[name] == "a gptme evaluation: would leak into evaluation"
+        elif expected.get("kind") == "empty log (made by hand)":
+            assert rejected[name] == "no messages"
+        elif expected["quality"] == "low":
+            assert re.match("goes in circles|apologises", rejected[name])
+        else:
+            assert name not in rejected
+    assert rejected["2026-07-08-hopping-orange-fish#main-undo-0"].startswith("undone")
+    assert summary["context_only"]["declined by the person"] == 1
+    assert summary["formats"] == {"markdown": 16, "tool": 4, "xml": 2}
+    assert [(bad["file"].split("/")[-2], bad["line"]) for bad in summary["bad_lines"]] == [("2026-06-22-node-cache-race", 21)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_planted_secret_is_left_in_any_file_and_no_other_text_is_changed(tmp_path: Path, shared: Path, seed: int) -> None:
+    data = shared / "data"
+    plant = [sys.executable, data / "plant_secrets.py", data / "gptme-logs", tmp_path / "planted", "--seed", str(seed)]
+    answer = subprocess.run([str(part) for part in plant], capture_output=True, text=True, check=True)
+    values = dict(line.split("\t") for line in answer.stdout.splitlines())
+    gather(tmp_path / "redacted", tmp_path / "planted")
+    gather(tmp_path / "plain", data / "gptme-logs", settings=Settings(redaction=None))
+    assert len(values) == 4
+    for path in (tmp_path / "redacted").rglob("*"):
+        raw = path.read_text(encoding="utf-8")
+        assert not [name for name, value in values.items() if value in raw], path
+    marks: dict[str, set[str]] = {}
+    redacted, plain = texts(tmp_path / "redacted"), texts(tmp_path / "plain")
+    assert redacted.keys() == plain.keys()
+    for name, contents in plain.items():
+        for before, after in zip(contents, redacted[name], strict=True):
+            pattern = re.sub(r"@@([A-Z_]+_\d+)@@", r"(\\[REDACTED:[a-z_]+:\\d+\\])", re.escape(before))
+            match = re.fullmatch(pattern, after)
+            assert match, (name, before[:200], after[:200])
+            for mark, value in zip(re.findall(r"@@[A-Z_]+_\d+@@", before), match.groups(), strict=True):
+                marks.setdefault(mark, set()).add(value)
+    assert len(marks) == 4 and all(len(placeholders) == 1 for placeholders in marks.values())
+    assert len({placeholder for placeholders in marks.values() for placeholder in placeholders}) == 4
+
+
+def test_the_same_secret_has_the_same_placeholder_in_every_conversation(tmp_path: Path) -> None:
+    other = "ghp_" + "Qw3r" * 9
+    for name, secret in (("a", other), ("b", GITHUB), ("c", GITHUB), ("d", other)):
+        write_log(
+            tmp_path / "logs", name, ("user", f"use {secret} in {name}"), ("assistant", f"I use {secret} as you said in {name}.")
+        )
+    summary = gather(tmp_path / "out", tmp_path / "logs", settings=Settings(near_duplicates=None))
+    found = {name: re.findall(r"\[REDACTED:\w+:\d+\]", " ".join(contents)) for name, contents in texts(tmp_path / "out").items()}
+    assert found["a"] == found["d"] == ["[REDACTED:github_token:1]"] * 2
+    assert found["b"] == found["c"] == ["[REDACTED:github_token:2]"] * 2
+    assert summary["secrets"] == {"github_token": 8} and summary["distinct_secrets"] == {"github_token": 2}
 
 
 def test_an_equal_conversation_is_kept_once_whatever_its_source(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_log(tmp_path / "logs", name, ("user", "hello?"), ("assistant", "hi"))
     tree = write_tree(tmp_path / "trees.jsonl", "hello?", "hi")
-    summary = collect(tmp_path / "logs", [tree], tmp_path / "out")
-    (kept,) = read_conversations(tmp_path / "out" / "gptme.jsonl")
-    reason = f"duplicate of {kept.id}"
-    assert lines_of(tmp_path / "out" / "rejected.jsonl") == [
-        {"id": "two", "source": "gptme", "reason": reason},
-        {"id": "t", "source": "openassistant", "reason": reason},
-    ]
-    assert summary.rejected == {"duplicate": 2}
-    assert summary.conversations == {"gptme": 1, "openassistant": 0}
+    summary = gather(tmp_path / "out", tmp_path / "logs", tree)
+    assert sum(summary["conversations"].values()) == 1
+    reasons = [row["reason"] for row in lines_of(tmp_path / "out" / "rejected.jsonl")]
+    assert len(reasons) == 2 and all(reason.startswith("duplicate of ") for reason in reasons)
+    assert summary["rejected"] == {"duplicate": 2}
+
+
+def test_a_fork_teaches_its_shared_beginning_once_and_stays_in_its_group(tmp_path: Path) -> None:
+    start = [("user", "write a parser for the config"), ("assistant", "Here is a parser that reads it line by line.")]
+    write_log(tmp_path / "logs", "first", *start, ("user", "in C"), ("assistant", "Now it is in C, with fgets and strtok."))
+    write_log(tmp_path / "logs", "second", *start, ("user", "in Rust"), ("assistant", "It is in Rust now and borrows its lines."))
+    write_log(tmp_path / "logs", "third", *start)
+    summary = gather(tmp_path / "out", tmp_path / "logs")
+    kept = list(read_conversations(tmp_path / "out" / "gptme.jsonl"))
+    assert {one.name for one in kept} == {"first", "second"} and len({one.group for one in kept}) == 1
+    assert sum(one.assistant_turns for one in kept) == 3 == summary["assistant_turns"]["gptme"]
+    assert summary["context_only"] == {"learned in another conversation": 1}
+    assert summary["rejected"] == {"beginning": 1}
 
 
 def test_only_what_was_read_is_written(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "trees.jsonl", "hello?", "hi \ud83d")
-    collect(None, [tree], tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "openassistant.jsonl",
-        "rejected.jsonl",
-        "collect.json",
-    }
-    (kept,) = read_conversations(tmp_path / "out" / "openassistant.jsonl")
-    assert kept.messages[1].content == "hi ?"
+    gather(tmp_path / "out", None, tree)
+    made = {"openassistant.jsonl", "rejected.jsonl", "collect.json", "tags.yaml", "index.ndjson"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == made
+    assert texts(tmp_path / "out", "openassistant") == {"t": ["hello?", "hi ?"]}
 
 
 def test_nothing_left_is_refused_with_the_counts_and_leaves_no_folder(tmp_path: Path) -> None:
@@ -117,20 +177,85 @@ def test_nothing_left_is_refused_with_the_counts_and_leaves_no_folder(tmp_path: 
     write_log(tmp_path / "logs", "b", ("user", "anyone?"))
     write_log(tmp_path / "logs", "c", ("user", "hello?"))
     with pytest.raises(UserError, match="no conversation left after cleaning") as error:
-        collect(tmp_path / "logs", [], tmp_path / "out")
+        gather(tmp_path / "out", tmp_path / "logs")
     assert "no assistant turn (2); no messages (1); 1 unreadable lines, the first" in error.value.message
     assert error.value.hint
     with pytest.raises(UserError, match="no source"):
-        collect(None, [], tmp_path / "out")
+        gather(tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"logs"}
 
 
 def test_an_existing_folder_is_never_touched(tmp_path: Path) -> None:
     write_log(tmp_path / "logs", "a", ("user", "hello?"), ("assistant", "hi"))
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="out exists already"):
-        collect(tmp_path / "logs", [], tmp_path / "out")
+    for update in (False, True):
+        with pytest.raises(UserError, match="out exists already"):
+            gather(tmp_path / "out", tmp_path / "logs", update=update)
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_second_run_reads_only_what_is_new_and_gives_what_one_run_would(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    for i in range(4):
+        secret = f" with {GITHUB}" if i == 2 else ""
+        write_log(
+            logs, f"log-{i}", ("user", f"task {i * 77}{secret}"), ("assistant", f"The answer to {i * 77} is {i**3}, as you see.")
+        )
+    first = gather(tmp_path / "out", logs)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    again = gather(tmp_path / "out", logs)
+    assert again["unchanged"] and not first["unchanged"]
+    assert {key: value for key, value in again.items() if key != "unchanged"} == {
+        k: v for k, v in first.items() if k != "unchanged"
+    }
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    write_log(logs, "log-9", ("user", f"a new one with {GITHUB}"), ("assistant", "Something quite different from the others."))
+    write_log(logs, "log-5", ("user", "task 0"), ("assistant", "The answer to 0 is 0, as you see."))  # as log-0
+    with pytest.raises(UserError, match="something new to collect") as error:
+        gather(tmp_path / "out", logs)
+    assert "--update" in error.value.hint
+    updated = gather(tmp_path / "out", logs, update=True)
+    whole = gather(tmp_path / "whole", logs)
+    assert updated["conversations"] == whole["conversations"] == {"gptme": 5}
+    for name in ("gptme.jsonl", "rejected.jsonl", "tags.yaml"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(UserError, match="collected with another system"):
+        gather(tmp_path / "out", logs, settings=Settings(system="none"))
+
+
+def test_a_collection_that_was_edited_is_not_built_upon(tmp_path: Path) -> None:
+    write_log(tmp_path / "logs", "a", ("user", "hello?"), ("assistant", "hi"))
+    gather(tmp_path / "out", tmp_path / "logs")
+    with (tmp_path / "out" / "gptme.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match="out exists already"):
+        gather(tmp_path / "out", tmp_path / "logs", update=True)
+
+
+def test_several_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(6):
+        write_log(tmp_path / "logs", f"log-{i}", ("user", f"task {i * 77} {GITHUB}"), ("assistant", f"The answer is {i**5 * 31}."))
+    gather(tmp_path / "one", tmp_path / "logs")
+    monkeypatch.setattr(refining, "MUCH", 0)
+    monkeypatch.setattr(refining, "CHUNK", 200)
+    gather(tmp_path / "many", tmp_path / "logs")
+    for name in ("gptme.jsonl", "rejected.jsonl", "tags.yaml"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
+
+
+def test_the_tags_that_it_writes_can_be_edited_and_given_back(tmp_path: Path) -> None:
+    for i in range(3):
+        write_log(tmp_path / "logs", f"2026-01-0{i}", ("user", f"task {i * 77}"), ("assistant", f"The answer is {i**5 * 31}."))
+    write_log(tmp_path / "logs", "test-x", ("user", "a test of gptme"), ("assistant", "It prints what it should print."))
+    gather(tmp_path / "out", tmp_path / "logs")
+    tags = (tmp_path / "out" / "tags.yaml").read_text()
+    assert read_tags(tmp_path / "out" / "tags.yaml") == {f"2026-01-0{i}": "keep" for i in range(3)}
+    edited = tags.replace('"2026-01-00": keep', '"2026-01-00": drop').replace('"2026-01-01": keep', '"2026-01-01": 2.5')
+    (tmp_path / "tags.yaml").write_text(edited.replace('# "test-x"', '"test-x"'))
+    settings = Settings(selection=Selection(tags=read_tags(tmp_path / "tags.yaml")))
+    gather(tmp_path / "tagged", tmp_path / "logs", settings=settings)
+    kept = {one.name: one.messages[-1].weight for one in read_conversations(tmp_path / "tagged" / "gptme.jsonl")}
+    assert kept == {"2026-01-01": 2.5, "2026-01-02": 1.0, "test-x": 1.0}
 
 
 def rendered(folder: Path) -> list[str]:
@@ -138,18 +263,18 @@ def rendered(folder: Path) -> list[str]:
     with (folder / "train.csv").open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     with (folder / "train.jsonl").open(encoding="utf-8") as file:
-        texts = [json.loads(line) for line in file]
+        lines = [json.loads(line) for line in file]
     assert header == ["text"] and all(len(row) == 1 for row in rows)
-    assert texts == [{"text": row[0]} for row in rows]
+    assert lines == [{"text": row[0]} for row in rows]
     return [row[0] for row in rows]
 
 
 def test_the_rendered_files_give_back_every_text(tmp_path: Path, tiny_llama: Path) -> None:
-    texts = ['say "hi", then\nleave', "", "a\r\nb\rc", "snowman ☃\u2028end", "```shell\nls\n```\n"]
-    conversations = [conversation("user", "assistant", text=text) for text in texts]
+    contents = ['say "hi", then\nleave', "", "a\r\nb\rc", "snowman ☃\u2028end", "```shell\nls\n```\n"]
+    conversations = [conversation("user", "assistant", text=text) for text in contents]
     write_rendered(conversations, ChatTemplate.load(tiny_llama), tmp_path)
     assert rendered(tmp_path) == [
-        f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{text.strip()}<|im_end|>\n" for text in texts
+        f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{text.strip()}<|im_end|>\n" for text in contents
     ]
 
 
@@ -157,7 +282,7 @@ def test_with_a_template_the_collected_conversations_are_rendered_too(tmp_path: 
     write_log(tmp_path / "logs", "one", ("system", "be kind"), ("user", "list"), ("assistant", "```shell\nls\n```\n"))
     tree = write_tree(tmp_path / "trees.jsonl", "hello?", "hi")
     template = ChatTemplate.load(tiny_llama)
-    collect(tmp_path / "logs", [tree], tmp_path / "out", template)
+    collect(Sources(tmp_path / "logs", (str(tree),), (), EVERYTHING), PLAIN, tmp_path / "out", template=template)
     kept = [one for name in ("gptme", "openassistant") for one in read_conversations(tmp_path / "out" / f"{name}.jsonl")]
     assert rendered(tmp_path / "out") == [template.render(template.as_learned(one.messages)) for one in kept]
     assert rendered(tmp_path / "out")[0].endswith("<|im_start|>assistant\n```shell\nls\n```<|im_end|>\n")
@@ -167,6 +292,6 @@ def test_a_conversation_that_the_template_does_not_take_is_named_and_leaves_no_f
     write_log(tmp_path / "logs", "one", ("user", "list"), ("assistant", "ls"), ("system", "a.txt"), ("assistant", "one file"))
     template = template_of(tmp_path / "model", RAISES)
     with pytest.raises(UserError, match=r"^one: the template does not take these messages") as error:
-        collect(tmp_path / "logs", [], tmp_path / "out", template)
+        collect(Sources(tmp_path / "logs"), PLAIN, tmp_path / "out", template=template)
     assert error.value.hint == "collect without --model"
     assert {path.name for path in tmp_path.iterdir()} == {"logs", "model"}

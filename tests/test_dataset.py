@@ -20,7 +20,7 @@ from mlx_finetune.data.batches import Batch, Example
 from mlx_finetune.data.conversation import Conversation, Message, read_conversations, write_conversations
 from mlx_finetune.data.dataset import Dataset, write_dataset
 from mlx_finetune.data.prepare import collected_files, prepare
-from mlx_finetune.data.sources import gptme, openassistant
+from mlx_finetune.data.sources import gather, gptme, openassistant
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
 
@@ -34,8 +34,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ChatTemplate:
 
 @pytest.fixture(scope="module")
 def sample() -> list[Conversation]:
-    trees = openassistant.read(SAMPLE / "openassistant.trees.jsonl").conversations
-    return [*gptme.read(SAMPLE / "gptme-logs").conversations, *trees]
+    trees = gather(openassistant.read(SAMPLE / "openassistant.trees.jsonl", openassistant.EVERYTHING)).conversations
+    return [*gather(gptme.read(SAMPLE / "gptme-logs")).conversations, *trees]
 
 
 def random_examples(seed: int, count: int, length: int = 40) -> list[Example]:
@@ -98,7 +98,7 @@ def test_every_turn_of_the_sample_is_learned_once_or_counted(
 
 
 def test_every_turn_of_genuine_logs_is_learned_once_or_counted(smollm2: Path, shared: Path, tmp_path: Path) -> None:
-    logs = [log for log in gptme.read(shared / "data" / "gptme-logs").conversations if log.assistant_turns]
+    logs = [log for log in gather(gptme.read(shared / "data" / "gptme-logs")).conversations if log.assistant_turns]
     dataset = prepared(tmp_path, logs, ChatTemplate.load(smollm2), max_length=1024)
     check_tally(dataset, logs)
     assert dataset.info["train"]["turns_refused"] == {}

@@ -1,12 +1,16 @@
 """The reader of gptme's logs, against real logs and the requests that gptme really sent from them."""
 
 import json
+import os
+import time
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mlx_finetune.data.conversation import Conversation
-from mlx_finetune.data.sources import Read, gptme
+from mlx_finetune.data.sources import Read, gather, gptme
 from mlx_finetune.errors import UserError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -19,11 +23,15 @@ TEXT_REQUESTS = [
 TOOL_REQUESTS = ["tool__2026-06-18-climbing-orange-robot", "tool_parallel_calls__2026-07-16-swimming-happy-seal"]
 
 
+def read_all(folder: Path) -> Read:
+    return gather(gptme.read(folder))
+
+
 @pytest.fixture(scope="module")
 def real_logs() -> Read:
     if not (DATA / "gptme-logs").is_dir():
         pytest.skip("the gptme logs of ../shared are not here")
-    return gptme.read(DATA / "gptme-logs")
+    return read_all(DATA / "gptme-logs")
 
 
 def by_name(read: Read, name: str) -> Conversation:
@@ -90,16 +98,19 @@ def test_the_real_logs_are_read_with_their_titles_and_the_cut_line_is_named(real
         expected = manifest[conversation.group]
         has_config = (DATA / "gptme-logs" / conversation.group / "config.toml").exists()
         assert conversation.meta.get("title") == (expected.get("title") if has_config else None)
-        assert conversation.meta.get("tool_format") == (expected.get("tool_format") if has_config else None)
+        labelled = expected.get("tool_format") if conversation.messages else None
+        assert conversation.meta.get("tool_format") == labelled  # by config.toml, or by the turns themselves
         assert (conversation.source, conversation.license) == ("gptme", "private")
     (cut,) = real_logs.bad_lines
     assert (cut.path.parent.name, cut.line) == ("2026-06-22-node-cache-race", 21)
     assert "cut off" in cut.reason
     assert by_name(real_logs, "2026-06-26-swimming-angry-cat").messages == ()
-    assert not real_logs.rejected
+    assert [(one.id, one.reason) for one in real_logs.rejected] == [
+        ("2026-07-08-hopping-orange-fish#main-undo-0", "undone: the person took these turns back")
+    ]
 
 
-def test_lines_that_are_no_messages_are_named_and_blank_ones_counted(tmp_path: Path) -> None:
+def test_lines_that_are_no_messages_are_named_and_blank_ones_are_no_fault(tmp_path: Path) -> None:
     bad = {
         '{"role": "user", "conte': "cut off",
         "[]": "JSON object",
@@ -110,9 +121,8 @@ def test_lines_that_are_no_messages_are_named_and_blank_ones_counted(tmp_path: P
         "[" * 100_000: "JSON|nested",
     }
     write_log(tmp_path, "log", said("user", "hello"), "", *bad, "   ", said("assistant", "hi"))
-    read = gptme.read(tmp_path)
+    read = read_all(tmp_path)
     assert messages_of(read) == [("user", "hello"), ("assistant", "hi")]
-    assert read.blank_lines == 2
     assert [line.line for line in read.bad_lines] == list(range(3, 3 + len(bad)))
     for line, part in zip(read.bad_lines, bad.values(), strict=True):
         assert any(word in line.reason for word in part.split("|")), line.reason
@@ -121,7 +131,7 @@ def test_lines_that_are_no_messages_are_named_and_blank_ones_counted(tmp_path: P
 def test_bytes_and_surrogates_that_are_not_text_become_marks(tmp_path: Path) -> None:
     log = write_log(tmp_path, "log", said("user", "a\ud83db"))
     log.write_bytes(log.read_bytes() + b'{"role": "assistant", "content": "caf\xe9"}\n')
-    assert messages_of(gptme.read(tmp_path)) == [("user", "a?b"), ("assistant", "caf\ufffd")]
+    assert messages_of(read_all(tmp_path)) == [("user", "a?b"), ("assistant", "caf\ufffd")]
 
 
 def test_neighbours_merge_but_for_tool_results_and_the_cache_boundary(tmp_path: Path) -> None:
@@ -141,7 +151,7 @@ def test_neighbours_merge_but_for_tool_results_and_the_cache_boundary(tmp_path: 
         said("system", "second result", call_id="2"),
         said("system", "notice"),
     )
-    assert messages_of(gptme.read(tmp_path)) == [
+    assert messages_of(read_all(tmp_path)) == [
         ("system", "one\n\ntwo "),
         ("system", boundary),
         ("system", "three"),
@@ -168,7 +178,7 @@ def test_attachments_come_from_the_stored_copy_and_the_others_are_named(tmp_path
     (stored / "bb22.txt").write_text("y" * 100_001)
     (stored / "cc33.png").write_bytes(b"\x89PNG\xff")
     (tmp_path / "log" / "config.toml").write_text('[chat]\nworkspace = "~/src/app"\n')
-    ((_, content),) = messages_of(read := gptme.read(tmp_path))
+    ((_, content),) = messages_of(read := read_all(tmp_path))
     assert content.startswith("see\n\n````sub/a.py\nx = 1\n\n````\n\n````/home/me/other/b.txt\nyyy")
     assert content.endswith("y\n\n[Content truncated to 100,000 characters (file is 100,001 bytes)]\n````")
     assert len(content.split("b.txt\n")[1]) == 100_000 + len("\n````")
@@ -179,7 +189,7 @@ def test_a_hash_in_a_log_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("private")
     write_log(tmp_path / "logs", "log", said("user", "see", files=["a.txt"], file_hashes={"a.txt": "../../../secret"}))
     (tmp_path / "logs" / "log" / "files").mkdir()
-    assert messages_of(gptme.read(tmp_path / "logs")) == [("user", "see")]
+    assert messages_of(read_all(tmp_path / "logs")) == [("user", "see")]
 
 
 def test_only_conversation_files_are_read_in_order_of_name(tmp_path: Path) -> None:
@@ -188,34 +198,34 @@ def test_only_conversation_files_are_read_in_order_of_name(tmp_path: Path) -> No
         (tmp_path / name / "events.jsonl").write_text('{"role": "user", "content": "event"}\n')
         (tmp_path / name / "branches").mkdir()
         (tmp_path / name / "branches" / "main-undo-0.jsonl").write_text('{"role": "user", "content": "undone"}\n')
-    assert [one.messages[0].content for one in gptme.read(tmp_path).conversations] == ["a", "b"]
+    assert [one.messages[0].content for one in read_all(tmp_path).conversations] == ["a", "b"]
 
 
 def test_a_broken_config_costs_only_the_title(tmp_path: Path) -> None:
     write_log(tmp_path, "log", said("user", "a"), said("assistant", "b", metadata={"model": "local/m"}))
     (tmp_path / "log" / "config.toml").write_text("[chat\n")
-    read = gptme.read(tmp_path)
-    assert read.conversations[0].meta == {"name": "log", "model": "local/m"}
+    read = read_all(tmp_path)
+    assert read.conversations[0].meta["model"] == "local/m" and "title" not in read.conversations[0].meta
     assert [(line.path.name, line.line) for line in read.bad_lines] == [("config.toml", 0)]
 
 
 def test_a_log_that_cannot_be_opened_is_rejected_and_the_rest_read(tmp_path: Path) -> None:
     write_log(tmp_path, "good", said("user", "a"))
     (tmp_path / "odd" / "conversation.jsonl").mkdir(parents=True)
-    read = gptme.read(tmp_path)
+    read = read_all(tmp_path)
     assert [one.group for one in read.conversations] == ["good"]
-    assert [(one.id, one.reason) for one in read.rejected] == [("odd", "cannot be read: Is a directory")]
+    assert [(one.id, one.reason) for one in read.rejected] == [("odd", "cannot be read: not an ordinary file")]
 
 
 def test_a_wrong_folder_is_refused_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such folder") as error:
-        gptme.read(tmp_path / "nowhere")
+        read_all(tmp_path / "nowhere")
     assert "GPTME_LOGS_HOME" in error.value.hint
     with pytest.raises(UserError, match=r"no \*/conversation.jsonl in it"):
-        gptme.read(tmp_path)
+        read_all(tmp_path)
     write_log(tmp_path / "logs", "log", said("user", "a"))
     with pytest.raises(UserError, match="is one conversation") as error:
-        gptme.read(tmp_path / "logs" / "log")
+        read_all(tmp_path / "logs" / "log")
     assert error.value.hint == f"pass {tmp_path / 'logs'}"
 
 
@@ -229,3 +239,143 @@ def test_the_logs_folder_follows_gptmes_own_rules(tmp_path: Path) -> None:
     assert folder("linux") == tmp_path / ".local" / "share" / "gptme" / "logs"
     (tmp_path / ".local" / "share" / "gptme").mkdir(parents=True)
     assert folder("darwin") == tmp_path / ".local" / "share" / "gptme" / "logs"
+
+
+def test_a_day_of_2023_in_one_file_is_a_conversation_too(tmp_path: Path) -> None:
+    lines = [json.dumps({"role": role, "content": text}) for role, text in (("user", "list"), ("assistant", "```bash\nls\n```"))]
+    (tmp_path / "2023-06-18.log").write_text("\n".join(lines))
+    os.utime(tmp_path / "2023-06-18.log", (1_687_100_000, 1_687_100_000))
+    (conversation,) = read_all(tmp_path).conversations
+    assert (conversation.name, len(conversation.messages)) == ("2023-06-18", 2)
+    assert conversation.meta["time"] == "2023-06-18T14:53:20Z"  # such logs hold no times: that of the file
+
+
+def test_a_log_compacted_by_hand_is_read_whole_from_its_lossless_copy(tmp_path: Path) -> None:
+    write_log(tmp_path, "log", said("user", "summary of what was said"))
+    (tmp_path / "log" / "lossless.jsonl").write_text(json.dumps(said("user", "all of it")) + "\n")
+    (tmp_path / "log" / "views").mkdir()
+    (tmp_path / "log" / "views" / "compacted-001.jsonl").write_text(json.dumps(said("user", "a view")) + "\n")
+    assert messages_of(read_all(tmp_path)) == [("user", "all of it")]
+
+
+def test_naive_and_aware_times_are_compared_in_utc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    naive, aware = said("user", "a"), said("assistant", "b", timestamp="2026-06-03T10:00:00+00:00")
+    write_log(tmp_path, "log", naive, aware, said("system", "c", timestamp="no date"), said("system", "d", timestamp="0001-01-01"))
+    (conversation,) = read_all(tmp_path).conversations
+    monkeypatch.undo()
+    time.tzset()
+    assert conversation.meta["time"] == "2026-06-03T12:44:37Z"  # the naive one, four hours behind, is the later
+
+
+def test_what_was_taken_back_is_named_and_another_branch_is_a_conversation_of_the_same_group(tmp_path: Path) -> None:
+    start = [said("user", "hello"), said("assistant", "hi")]
+    write_log(tmp_path, "log", *start, said("user", "go on"), said("assistant", "done"))
+    branches = tmp_path / "log" / "branches"
+    branches.mkdir()
+    tails = {
+        "main-undo-0": [said("user", "no"), said("assistant", "wrong")],
+        "main-undo-1": [said("user", "no")],  # what the second undo of the same command leaves
+        "main-edit-0": [said("user", "no"), said("assistant", "wrong")],  # the same turn a second time
+        "other": [said("user", "another way"), said("assistant", "so")],
+        "same": [said("user", "go on"), said("assistant", "done")],
+    }
+    for name, tail in tails.items():
+        (branches / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in start + tail))
+    read = read_all(tmp_path)
+    assert [(one.name, one.group) for one in read.conversations] == [("log", "log"), ("log#other", "log")]
+    assert {one.id for one in read.rejected} == {"log#main-edit-0"}
+    assert {one.reason for one in read.rejected} == {"undone: the person took these turns back"}
+
+
+def test_after_a_change_of_tools_the_newest_prompt_stands_in_front(tmp_path: Path) -> None:
+    newest = {"prompt_generation": "g2"}
+    write_log(
+        tmp_path,
+        "log",
+        said("system", "first prompt", pinned=True),
+        said("user", "hello"),
+        said("assistant", "hi"),
+        said("system", "second prompt", pinned=True, metadata={"prompt_generation": "g1"}),
+        said("system", "third prompt", pinned=True, metadata=newest),
+        said("user", "again"),
+        said("assistant", "yes"),
+    )
+    read = read_all(tmp_path)
+    assert [content for _, content in messages_of(read)] == ["third prompt", "hello", "hi", "again", "yes"]
+    assert read.conversations[0].meta["not_reproduced"] == ["prompt_generation"]  # the first answer had another prompt
+
+
+def test_links_pipes_and_what_may_not_be_read_are_named_and_never_followed(tmp_path: Path) -> None:
+    secret = write_log(tmp_path / "elsewhere", "log", said("user", "private"))
+    logs = tmp_path / "logs"
+    write_log(logs, "good", said("user", "a"))
+    (logs / "linked-folder").symlink_to(secret.parent, target_is_directory=True)
+    (logs / "loop").symlink_to(logs, target_is_directory=True)
+    for name in ("linked-file", "pipe", "dangling"):
+        (logs / name).mkdir()
+    (logs / "linked-file" / "conversation.jsonl").symlink_to(secret)
+    (logs / "dangling" / "conversation.jsonl").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(logs / "pipe" / "conversation.jsonl")
+    for part in ("files", "branches"):
+        (logs / "good" / part).symlink_to(secret.parent, target_is_directory=True)
+    read = read_all(logs)
+    assert [one.group for one in read.conversations] == ["good"]
+    assert {one.id: one.reason for one in read.rejected} == {
+        "linked-folder": "cannot be read: a link, not followed",
+        "linked-file": "cannot be read: a link, not followed",
+        "dangling": "cannot be read: a link, not followed",
+        "pipe": "cannot be read: not an ordinary file",
+    }
+
+
+def test_a_line_of_a_hundred_megabytes_is_passed_over_in_little_memory(tmp_path: Path) -> None:
+    log = write_log(tmp_path, "log", said("user", "before"))
+    with log.open("ab") as file:
+        file.write(b'{"role": "user", "content": "')
+        for _ in range(100):
+            file.write(b"x" * 2**20)
+        file.write(b'"}\n' + json.dumps(said("assistant", "after")).encode() + b"\n")
+    tracemalloc.start()
+    read = read_all(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert messages_of(read) == [("user", "before"), ("assistant", "after")]
+    assert [(bad.line, bad.reason) for bad in read.bad_lines] == [(2, "longer than 16 MB")]
+    assert peak < 64 * 2**20
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_bytes_in_any_file_of_a_log_only_cost_what_they_hold(tmp_path: Path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    pieces = [
+        b"\n",
+        b"{",
+        b"}",
+        b'"role": "user"',
+        b'"content": "x"',
+        b'{"role": "user", "content": "ok"}\n',
+        b"[",
+        b"\xff\x00",
+        b'"',
+    ]
+    log = write_log(tmp_path, "log")
+    for part in ("files", "branches"):
+        (log.parent / part).mkdir()
+    for name in ("conversation.jsonl", "config.toml", "branches/main-undo-0.jsonl", "branches/x.jsonl", "lossless.jsonl"):
+        chosen = random.integers(0, len(pieces), 300)
+        (log.parent / name).write_bytes(b"".join(pieces[i] for i in chosen) + random.bytes(200))
+    read = read_all(tmp_path)
+    assert all(message.content == "ok" or message.role == "user" for one in read.conversations for message in one.messages)
+    assert read.bad_lines
+
+
+def test_deep_nesting_huge_numbers_and_odd_types_are_lines_that_cannot_be_read(tmp_path: Path) -> None:
+    deep = '{"role": "user", "content": "x", "metadata": ' + '{"a":' * 50_000 + "1" + "}" * 50_000 + "}"
+    huge = '{"role": "user", "content": "x", "n": ' + "9" * 10_000 + "}"
+    odd = '{"role": "user", "content": "x", "timestamp": [1], "call_id": 3, "files": [1, null], "file_hashes": {"1": 2}}'
+    write_log(tmp_path, "log", said("user", "fine"), deep, huge, odd)
+    read = read_all(tmp_path)
+    assert messages_of(read) == [("user", "fine\n\nx")]
+    assert [bad.line for bad in read.bad_lines] == [2, 3]

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import mlx_finetune
-from mlx_finetune.data.sources import gptme, openassistant
+from mlx_finetune.data.sources import gather, gptme, openassistant
+from mlx_finetune.data.sources.openassistant import EVERYTHING
 
 SAMPLE = Path(mlx_finetune.__file__).parent / "sample"
 TREES = SAMPLE / "openassistant.trees.jsonl"
@@ -90,7 +91,7 @@ def test_no_message_of_the_trees_occurs_twice() -> None:
 
 
 def test_twenty_trees_are_read_and_half_of_them_are_about_code() -> None:
-    read = openassistant.read(TREES)
+    read = gather(openassistant.read(TREES, EVERYTHING))
     assert (read.rejected, read.bad_lines, len(read.conversations)) == ((), (), 20)
     paths = ["\n".join(message.content for message in conversation.messages) for conversation in read.conversations]
     assert sum(bool(ABOUT_CODE.search(path)) for path in paths[:10]) == 10
@@ -100,19 +101,20 @@ def test_twenty_trees_are_read_and_half_of_them_are_about_code() -> None:
 
 def test_the_best_path_is_the_one_that_is_read() -> None:
     best = {reply["text"] for tree in trees() for reply in tree["prompt"]["replies"] if reply["rank"] == 0}
-    assert {conversation.messages[1].content for conversation in openassistant.read(TREES).conversations} == best
+    read = gather(openassistant.read(TREES, EVERYTHING))
+    assert {conversation.messages[1].content for conversation in read.conversations} == best
 
 
 def test_every_gptme_log_is_read_and_none_is_rejected() -> None:
-    read = gptme.read(LOGS)
-    assert (read.rejected, read.bad_lines, read.blank_lines) == ((), (), 0)
+    read = gather(gptme.read(LOGS))
+    assert (read.rejected, read.bad_lines) == ((), ())
     assert len(read.conversations) == len(logs()) >= 10
     assert all(conversation.assistant_turns >= 5 for conversation in read.conversations)
     assert all(conversation.meta.get("not_reproduced", []) == [] for conversation in read.conversations)
 
 
 def test_every_log_starts_with_the_one_prompt_that_the_readme_shows() -> None:
-    prompts = {conversation.messages[0].content for conversation in gptme.read(LOGS).conversations}
+    prompts = {conversation.messages[0].content for conversation in gather(gptme.read(LOGS)).conversations}
     assert len(prompts) == 1
     prompt = prompts.pop()
     assert 60 <= len(prompt.split()) <= 110

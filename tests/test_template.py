@@ -37,7 +37,7 @@ from tiny_models import CHATML, tiny_tokenizer
 import mlx_finetune
 from mlx_finetune.data.conversation import Conversation, Message
 from mlx_finetune.data.provenance import MOST_MESSAGES, Refused
-from mlx_finetune.data.sources import gptme, openassistant
+from mlx_finetune.data.sources import gather, gptme, openassistant
 from mlx_finetune.data.template import ChatTemplate, Encoded
 from mlx_finetune.errors import UserError
 
@@ -111,7 +111,7 @@ def is_served(template: ChatTemplate, before: Sequence[Message], tokens: np.ndar
 
 
 def genuine(folder: Path) -> list[Conversation]:
-    return [one for one in gptme.read(folder).conversations if one.assistant_turns]
+    return [one for one in gather(gptme.read(folder)).conversations if one.assistant_turns]
 
 
 def check_genuine(template: ChatTemplate, conversations: Sequence[Conversation]) -> int:
@@ -124,7 +124,8 @@ def check_genuine(template: ChatTemplate, conversations: Sequence[Conversation])
 
 
 def test_the_sample_is_served_as_trained_token_for_token(real: ChatTemplate) -> None:
-    conversations = genuine(SAMPLE / "gptme-logs") + list(openassistant.read(SAMPLE / "openassistant.trees.jsonl").conversations)
+    trees = gather(openassistant.read(SAMPLE / "openassistant.trees.jsonl", openassistant.EVERYTHING)).conversations
+    conversations = [*genuine(SAMPLE / "gptme-logs"), *trees]
     assert check_genuine(real, conversations) == sum(one.assistant_turns for one in conversations) > 100
 
 
@@ -134,7 +135,8 @@ def test_genuine_logs_are_served_as_trained_token_for_token(real: ChatTemplate, 
 
 
 def test_genuine_trees_are_learned_exactly(real: ChatTemplate, shared: Path) -> None:
-    conversations = openassistant.read(shared / "data" / "openassistant" / "oasst_export_trees_en_2023-02.jsonl").conversations
+    path = shared / "data" / "openassistant" / "oasst_export_trees_en_2023-02.jsonl"
+    conversations = gather(openassistant.read(path, openassistant.EVERYTHING)).conversations
     assert check_genuine(real, conversations) == sum(one.assistant_turns for one in conversations) > 90
 
 
@@ -301,6 +303,56 @@ def test_a_straddling_token_is_found_though_the_tokenizer_trims_offsets(tmp_path
     with pytest.raises(Refused, match="straddles"):
         template.encode(chat("hello", "the answer"))
     assert check(template, chat("hello", "good day", "so?", "fine")).served == 2
+
+
+SECRET = "[REDACTED:github_token:1]"
+
+
+def learned_text(template: ChatTemplate, encoded: Encoded) -> str:
+    """What is learned, with a dot for each stretch that is not."""
+    marks = (text_of(template, [t]) if w else "·" for t, w in zip(encoded.tokens.tolist(), encoded.weights.tolist(), strict=True))
+    return re.sub("·+", "·", "".join(marks))
+
+
+@pytest.mark.parametrize(
+    ("answer", "learned"),
+    [
+        (f"{SECRET} is it", "· is it<|im_end|>·"),
+        (f"it is\n{SECRET}", "·it is\n·<|im_end|>·"),
+        (f"a '{SECRET}' and\n[REDACTED:pem_block:12]\n", "·a '·' and\n·<|im_end|>·"),
+        (SECRET, "·<|im_end|>·"),
+        (SECRET * 3, "·<|im_end|>·"),
+        ("[REDACTED:x] [REDACTED::1] [REDACTED:A:1]", "·[REDACTED:x] [REDACTED::1] [REDACTED:A:1]<|im_end|>·"),
+    ],
+)
+def test_what_stands_for_a_secret_is_read_but_not_learned(load: Load, answer: str, learned: str) -> None:
+    template = load(CHATML)
+    encoded = template.encode(chat(f"use {SECRET}", answer))
+    assert learned_text(template, encoded) == learned
+    assert encoded.turns == (1,) and encoded.served == 1
+    plain = template.encode([*chat(f"use {SECRET}"), Message("assistant", answer, 0.5)])
+    assert encoded.placeholders == plain.placeholders == check_hidden(template, encoded, answer)
+    assert set(plain.weights.tolist()) == {0, 0.5}
+
+
+def check_hidden(template: ChatTemplate, encoded: Encoded, answer: str) -> int:
+    """How many tokens of the turn are not learned: all of them stand for secrets."""
+    whole = template.encode(chat(f"use {SECRET}", answer.replace("REDACTED:", "REDACTED;")))
+    assert len(whole.tokens) == len(encoded.tokens) and whole.placeholders == 0
+    return int((whole.weights > 0).sum() - (encoded.weights > 0).sum())
+
+
+def test_no_token_of_a_placeholder_is_learned_on_the_real_tokenizer(real: ChatTemplate) -> None:
+    random = np.random.default_rng(11)
+    for _ in range(60):
+        parts = [str(random.choice(("key=", " ", "\n", "'", "a", "é", "[", "", SECRET, "[REDACTED:aws_key:3]"))) for _ in range(9)]
+        answer = ("".join(parts) + SECRET).strip()
+        encoded = real.encode(chat("hello", answer, "so?", "fine"))
+        learned = learned_text(real, encoded)
+        assert "REDACTED" not in learned and ":1]" not in learned and learned.endswith("fine<|im_end|>·")
+        ids = encoded.tokens.tolist()
+        assert encoded.weights[ids.index(2, ids.index(2) + 1)] == 1  # the end of the turn, though it follows a placeholder
+        assert encoded.placeholders >= 5
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tiny_models import CHATML
 import mlx_finetune
 from mlx_finetune.data.conversation import Conversation, Message
 from mlx_finetune.data.provenance import Refused
-from mlx_finetune.data.sources import gptme
+from mlx_finetune.data.sources import gather, gptme
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.data.windows import Count, Windows, cut, shorten
 
@@ -164,7 +164,7 @@ def test_random_conversations_of_any_shape_are_cut_within_the_window(size: int) 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_windows_of_the_sample_hold_each_turn_once_in_real_tokens(tiny: ChatTemplate, size: int) -> None:
-    for conversation in gptme.read(SAMPLE / "gptme-logs").conversations:
+    for conversation in gather(gptme.read(SAMPLE / "gptme-logs")).conversations:
         windows = cut(conversation, tiny.count, size)
         check(conversation, windows, size, tiny.count)
         for window in windows.windows:

@@ -1,26 +1,32 @@
 """Which conversations are not worth learning from, and why."""
 
+from collections import Counter
+
 from mlx_finetune.data.conversation import Conversation
 from mlx_finetune.data.sources import gptme
 
 
-def reason_to_reject(conversation: Conversation) -> str | None:
-    """None for a conversation to keep, else a reason that a count can be kept of."""
-    if conversation.source == gptme.SOURCE and (reason := _reason_in_name(conversation.group)):
-        return reason
+def reason_in_name(conversation: Conversation) -> str | None:
+    """gptme's own exclusions (logmanager/conversations.py): its tests and its evaluations."""
+    if conversation.source != gptme.SOURCE:
+        return None
+    if "gptme-evals-" in conversation.name:
+        return "a gptme evaluation: would leak into evaluation"
+    if conversation.name.startswith(("tmp", "test-")):
+        return "a temporary or test log of gptme"
+    return None
+
+
+def reason_in_shape(conversation: Conversation) -> str | None:
+    """None where somebody asked and the model answered; else a reason that a count can be kept of."""
     if not conversation.messages:
         return "no messages"
     if not any(message.role == "user" for message in conversation.messages):
         return "no user turn"
-    if not conversation.assistant_turns:
+    turns = [message for message in conversation.messages if message.role == "assistant"]
+    if not any(turn.content.strip() or turn.tool_calls for turn in turns):
         return "no assistant turn"
-    return None
-
-
-def _reason_in_name(name: str) -> str | None:
-    """gptme's own exclusions (logmanager/conversations.py): its tests and its evaluations."""
-    if "gptme-evals-" in name:
-        return "a gptme evaluation: would leak into evaluation"
-    if name.startswith(("tmp", "test-")):
-        return "a temporary or test log of gptme"
+    if not conversation.assistant_turns:
+        reasons = Counter(turn.reason or "weight 0" for turn in turns)
+        return f"no turn left to learn: {min(reasons, key=lambda reason: (-reasons[reason], reason))}"
     return None

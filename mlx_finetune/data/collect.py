@@ -1,70 +1,135 @@
-"""Sources in, one folder out: what was kept a file a source, and what was not with its reason."""
+"""Sources in, one folder out, in constant memory: what was kept a file a source, and what was not with its reason.
+
+Each conversation is read once, refined, and its text put aside on the disk; once all are read, duplicates are decided on from
+small fingerprints, and the rest is written. A later run reads only what is new.
+"""
 
 import csv
 import json
+import os
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_finetune.data.clean import reason_to_reject
-from mlx_finetune.data.conversation import Conversation, write_conversations
+import numpy as np
+
+from mlx_finetune.data.collection import (
+    INDEX,
+    VERSION,
+    Bodies,
+    Kept,
+    Place,
+    Unit,
+    earlier_summary,
+    file_stamps,
+    joined,
+    read_index,
+    stamps_digest,
+    write_index,
+)
+from mlx_finetune.data.conversation import Conversation, conversation_of, read_conversations
+from mlx_finetune.data.dedupe import Decision, decide, shingles_of
 from mlx_finetune.data.provenance import Refused
-from mlx_finetune.data.sources import BadLine, Read, Rejected
+from mlx_finetune.data.refine import Settings
+from mlx_finetune.data.refining import Advance, FileSource, number_secrets, refine_file, refine_logs
 from mlx_finetune.data.sources import gptme as gptme_source
-from mlx_finetune.data.sources import openassistant as openassistant_source
+from mlx_finetune.data.sources.openassistant import Options
+from mlx_finetune.data.summary import summarise
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file, atomic_folder, refuse_existing, write_json
 
+SPOOL = ".spool"
+
 
 @dataclass(frozen=True)
-class Summary:
-    """What collect.json says: counts by source, rejections by reason, and the lines that were passed over."""
+class Sources:
+    """Where conversations come from: a folder of gptme logs, OpenAssistant and chat files (paths or hub ids)."""
 
-    conversations: dict[str, int]
-    assistant_turns: dict[str, int]
-    rejected: dict[str, int]
-    bad_lines: tuple[BadLine, ...]
-    blank_lines: int
+    logs: Path | None = None
+    openassistant: tuple[str, ...] = ()
+    chats: tuple[str, ...] = ()
+    openassistant_options: Options = field(default_factory=Options)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in collect.json."""
         return {
-            "conversations": self.conversations,
-            "assistant_turns": self.assistant_turns,
-            "rejected": self.rejected,
-            "bad_lines": [bad_line.to_json() for bad_line in self.bad_lines],
-            "blank_lines": self.blank_lines,
+            "logs": str(self.logs.absolute()) if self.logs else None,
+            "openassistant": list(self.openassistant),
+            "openassistant_options": self.openassistant_options.to_json(),
+            "chats": list(self.chats),
         }
 
 
-def collect(logs: Path | None, openassistant: Sequence[Path], out: Path, template: ChatTemplate | None = None) -> Summary:
-    """Reads a folder of gptme logs and any number of OpenAssistant files into the new folder `out`.
+def _nothing(done: int, total: int, note: str = "") -> None:
+    """No progress is shown."""
 
-    It holds `gptme.jsonl` and `openassistant.jsonl` (each only where that source was read), `rejected.jsonl` and
-    `collect.json`; with `template` also `train.csv` and `train.jsonl`. Of equal conversations the first is kept.
+
+def collect(
+    sources: Sources,
+    settings: Settings,
+    out: Path,
+    advance: Advance = _nothing,
+    update: bool = False,
+    template: ChatTemplate | None = None,
+) -> dict[str, Any]:
+    """Reads the sources into the new folder `out`; gives back its collect.json, with "unchanged" where nothing was new.
+
+    It holds `gptme.jsonl`, `openassistant.jsonl` and `chat.jsonl` (each only where that source was read), `rejected.jsonl`,
+    `tags.yaml` for a person to edit, and `collect.json`; with `template` also `train.csv` and `train.jsonl`. Where `out` is
+    such a folder of the same sources and settings, nothing is done if nothing is new; with `update` what is new is read and
+    the folder replaced by one that holds everything.
 
     Raises:
-        UserError: `out` exists, a source cannot be read, there is no source, or no conversation is left.
+        UserError: `out` exists and is something else, a source cannot be read, there is no source, or no conversation is left.
     """
-    refuse_existing(out)
-    reads = _read_sources(logs, openassistant)
-    kept, rejected = _clean(reads)
-    summary = _summary(reads, kept, rejected)
-    if not any(kept.values()):
-        _refuse_nothing_left(summary)
-    with atomic_folder(out) as folder:
-        for source, conversations in kept.items():
-            write_conversations(folder / f"{source}.jsonl", conversations)
-        with atomic_file(folder / "rejected.jsonl") as file:
-            file.writelines(json.dumps(one.to_json(), ensure_ascii=False) + "\n" for one in rejected)
-        write_json(folder / "collect.json", summary.to_json())
+    logs, skipped = gptme_source.find_logs(sources.logs) if sources.logs else ([], [])
+    files = [FileSource(name, "openassistant", sources.openassistant_options) for name in sources.openassistant]
+    files += [FileSource(name, "chat") for name in sources.chats]
+    if not sources.logs and not files:
+        raise UserError("nothing to collect: no source was named", hint="name a logs folder, or --openassistant or --chat FILE")
+    asked = json.loads(json.dumps({"sources": sources.to_json(), "settings": settings.to_json()}))
+    state = stamps_digest([*((log.name, log.stamp) for log in logs), *((one.name, one.stamp) for one in files)])
+    knowable = all(one.stamp for one in files)
+    earlier = _earlier(out, asked)
+    if earlier and earlier["state"] == state and knowable:
+        return earlier | {"unchanged": True}
+    if earlier and not update:
+        raise UserError(f"{out} exists already, and there is something new to collect", hint="--update adds what is new to it")
+    with atomic_folder(out, replace_old=bool(earlier)) as folder, (folder / SPOOL).open("wb") as spool:
+        known = {unit.name: unit for unit in read_index(out)} if earlier else {}
+        reader = _Reader(spool, settings, known)
+        units = [Unit("", "", (), tuple(skipped))] if skipped else []
+        units += list(reader.read(logs, files, advance))
+        written = _write(folder, units, settings)
+        summary = summarise(units, written.decision, written.everything, reader.distinct)
+        summary |= asked | {"version": VERSION, "state": state}
+        if not written.places:
+            _refuse_nothing_left(summary, out)
         if template:
-            write_rendered((c for conversations in kept.values() for c in conversations), template, folder)
-    return summary
+            kept = (folder / f"{source}.jsonl" for source in summary["conversations"])
+            write_rendered((one for path in kept for one in read_conversations(path)), template, folder)
+        _finish(folder, units, written, summary)
+    return summary | {"unchanged": False}
+
+
+def _earlier(out: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """collect.json of an earlier run with the same sources and settings; anything else at `out` is refused."""
+    if not out.exists() and not out.is_symlink():
+        return None
+    earlier = earlier_summary(out)
+    if earlier is None:
+        refuse_existing(out)
+    assert earlier is not None
+    for part in ("sources", "settings"):
+        if changed := [name for name, value in asked[part].items() if earlier[part].get(name) != value]:
+            hint = "choose another --out, or move the old one away"
+            raise UserError(f"{out} exists already, collected with another {changed[0].replace('_', ' ')}", hint=hint)
+    return earlier
 
 
 def write_rendered(conversations: Iterable[Conversation], template: ChatTemplate, folder: Path) -> None:
@@ -81,60 +146,153 @@ def write_rendered(conversations: Iterable[Conversation], template: ChatTemplate
             try:
                 text = template.render(template.as_learned(conversation.messages))
             except Refused as refused:
-                raise UserError(f"{conversation.group}: {refused}", hint="collect without --model") from refused
+                raise UserError(f"{conversation.name}: {refused}", hint="collect without --model") from refused
             table.writerow([text])
             lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 
-def _read_sources(logs: Path | None, openassistant: Sequence[Path]) -> dict[str, list[Read]]:
-    reads: dict[str, list[Read]] = {}
-    if logs is not None:
-        reads[gptme_source.SOURCE] = [gptme_source.read(logs)]
-    if openassistant:
-        reads[openassistant_source.SOURCE] = [openassistant_source.read(path) for path in openassistant]
-    if not reads:
-        raise UserError("nothing to collect: no source was named", hint="name a logs folder or an OpenAssistant file")
-    return reads
+class _Reader:
+    """Refines what is new, takes over what is known, and puts every text aside."""
+
+    def __init__(self, spool: Any, settings: Settings, known: Mapping[str, Unit]) -> None:
+        self._spool, self._settings, self._known = spool, settings, known
+        self._path, self._end = Path(spool.name), 0
+        self._numbers: dict[tuple[str, bytes], int] = {}
+        self.distinct: Counter[str] = Counter()  # secrets by kind
+        self._key = secrets.token_bytes(32)  # digests of secrets mean nothing after this run
+
+    def read(self, logs: Sequence[gptme_source.Log], files: Sequence[FileSource], advance: Advance) -> Iterator[Unit]:
+        """Every unit in order; `advance` is told of bytes."""
+        total = sum(log.size for log in logs) + sum(one.size for one in files)
+        done = 0
+        fresh = [log for log in logs if not self._is_known(log.name, log.stamp)]
+        refined = refine_logs(fresh, self._settings, self._key)
+        for log in logs:
+            yield self._known[log.name] if self._is_known(log.name, log.stamp) else self._put_aside(next(refined))
+            done += log.size
+            advance(done, total)
+        for one in files:
+            if self._is_known(one.name, one.stamp):
+                yield self._known[one.name]
+            else:
+                advance(done, total, one.name)
+                parts = [self._put_aside(part) for part in refine_file(one, self._settings, self._key)]
+                yield joined(parts, one.name, one.stamp)
+            done += one.size
+            advance(done, total)
+
+    def _is_known(self, name: str, stamp: str) -> bool:
+        return bool(stamp) and name in self._known and self._known[name].stamp == stamp
+
+    def _put_aside(self, result: Any) -> Unit:
+        kept = []
+        for one in result.refined:
+            for kind, digest in one.secrets:
+                if (kind, digest) not in self._numbers:
+                    self.distinct[kind] += 1
+                    self._numbers[(kind, digest)] = self.distinct[kind]
+            head, body = (number_secrets(text, one.secrets, self._numbers) for text in (one.head, one.body))
+            raw = body[1:].encode()
+            self._spool.write(raw)
+            kept.append(
+                Kept(one.name, one.source, head, (self._path, self._end, len(raw)), one.print, one.counts, bool(one.secrets))
+            )
+            self._end += len(raw)
+        return Unit(result.name, result.stamp, tuple(kept), result.rejected, result.bad_lines, result.more_bad_lines)
 
 
-def _clean(reads: Mapping[str, Sequence[Read]]) -> tuple[dict[str, list[Conversation]], list[Rejected]]:
-    kept: dict[str, list[Conversation]] = {source: [] for source in reads}
-    rejected = [one for read in _each(reads) for one in read.rejected]
-    seen: set[str] = set()
-    for conversation in (one for read in _each(reads) for one in read.conversations):
-        reason = reason_to_reject(conversation)
-        if reason is None and conversation.id in seen:
-            reason = f"duplicate of {conversation.id}"
-        if reason is None:
-            seen.add(conversation.id)
-            kept[conversation.source].append(conversation)
-        else:
-            rejected.append(Rejected(conversation.group, conversation.source, reason))
-    return kept, rejected
+@dataclass(frozen=True)
+class _Written:
+    """`places`: of the conversations in `everything`, by index, where they stand now; changed ones only in `changed`."""
+
+    everything: Sequence[Kept]
+    decision: Decision
+    places: Mapping[int, Place]
+    changed: frozenset[int]
 
 
-def _summary(
-    reads: Mapping[str, Sequence[Read]], kept: Mapping[str, Sequence[Conversation]], rejected: Sequence[Rejected]
-) -> Summary:
-    reasons = Counter("duplicate" if one.reason.startswith("duplicate of ") else one.reason for one in rejected)
-    return Summary(
-        conversations={source: len(conversations) for source, conversations in kept.items()},
-        assistant_turns={source: sum(one.assistant_turns for one in kept[source]) for source in kept},
-        rejected=dict(reasons.most_common()),
-        bad_lines=tuple(bad_line for read in _each(reads) for bad_line in read.bad_lines),
-        blank_lines=sum(read.blank_lines for read in _each(reads)),
-    )
+def _write(folder: Path, units: Sequence[Unit], settings: Settings) -> _Written:
+    """The files of conversations, once duplicates are decided on."""
+    (folder / SPOOL).open("ab").close()
+    everything = [kept for unit in units for kept in unit.kept]
+    bodies = Bodies()
+    decision = decide([kept.print for kept in everything], lambda i: _shingles(everything[i], bodies), settings.near_duplicates)
+    places: dict[int, Place] = {}
+    for source in sorted({kept.source for kept in everything}):
+        path, end = folder / f"{source}.jsonl", 0
+        with path.open("wb") as file:
+            for i, kept in enumerate(everything):
+                if kept.source != source or i in decision.dropped:
+                    continue
+                body = bodies.read(kept.place)
+                if i in decision.context:
+                    body = _as_context(body, decision.context[i])
+                head = json.loads(kept.head) | {"group": decision.groups[i]}
+                start = json.dumps(head, ensure_ascii=False)[:-1].encode() + b", "
+                file.write(start + body + b"\n")
+                places[i] = (path, end + len(start), len(body))
+                end += len(start) + len(body) + 1
+            file.flush()
+            os.fsync(file.fileno())
+    bodies.close()
+    return _Written(everything, decision, places, frozenset(decision.context))
 
 
-def _each(reads: Mapping[str, Sequence[Read]]) -> Iterator[Read]:
-    return (read for of_source in reads.values() for read in of_source)
+def _shingles(kept: Kept, bodies: Bodies) -> np.ndarray:
+    return shingles_of(_conversation(kept, bodies.read(kept.place)))
 
 
-def _refuse_nothing_left(summary: Summary) -> None:
-    counts = [f"{reason} ({count})" for reason, count in summary.rejected.items()]
-    if summary.bad_lines:
-        first = summary.bad_lines[0]
-        counts.append(f"{len(summary.bad_lines)} unreadable lines, the first {first.path}:{first.line}: {first.reason}")
+def _conversation(kept: Kept, body: bytes) -> Conversation:
+    return conversation_of(json.loads(kept.head) | json.loads(b"{" + body), kept.name)
+
+
+def _as_context(body: bytes, turns: Iterable[int]) -> bytes:
+    """The same messages; those turns are learned in another conversation."""
+    row = json.loads(b"{" + body)
+    for turn in turns:
+        row["messages"][turn] |= {"weight": 0.0, "reason": "learned in another conversation"}
+    return json.dumps(row, ensure_ascii=False)[1:].encode()
+
+
+def _finish(folder: Path, units: Sequence[Unit], written: _Written, summary: dict[str, Any]) -> None:
+    rejected = [(one.id, one.source, one.reason) for unit in units for one in unit.rejected]
+    rejected += [
+        (written.everything[i].name, written.everything[i].source, why) for i, why in sorted(written.decision.dropped.items())
+    ]
+    with atomic_file(folder / "rejected.jsonl") as file:
+        rows = ({"id": name, "source": source, "reason": why} for name, source, why in rejected)
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with atomic_file(folder / "tags.yaml") as file:
+        file.writelines(_tag_lines(written, rejected))
+    unchanged = {id(written.everything[i]): place for i, place in written.places.items() if i not in written.changed}
+    write_index(folder / INDEX, units, unchanged)
+    (folder / SPOOL).unlink()
+    names = [path.name for path in folder.iterdir() if path.suffix == ".jsonl" or path.name == INDEX]
+    summary["files"] = file_stamps(folder, sorted(names))
+    write_json(folder / "collect.json", summary)
+
+
+def _tag_lines(written: _Written, rejected: Iterable[tuple[str, str, str]]) -> Iterator[str]:
+    yield "# Edit and pass with --tags: keep, drop, or a weight such as 2.5 (2.5 times the loss of its turns).\n"
+    for i in written.places:
+        kept = written.everything[i]
+        title = json.loads(kept.head)["meta"].get("title") or ""
+        if kept.name.isprintable():
+            yield f"{json.dumps(kept.name, ensure_ascii=False)}: keep  # {_printable(title)} ({kept.counts['turns']} turns)\n"
+    for name, _, reason in rejected:
+        if name.isprintable():
+            yield f"# {json.dumps(name, ensure_ascii=False)}: keep  # rejected: {_printable(reason)}\n"
+
+
+def _printable(text: str) -> str:
+    return "".join(sign for sign in text if sign.isprintable())
+
+
+def _refuse_nothing_left(summary: Mapping[str, Any], out: Path) -> None:
+    counts = [f"{reason} ({count})" for reason, count in summary["rejected"].items()]
+    if summary["bad_lines"]:
+        first = summary["bad_lines"][0]
+        counts.append(f"{summary['bad_line_count']} unreadable lines, the first {first['file']}:{first['line']}: {first['reason']}")
     raise UserError(
         f"no conversation left after cleaning: {'; '.join(counts)}",
         hint="name another logs folder, or add --openassistant FILE: each needs a user turn and an assistant turn",

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,33 +17,69 @@ LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000  # beyond, float32 sums over a conversat
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call that the model makes natively. `arguments` is a JSON object as text, as OpenAI's format has it."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a message of OpenAI's format."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+@dataclass(frozen=True)
 class Message:
-    """One message as the server would receive it. `weight` 0 makes an assistant turn context only."""
+    """One message as the server would receive it. `weight` 0 makes an assistant turn context only; `reason` says why."""
 
     role: Role
     content: str
     weight: float = 1.0
+    reason: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""  # of a message of role tool: the call that it answers
 
     def __post_init__(self) -> None:
         assert self.role in ROLES, self.role
         assert self.weight >= 0, self.weight
 
+    def to_json(self) -> dict[str, Any]:
+        """Only what says something: a weight that is not 1, a reason, calls."""
+        more = {
+            "weight": None if self.weight == 1 else self.weight,
+            "reason": self.reason,
+            "tool_calls": [call.to_json() for call in self.tool_calls],
+            "tool_call_id": self.tool_call_id,
+        }
+        return {"role": self.role, "content": self.content} | {k: v for k, v in more.items() if v not in (None, "", [])}
+
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages and where they come from; `group` (a log with its branches, a tree) decides the split."""
+    """Messages and where they come from; `group` (a log with its branches and near-duplicates, a tree) decides the split.
+
+    `meta` holds what a person chooses by: name (the source's own name for it), title, tool_format, model, time (of the
+    last message, ISO 8601 in UTC). `tools` are the schemas that the model was given, as OpenAI's format has them.
+    """
 
     messages: tuple[Message, ...]
     source: str
     group: str
     license: str
     meta: dict[str, Any] = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] = ()
 
     @cached_property
     def id(self) -> str:
         """16 hexadecimal digits of the content: equal conversations have equal ids on every machine."""
-        content = [(message.role, message.content) for message in self.messages]
+        content = [(m.role, m.content, *([c.to_json() for c in m.tool_calls],) * bool(m.tool_calls)) for m in self.messages]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """The source's own name for it: a log's folder, a tree's id, a file and line."""
+        return str(self.meta.get("name") or self.group)
 
     @property
     def assistant_turns(self) -> int:
@@ -52,15 +88,14 @@ class Conversation:
 
     def to_json(self) -> dict[str, Any]:
         """The line of a collected file; a weight stands there only where it is not 1."""
-        messages = [{"role": m.role, "content": m.content} | ({} if m.weight == 1 else {"weight": m.weight}) for m in self.messages]
         return {
             "id": self.id,
             "source": self.source,
             "group": self.group,
             "license": self.license,
             "meta": self.meta,
-            "messages": messages,
-        }
+            "messages": [message.to_json() for message in self.messages],
+        } | ({"tools": list(self.tools)} if self.tools else {})
 
 
 def write_conversations(path: Path, conversations: Iterable[Conversation]) -> int:
@@ -99,24 +134,35 @@ def _conversation(line: str, place: str) -> Conversation:
     except (ValueError, RecursionError) as error:  # ValueError: more digits than Python reads
         reason = getattr(error, "msg", str(error))
         raise UserError(f"{place}: not JSON: {reason}", hint="mlx-finetune collect makes such files") from error
+    return conversation_of(row, place)
+
+
+def conversation_of(row: Any, place: str) -> Conversation:
+    """The conversation of one line, read as JSON.
+
+    Raises:
+        UserError: it is none; `place` says where it stands.
+    """
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
         raise UserError(f'{place}: no list "messages" on this line', hint="mlx-finetune collect makes such files")
-    messages = tuple(_message(message, place, index) for index, message in enumerate(row["messages"], 1))
+    tools = row.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"{place}: tools is not a list of objects", hint="OpenAI's format has a list of function schemas")
     conversation = Conversation(
-        messages=messages,
+        messages=tuple(_message(message, place, index) for index, message in enumerate(row["messages"], 1)),
         source=str(row.get("source") or "chat"),
         group=str(row.get("group") or ""),
         license=str(row.get("license") or "unknown"),
         meta=row["meta"] if isinstance(row.get("meta"), dict) else {},
+        tools=tuple(tools),
     )
-    if not conversation.group:
-        conversation = Conversation(messages, conversation.source, conversation.id, conversation.license, conversation.meta)
-    return conversation
+    return conversation if conversation.group else replace(conversation, group=conversation.id)
 
 
 def _message(value: Any, place: str, index: int) -> Message:
     where = f"{place}: message {index}"
-    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+    calls = _tool_calls(value.get("tool_calls"), where) if isinstance(value, dict) else ()
+    if not isinstance(value, dict) or not isinstance(value.get("content") or ("" if calls else None), str):
         raise UserError(f"{where}: no text in content", hint='a message is {"role": ..., "content": "..."}')
     if value.get("role") not in ROLES:
         raise UserError(
@@ -128,4 +174,20 @@ def _message(value: Any, place: str, index: int) -> Message:
             f"{where}: weight {weight!r:.40} is not a number that is 0 or from {LEAST_WEIGHT} to {MOST_WEIGHT}",
             hint="0 reads the turn without learning it",
         )
-    return Message(value["role"], value["content"], float(weight))
+    reason, answers = (str(value.get(key) or "") for key in ("reason", "tool_call_id"))
+    return Message(value["role"], value.get("content") or "", float(weight), reason, calls, answers)
+
+
+def _tool_calls(value: Any, where: str) -> tuple[ToolCall, ...]:
+    """Raises UserError where one of them is no function call with its arguments as JSON text."""
+    calls = []
+    for call in value or () if isinstance(value, list | None) else (value,):
+        function = call.get("function") if isinstance(call, dict) else None
+        name, arguments = (function.get(key) if isinstance(function, dict) else None for key in ("name", "arguments"))
+        if not isinstance(name, str) or not isinstance(arguments, str):
+            raise UserError(
+                f"{where}: a tool call without a name or with arguments that are not text",
+                hint='a call is {"id": ..., "type": "function", "function": {"name": ..., "arguments": "{...}"}}',
+            )
+        calls.append(ToolCall(str(call.get("id") or ""), name, arguments))
+    return tuple(calls)

@@ -5,6 +5,7 @@ with the moved text then names the owner of each character, and undoing the move
 template did not look at the letters.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -65,9 +66,12 @@ def _span(render: Render, messages: Sequence[Message], k: int, text: str, positi
     if not positions.size:
         raise Refused(f"the template drops a message of role {role}")
     first, last = int(positions[0]), int(positions[-1])
-    if text[first : last + 1] != content[marked[0] : marked[-1] + 1]:
+    parts = content[: marked[0]], content[marked[0] : marked[-1] + 1], content[marked[-1] + 1 :]
+    if role == "tool" and text[first : last + 1] != parts[1]:  # Llama 3 writes the result of a tool as JSON
+        parts = tuple(json.dumps(part, ensure_ascii=False)[1:-1] for part in parts)
+    before, inside, after = parts
+    if text[first : last + 1] != inside:
         raise Refused(f"the template rewrites a message of role {role}")
-    before, after = content[: marked[0]], content[marked[-1] + 1 :]
     # A template may trim blanks at the edges of a message, and nothing else.
     head = next((h for h in (before, before.lstrip()) if text[:first].endswith(h)), None)
     tail = next((t for t in (after, after.rstrip()) if text.startswith(t, last + 1)), None)

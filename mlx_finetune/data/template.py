@@ -11,11 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from mlx_finetune.data.conversation import Message
+from mlx_finetune.data.conversation import Message, ToolCall
 from mlx_finetune.data.provenance import Refused, Span, locate
+from mlx_finetune.data.redact import PLACEHOLDER
+from mlx_finetune.data.rows import check_written, rows_of, texts_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 
+Tools = Sequence[dict[str, Any]]
+CALL_OVERHEAD = 24  # tokens that a template adds to a call, about: its tags and the names of its fields
+NO_END = "no end-of-turn token follows an assistant message: the model would not learn to stop"
 PROBE = (Message("system", "S"), Message("user", "U"), Message("assistant", "A"), Message("user", "V"), Message("assistant", "B"))
 
 
@@ -27,6 +32,7 @@ class Encoded:
     weights: np.ndarray  # float32 [T]
     turns: tuple[int, ...]  # indices of the messages that are learned
     served: int  # how many of them stand after exactly the tokens that a server would feed
+    placeholders: int = 0  # tokens of the learned turns that stand for a redacted secret: weight 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,19 @@ class _Tokens:
         if any(np.any((self.starts < edge) & (self.ends > edge)) for edge in (start, end)):
             raise Refused("a token straddles the edge of a turn")
         return (self.starts >= start) & (self.starts <= end)
+
+    def touching(self, start: int, end: int) -> np.ndarray:
+        """bool [T]: the tokens that hold any character from `start` to `end` (exclusive)."""
+        return (self.starts < end) & (self.ends > start)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A learned turn: characters `start` to `end`, where the control token `ending` begins."""
+
+    start: int
+    end: int
+    ending: str
 
 
 class ChatTemplate:
@@ -110,26 +129,28 @@ class ChatTemplate:
         """Assistant turns without outer blanks: a turn ends at its last fence, and the end-of-turn token follows at once."""
         return [replace(m, content=m.content.strip()) if m.role == "assistant" else m for m in messages]
 
-    def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
-        """The text that a server makes of `messages`.
+    def render(self, messages: Sequence[Message], generation_prompt: bool = False, tools: Tools = ()) -> str:
+        """The text that a server makes of `messages` and of `tools`, the schemas in OpenAI's format.
 
         Raises:
-            Refused: the template does not take these messages.
+            Refused: the template does not take these messages, or the arguments of a call are no JSON object.
         """
         from jinja2 import TemplateError
 
         # What a template may raise of its own, and what Python raises where it counts or looks something up.
-        errors = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
-        rows = [{"role": message.role, "content": message.content} for message in messages]
+        errors = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
+        rows, schemas = rows_of(messages), list(tools) or None
+        apply = self._tokenizer.apply_chat_template
         try:
-            text = self._tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=generation_prompt)
+            text = apply(rows, tools=schemas, tokenize=False, add_generation_prompt=generation_prompt)
         except errors as error:
             raise Refused(f"the template does not take these messages: {' '.join(str(error).split())}") from error
         return str(text)
 
-    def prompt(self, messages: Sequence[Message]) -> np.ndarray:
+    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> np.ndarray:
         """int32 [T]: what a server feeds to the model before it answers."""
-        return np.array(self._special.encode(self.render(messages, True), add_special_tokens=False).ids, np.int32)
+        text = self.render(messages, True, tools)
+        return np.array(self._special.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of `tokens`, special tokens left out."""
@@ -137,38 +158,66 @@ class ChatTemplate:
 
     def count(self, message: Message) -> int:
         """About how many tokens the message takes in a chat; never fewer than its own."""
-        return len(self._plain.encode(message.content, add_special_tokens=False).ids) + self._overhead
+        texts = [message.content, *(text for call in message.tool_calls for text in (call.name, call.arguments))]
+        own = sum(len(self._plain.encode(text, add_special_tokens=False).ids) for text in texts)
+        return own + self._overhead + CALL_OVERHEAD * len(message.tool_calls)
 
-    def encode(self, messages: Sequence[Message]) -> Encoded:
+    def count_tools(self, tools: Tools) -> int:
+        """How many tokens the schemas add to a chat; 0 where the template writes none."""
+        if not tools:
+            return 0
+        try:
+            without, written = (self.render(PROBE[:2], True, schemas) for schemas in ((), tools))
+        except Refused:
+            return 0  # whatever it is, each window meets it and says so
+        with_schemas, alone = (len(self._special.encode(text, add_special_tokens=False).ids) for text in (written, without))
+        return max(with_schemas - alone, 0)
+
+    def encode(self, messages: Sequence[Message], tools: Tools = ()) -> Encoded:
         """Tokens and loss weights: every assistant message with its end-of-turn token, and nothing else.
+
+        The tool calls of a message are a part of it. What stands for a redacted secret is read but not learned.
 
         Raises:
             Refused: the template loses or rewrites text, or a turn's edge falls inside a token.
         """
         messages = self.as_learned(messages)
-        text, spans = locate(self.render, messages)
+        text, spans = locate(lambda each: self.render(each, tools=tools), messages)
+        self._check_no_control_token([call for message in messages for call in message.tool_calls], tools)
         tokens = self._tokenize(text, [span for span in spans if span and self._names_control_token(text[span.start : span.end])])
         weights = np.zeros(len(tokens.ids), np.float32)
-        starts: dict[int, int] = {}  # of the learned messages, in characters
-        endings = set()
-        for index, (message, span) in enumerate(zip(messages, spans, strict=True)):
-            if message.role == "assistant" and message.weight > 0 and span:
-                end, special = self._end_of_turn(text, span)
-                weights[tokens.between(span.start, end)] = message.weight
-                starts[index] = span.start
-                endings.add(special)
+        learned = self._learned(messages, tools, text, spans)
+        placeholders = 0
+        for index, turn in learned.items():
+            weights[tokens.between(turn.start, turn.end)] = messages[index].weight
+            for placeholder in PLACEHOLDER.finditer(text, turn.start, turn.end):
+                hidden = tokens.touching(*placeholder.span())
+                placeholders += int((weights[hidden] > 0).sum())
+                weights[hidden] = 0
+        endings = sorted({turn.ending for turn in learned.values()})
         if len(endings) > 1:
-            raise Refused(f"the template ends assistant turns in different ways: {' '.join(sorted(endings))}")
+            raise Refused(f"the template ends assistant turns in different ways: {' '.join(endings)}")
         if weights[:1].any():
             raise Refused("nothing stands before the first turn")
-        return Encoded(tokens.ids, weights, tuple(starts), self._served(messages, text, tokens, starts))
+        served = self._served(messages, tools, text, tokens, {index: turn.start for index, turn in learned.items()})
+        return Encoded(tokens.ids, weights, tuple(learned), served, placeholders)
 
-    def _served(self, messages: Sequence[Message], text: str, tokens: "_Tokens", starts: Mapping[int, int]) -> int:
+    def _learned(self, messages: Sequence[Message], tools: Tools, text: str, spans: Sequence[Span | None]) -> dict[int, _Turn]:
+        """Where each learned message stands; calls of the others are looked at too, for a dropped one would mislead."""
+        turns: dict[int, _Turn] = {}
+        for index, (message, span) in enumerate(zip(messages, spans, strict=True)):
+            if message.role == "assistant" and (message.tool_calls or (span and message.weight > 0)):
+                plain = span if not message.tool_calls else None
+                turn = self._turn(text, plain) if plain else self._turn_with_calls(messages, index, text, span, tools)
+                turns |= {index: turn} if message.weight > 0 else {}
+        return turns
+
+    def _served(self, messages: Sequence[Message], tools: Tools, text: str, tokens: "_Tokens", starts: Mapping[int, int]) -> int:
         """How many of the turns a server would be asked for with the very tokens that stand before them here."""
         control = np.flatnonzero(np.isin(tokens.ids, self._special_ids))
         served = 0
         for index, start in starts.items():
-            if any(place < start for place in tokens.kept_as_text) or not self._is_prompt(messages[:index], text[:start]):
+            if any(place < start for place in tokens.kept_as_text) or not self._is_prompt(messages[:index], tools, text[:start]):
                 continue
             count = int(np.searchsorted(tokens.starts, start))
             # Whole words before a control token do not depend on what follows it: the last stretch is enough.
@@ -177,21 +226,40 @@ class ChatTemplate:
             served += stretch == tokens.ids[first:count].tolist()
         return served
 
-    def _is_prompt(self, messages: Sequence[Message], before: str) -> bool:
+    def _is_prompt(self, messages: Sequence[Message], tools: Tools, before: str) -> bool:
         try:
-            return bool(messages) and self.render(messages, True) == before
+            return bool(messages) and self.render(messages, True, tools) == before
         except Refused:
             return False
 
-    def _end_of_turn(self, text: str, span: Span) -> tuple[int, str]:
-        """Where the control token starts that ends the turn, and its text."""
-        start = span.end
-        while text[start : start + 1].isspace():
-            start += 1
-        special = next((special for special in self._special_texts if text.startswith(special, start)), None)
+    def _turn_with_calls(self, messages: Sequence[Message], index: int, text: str, span: Span | None, tools: Tools) -> _Turn:
+        """A turn with native calls: all that the template writes between the prompt for it and its end-of-turn token."""
+        before, through = self.render(messages[:index], True, tools), self.render(messages[: index + 1], tools=tools).rstrip()
+        if not (text.startswith(before) and text.startswith(through) and len(before) < len(through)):
+            raise Refused("the template writes what stands before a tool call in another way than a server would")
+        ending = next((special for special in self._special_texts if through.endswith(special)), None)
+        if ending is None:
+            raise Refused(NO_END)
+        turn = _Turn(len(before), len(through) - len(ending), ending)
+        if span and not turn.start <= span.start <= span.end <= turn.end:
+            raise Refused("the template writes the text of a message with a tool call outside of its turn")
+        written = text[turn.start : turn.end] if not span else text[turn.start : span.start] + text[span.end : turn.end]
+        check_written(messages[index].tool_calls, written)
+        return turn
+
+    def _check_no_control_token(self, calls: Sequence[ToolCall], tools: Tools) -> None:
+        if any(self._names_control_token(text) for text in texts_of(calls, tools)):
+            raise Refused("a tool call or schema holds the text of a control token")
+
+    def _turn(self, text: str, span: Span) -> _Turn:
+        """A turn of text: from its content to the control token that follows."""
+        end = span.end
+        while text[end : end + 1].isspace():
+            end += 1
+        special = next((special for special in self._special_texts if text.startswith(special, end)), None)
         if special is None:
-            raise Refused("no end-of-turn token follows an assistant message: the model would not learn to stop")
-        return start, special
+            raise Refused(NO_END)
+        return _Turn(span.start, end, special)
 
     def _names_control_token(self, content: str) -> bool:
         return any(special in content for special in self._special_texts)

@@ -1,5 +1,6 @@
-"""What every source gives: conversations, what it did not take and why, and the lines that it could not read."""
+"""What every source gives, one by one: conversations, what it did not take and why, and the lines that it could not read."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,26 @@ class BadLine:
         return {"file": printable(str(self.path)), "line": self.line, "reason": self.reason}
 
 
+Item = Conversation | Rejected | BadLine
+
+
 @dataclass(frozen=True)
 class Read:
-    """All that one reading found. Blank lines are no fault; they are only counted."""
+    """All that a source gave, at once; `collect` takes the items one by one instead."""
 
-    conversations: tuple[Conversation, ...] = ()
-    rejected: tuple[Rejected, ...] = ()
-    bad_lines: tuple[BadLine, ...] = ()
-    blank_lines: int = 0
+    conversations: tuple[Conversation, ...]
+    rejected: tuple[Rejected, ...]
+    bad_lines: tuple[BadLine, ...]
+
+
+def gather(items: Iterable[Item]) -> Read:
+    """The items of a source, sorted by their kind."""
+    every = list(items)
+    return Read(
+        tuple(item for item in every if isinstance(item, Conversation)),
+        tuple(item for item in every if isinstance(item, Rejected)),
+        tuple(item for item in every if isinstance(item, BadLine)),
+    )
 
 
 def printable(text: str) -> str:

@@ -1,26 +1,43 @@
-"""gptme's own logs: `<folder>/<name>/conversation.jsonl`, read as gptme would send them to a server.
+"""gptme's own logs of every version since 2023, read as gptme would send them to a server.
 
-Source: gptme 0.35.1, logmanager/manager.py (`_gen_read_jsonl`, `_merge_consecutive_messages`, `prepare_messages`),
-util/context.py (`embed_attached_file_content`) and dirs.py (`get_logs_dir`).
+Source: gptme 0.35.1, logmanager/manager.py (`_gen_read_jsonl`, `prepare_messages`), dirs.py (`get_logs_dir`) and its history:
+`<name>/conversation.jsonl` since 2023-09, one `YYYY-MM-DD.log` a day before; `lossless.jsonl` holds the whole conversation where
+the person compacted it by hand. Views, events and checkpoints are second copies and are left alone.
 """
 
-import json
-import re
+import errno
+import hashlib
+import os
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from mlx_finetune.data.conversation import Conversation, Message, Role
-from mlx_finetune.data.sources import BadLine, Read, Rejected, printable
+from mlx_finetune.data.conversation import Conversation, Message
+from mlx_finetune.data.sources import BadLine, Item, Rejected, printable
+from mlx_finetune.data.sources.gptme_messages import Entry, as_sent, entry_of
+from mlx_finetune.data.sources.log_files import json_object, lines_of, open_regular
+from mlx_finetune.data.tool_calls import format_of
 from mlx_finetune.errors import UserError
 
 SOURCE = "gptme"
-ROLES = ("system", "user", "assistant")
-CACHE_BOUNDARY = "# System Prompt Cache Boundary\n"  # the message with this heading is never merged
-LARGEST_FILE = 100_000  # characters of one attached file that gptme sends
+LARGEST_LOG = 128 * 2**20  # bytes of one log; beyond, it is no conversation
+LARGEST_CONFIG = 2**20
+TAKEN_BACK = ("main-undo-", "main-edit-")  # branches in which gptme keeps what /undo and /edit took out
 FOLDER_HINT = "pass the folder that holds gptme's conversations, or set GPTME_LOGS_HOME to it"
+
+
+@dataclass(frozen=True)
+class Log:
+    """One conversation on the disk. `folder` is where its other files lie; None for a `.log` file of 2023."""
+
+    name: str
+    path: Path
+    folder: Path | None
+    size: int  # bytes of `path`
+    stamp: str  # changes when one of its files does
 
 
 def default_logs_folder(environment: Mapping[str, str], home: Path, platform: str) -> Path:
@@ -35,202 +52,185 @@ def default_logs_folder(environment: Mapping[str, str], home: Path, platform: st
     return share / "logs"
 
 
-def read(folder: Path) -> Read:
-    """Every `*/conversation.jsonl` of a logs folder, in order of name; branches, events and views are left alone.
+def read(folder: Path) -> Iterator[Item]:
+    """Every log of a logs folder in order of name, one by one; what cannot be read is named and never fatal.
 
-    A line that cannot be read is named in `bad_lines`, a log that cannot be opened in `rejected`: neither is fatal.
-    The messages before each assistant turn are those that gptme sent, but for what meta["not_reproduced"] names:
-    native tool calls (call_id), replaced prompts (prompt_generation, resume_key), messages that expire
-    (ephemeral_ttl), and attachments of which the log keeps no text.
+    The messages before each assistant turn are those that gptme sent, but for what meta["not_reproduced"] names: native tool
+    calls (call_id), a prompt that was replaced later (prompt_generation), messages that expire (ephemeral_ttl), and attachments
+    of which the log keeps no text.
 
     Raises:
         UserError: there is no such folder, or no conversation lies in it.
     """
-    logs = _logs(folder)
-    conversations: list[Conversation] = []
-    rejected: list[Rejected] = []
-    bad_lines: list[BadLine] = []
-    blank_lines = 0
-    for path in logs:
+    logs, skipped = find_logs(folder)
+    yield from skipped
+    for log in logs:
+        yield from read_log(log)
+
+
+def find_logs(folder: Path) -> tuple[list[Log], list[Rejected]]:
+    """The logs in order of name, and what looks like one and is not read: links, pipes, what may not be opened.
+
+    Raises:
+        UserError: there is no such folder, or no conversation lies in it.
+    """
+    logs: list[Log] = []
+    skipped: list[Rejected] = []
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        reason = "no such folder" if error.errno == errno.ENOENT else error.strerror
+        raise UserError(f"{folder}: {reason}", hint=FOLDER_HINT) from error
+    for entry in entries:
         try:
-            log = _read_log(path)
+            found = _log(entry)
         except OSError as error:
-            rejected.append(Rejected(printable(path.parent.name), SOURCE, f"cannot be read: {error.strerror}"))
-            continue
-        conversations.extend(log.conversations)
-        bad_lines.extend(log.bad_lines)
-        blank_lines += log.blank_lines
-    return Read(tuple(conversations), tuple(rejected), tuple(bad_lines), blank_lines)
-
-
-def _logs(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder", hint=FOLDER_HINT)
-    logs = sorted(folder.glob("*/conversation.jsonl"))
-    if not logs and (folder / "conversation.jsonl").exists():
-        raise UserError(f"{folder} is one conversation, not a logs folder", hint=f"pass {folder.absolute().parent}")
-    if not logs:
+            skipped.append(Rejected(printable(entry.name), SOURCE, f"cannot be read: {error.strerror}"))
+        else:
+            logs += [found] if found else []
+    if not logs and not skipped:
+        if (folder / "conversation.jsonl").exists():
+            raise UserError(f"{folder} is one conversation, not a logs folder", hint=f"pass {folder.absolute().parent}")
         raise UserError(f"{folder}: no */conversation.jsonl in it", hint=FOLDER_HINT)
-    return logs
+    return logs, skipped
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One message of a log, with what decides how it is sent."""
+def _log(entry: os.DirEntry[str]) -> Log | None:
+    """Raises OSError where the entry is a log that cannot be read, or a link to one."""
+    path = Path(entry.path)
+    if entry.is_file(follow_symlinks=False):
+        status = entry.stat(follow_symlinks=False)
+        stamp = f"{status.st_size}:{status.st_mtime_ns}"
+        return Log(path.stem, path, None, status.st_size, stamp) if path.suffix == ".log" else None
+    if entry.is_symlink():
+        if (path / "conversation.jsonl").exists():
+            raise OSError(0, "a link, not followed", entry.path)
+        return None
+    if not entry.is_dir(follow_symlinks=False):
+        return None
+    names = {inside.name for inside in path.iterdir()}
+    main = next((path / name for name in ("lossless.jsonl", "conversation.jsonl") if name in names), None)
+    if main is None:
+        return None
+    parts = [main, *(path / name for name in ("config.toml", "files") if name in names), *branches_of(path)]
+    stamps = [(part.name, status.st_size, status.st_mtime_ns) for part in parts for status in (part.lstat(),)]
+    return Log(entry.name, main, path, main.lstat().st_size, repr(stamps))
 
-    role: Role
-    content: str
-    call_id: str | None = None
-    ui_only: bool = False
-    files: tuple[str, ...] = ()
-    file_hashes: dict[str, str] = field(default_factory=dict)
-    model: str | None = None
-    not_reproduced: tuple[str, ...] = ()  # what makes gptme send it otherwise than it stands here
+
+def branches_of(folder: Path) -> list[Path]:
+    """The files of its branches, in order of name."""
+    branches = folder / "branches"
+    return [] if branches.is_symlink() or not branches.is_dir() else sorted(branches.glob("*.jsonl"))
 
 
-def _read_log(path: Path) -> Read:
-    entries: list[_Entry] = []
-    bad_lines: list[BadLine] = []
-    blank_lines = 0
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                blank_lines += 1
-                continue
+def read_log(log: Log) -> Iterator[Item]:
+    """The conversation of one log, before it the lines of it that cannot be read, and after it its branches.
+
+    A branch that holds only what the person took back is Rejected; any other is a conversation of the same group.
+    """
+    try:
+        entries, bad_lines = _read_entries(log.path)
+        chat, bad_config = _chat_config(log.folder / "config.toml") if log.folder else ({}, [])
+    except OSError as error:
+        yield Rejected(printable(log.name), SOURCE, f"cannot be read: {error.strerror}")
+        return
+    yield from bad_lines + bad_config
+    yield _conversation(log, "", entries, chat)
+    branches = branches_of(log.folder) if log.folder else []
+    known = set(_keys(entries) if branches else ())
+    for path in branches:
+        name = f"{printable(log.name)}#{printable(path.stem)}"
+        try:
+            branch, bad_lines = _read_entries(path)
+        except OSError as error:
+            yield Rejected(name, SOURCE, f"cannot be read: {error.strerror}")
+            continue
+        yield from bad_lines
+        keys = _keys(branch)
+        new = any(entry.role == "assistant" and key not in known for entry, key in zip(branch, keys, strict=True))
+        known.update(keys)
+        if new and path.stem.startswith(TAKEN_BACK):
+            yield Rejected(name, SOURCE, "undone: the person took these turns back")
+        elif new:
+            yield _conversation(log, path.stem, branch, chat)
+
+
+def _keys(entries: Sequence[Entry]) -> list[bytes]:
+    """For each message a key of it and all before it: equal keys, equal beginnings."""
+    keys, chain = [], hashlib.blake2b(digest_size=16)
+    for entry in entries:
+        chain.update(f"{entry.role} {len(entry.content)} {entry.content}".encode())
+        keys.append(chain.digest())
+    return keys
+
+
+def _read_entries(path: Path) -> tuple[list[Entry], list[Item]]:
+    """Raises OSError where the file cannot be read or is no conversation for its size."""
+    entries: list[Entry] = []
+    bad_lines: list[Item] = []
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > LARGEST_LOG:
+            raise OSError(0, f"larger than {LARGEST_LOG // 2**20} MB", str(path))
+        for line in lines_of(file):
             try:
-                entries.append(_entry(line))
+                row = json_object(line)
+                if row is not None:
+                    entries.append(entry_of(row))
             except ValueError as error:
-                bad_lines.append(BadLine(path, number, str(error)))
-    chat, bad_config = _chat_config(path.parent / "config.toml")
-    return Read((_conversation(path.parent, entries, chat),), (), (*bad_lines, *bad_config), blank_lines)
+                bad_lines.append(BadLine(path, line.number, str(error)))
+    return entries, bad_lines
 
 
-def _entry(line: str) -> _Entry:
-    """Raises ValueError with the reason where gptme's own reader would pass the line over, or the role is unknown."""
+def _chat_config(path: Path) -> tuple[dict[str, Any], list[Item]]:
+    """config.toml's [chat]; a log need not have one, and a broken one costs only what it says."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        reason = f"not JSON, or cut off: {error.msg.removesuffix(' at')}, column {error.colno}"
-        raise ValueError(reason) from error
-    except RecursionError as error:
-        raise ValueError("not a message: nested too deeply") from error
-    if not isinstance(row, dict):
-        raise ValueError("not a message: a JSON object is expected")
-    if row.get("role") not in ROLES:
-        raise ValueError(f"role {row.get('role')!r:.40} is not one of {', '.join(ROLES)}")
-    if not isinstance(row.get("content"), str):
-        raise ValueError("content is not a string")
-    files, hashes, metadata = row.get("files") or [], row.get("file_hashes") or {}, row.get("metadata") or {}
-    if not isinstance(files, list) or not isinstance(hashes, dict) or not isinstance(metadata, dict):
-        raise ValueError("files is not a list, or file_hashes or metadata is not an object")
-    special = {key: row.get(key) for key in ("call_id", "ephemeral_ttl")}
-    special |= {key: metadata.get(key) for key in ("prompt_generation", "resume_key")}
-    return _Entry(
-        role=cast(Role, row["role"]),
-        content=printable(row["content"]),
-        call_id=row.get("call_id"),
-        ui_only=bool(row.get("ui_only")),
-        files=tuple(str(file) for file in files),
-        file_hashes={str(file): str(digest) for file, digest in hashes.items()},
-        model=printable(metadata["model"]) if isinstance(metadata.get("model"), str) else None,
-        not_reproduced=tuple(name for name, value in special.items() if value is not None),
-    )
-
-
-def _chat_config(path: Path) -> tuple[dict[str, Any], list[BadLine]]:
-    """The strings of config.toml's [chat]; a log need not have one, and a broken one costs only these names."""
-    try:
-        chat = tomllib.loads(path.read_text(encoding="utf-8")).get("chat")
+        with open_regular(path) as file:
+            chat = tomllib.loads(file.read(LARGEST_CONFIG).decode()).get("chat")
     except FileNotFoundError:
         return {}, []
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         return {}, [BadLine(path, 0, f"not TOML: {error}")]
     except OSError as error:
         return {}, [BadLine(path, 0, f"cannot be read: {error.strerror}")]
-    chat = chat if isinstance(chat, dict) else {}
-    return {key: value for key, value in chat.items() if isinstance(value, str) and value}, []
+    return (chat if isinstance(chat, dict) else {}), []
 
 
-def _conversation(folder: Path, entries: Sequence[_Entry], chat: Mapping[str, str]) -> Conversation:
-    merged = _merge([entry for entry in entries if not entry.ui_only])
-    sent = [_inline_files(entry, folder, chat.get("workspace", "")) for entry in merged]
-    model = chat.get("model") or next((entry.model for entry in entries if entry.model), None)
+def _conversation(log: Log, branch: str, entries: Sequence[Entry], chat: Mapping[str, Any]) -> Conversation:
+    said = {key: printable(value) for key, value in chat.items() if isinstance(value, str) and value}
+    sent = as_sent(entries, log.folder, said.get("workspace", ""))
+    name = printable(log.name)
     meta = {
-        "name": printable(folder.name),
-        "title": chat.get("name"),
-        "tool_format": chat.get("tool_format"),
-        "model": model,
-        "not_reproduced": sorted({name for entry in sent for name in entry.not_reproduced}),
+        "name": f"{name}#{printable(branch)}" if branch else name,
+        "title": said.get("name"),
+        "tool_format": said.get("tool_format") or format_of(entry.content for entry in sent if entry.role == "assistant"),
+        "model": said.get("model") or next((entry.model for entry in entries if entry.model), None),
+        "time": _time(entries, log.path),
+        "tools": [tool for tool in _list(chat.get("tools")) if isinstance(tool, str)],
+        "interactive": chat["interactive"] if isinstance(chat.get("interactive"), bool) else None,
+        "not_reproduced": sorted({what for entry in sent for what in entry.not_reproduced}),
     }
     return Conversation(
-        messages=tuple(Message(entry.role, entry.content) for entry in sent),
+        messages=tuple(Message(entry.role, entry.content, tool_call_id=entry.call_id or "") for entry in sent),
         source=SOURCE,
-        group=printable(folder.name),
+        group=name,
         license="private",
-        meta={key: value for key, value in meta.items() if value},
+        meta={key: value for key, value in meta.items() if value not in (None, [], "")},
     )
 
 
-def _merge(entries: Sequence[_Entry]) -> list[_Entry]:
-    """Neighbours of one role become one message, as gptme sends them; tool results and the boundary stay alone."""
-    merged: list[_Entry] = []
-    for entry in entries:
-        if merged and _mergeable(merged[-1], entry):
-            before = merged.pop()
-            entry = replace(
-                before,
-                content=f"{before.content}\n\n{entry.content}",
-                files=before.files + entry.files,
-                file_hashes=before.file_hashes | entry.file_hashes,
-                not_reproduced=before.not_reproduced + entry.not_reproduced,
-            )
-        merged.append(entry)
-    return merged
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
-def _mergeable(before: _Entry, after: _Entry) -> bool:
-    alone = any(entry.call_id or entry.content.startswith(CACHE_BOUNDARY) for entry in (before, after))
-    return before.role == after.role and not alone
+def _time(entries: Sequence[Entry], path: Path) -> str:
+    """When the last message was written, in UTC. gptme writes most times naive, in local time; logs of 2023 have none."""
+    times = [moment for entry in entries if (moment := _moment(entry.timestamp))]
+    latest = max(times) if times else datetime.fromtimestamp(path.lstat().st_mtime, UTC)
+    return latest.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _inline_files(entry: _Entry, folder: Path, workspace: str) -> _Entry:
-    """The text files attached to a message, from the copies beside the log, behind its own text."""
-    blocks: dict[str, str] = {}
-    missing: list[str] = []
-    for file in entry.files:
-        text = _stored_text(folder, entry.file_hashes.get(file, ""), Path(file).suffix)
-        if text is None:
-            missing.append(printable(f"attachment {file}"))
-        else:
-            shown = printable(_shown_path(file, workspace))
-            blocks[shown] = f"````{shown}\n{text}\n````"
-    content = "\n\n".join([entry.content, *blocks.values()])
-    return replace(entry, content=content, not_reproduced=(*entry.not_reproduced, *missing))
-
-
-def _stored_text(folder: Path, digest: str, suffix: str) -> str | None:
-    """None for an image, for a file of which no copy was kept and for whatever else is not text."""
-    path = folder / "files" / f"{digest}{suffix}"
-    if not digest.isalnum() or suffix.lower() == ".pdf" or not path.is_file():
-        return None
+def _moment(timestamp: str) -> datetime | None:
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(LARGEST_FILE + 1)
-    except UnicodeDecodeError:
+        return datetime.fromisoformat(timestamp).astimezone(UTC)
+    except (ValueError, OverflowError, OSError):  # no date; or one before 1970 or after 9999, which has no local time
         return None
-    if len(text) <= LARGEST_FILE:
-        return text
-    if "\0" in text:
-        return None
-    note = f"\n\n[Content truncated to {LARGEST_FILE:,} characters (file is {path.stat().st_size:,} bytes)]"
-    return text[: LARGEST_FILE - len(note)] + note
-
-
-def _shown_path(file: str, workspace: str) -> str:
-    """Relative to the workspace where it lies in it, else as it is.
-
-    The workspace is stored as "~/...": the home is that of the machine which wrote the log, so its shape is matched.
-    """
-    at_home = re.sub(r"^(/home/[^/]+|/Users/[^/]+|/root)/", "~/", file) if workspace.startswith("~") else file
-    inside = at_home.removeprefix(workspace.rstrip("/") + "/")
-    return inside if workspace and inside != at_home else file

@@ -1,0 +1,103 @@
+"""A collection as a person looks at it: tables of what became of everything, and a few conversations."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_finetune.data.scan import Hit
+from mlx_finetune.terminal import table
+
+CHARACTERS_A_TOKEN = 3.6  # of gptme logs with SmolLM2's tokenizer; only for a rough count before a model is chosen
+ROLES = ("system", "user", "assistant", "tool")
+SHOWN = 5
+WIDTH = 100
+
+
+def show_collection(summary: Mapping[str, Any]) -> None:
+    """Found, kept and why not; learned and why not; tokens; secrets."""
+    rows = []
+    for source, kept in summary["conversations"].items():
+        characters = summary["characters"].get(source, {})
+        tokens = [f"{round(characters.get(role, 0) / CHARACTERS_A_TOKEN):,}" for role in ROLES]
+        found = summary["found"].get(source, 0)
+        rows.append((source, f"{found:,}", f"{kept:,}", f"{found - kept:,}", f"{summary['assistant_turns'][source]:,}", *tokens))
+    header = ("source", "found", "kept", "rejected", "turns learned", *(f"{role} tokens*" for role in ROLES))
+    table("collected", rows, header)
+    print(f"* about: a token is taken as {CHARACTERS_A_TOKEN} characters; prepare counts with the model's tokenizer\n")
+    _counts("rejected, by reason", summary["rejected"])
+    _counts("turns that are only read, by reason", summary["context_only"])
+    if summary["recoveries"]:
+        print(f"turns that recover from an error: {summary['recoveries']:,}")
+    _counts("tool formats", summary["formats"])
+    if summary["secrets"]:
+        distinct = summary["distinct_secrets"]
+        secrets = [(kind, f"{count:,}", f"{distinct.get(kind, 0):,}") for kind, count in summary["secrets"].items()]
+        table("secrets replaced, by kind", secrets, ("kind", "places", "different"))
+        print("no rule finds every secret: look at what you share\n")
+    for options, count in list(summary["served_by"].items())[:SHOWN]:
+        print(f"the same prompt is served by: gptme {options}   ({count:,} conversations)")
+    for bad in summary["bad_lines"][:SHOWN]:
+        print(f"skipped: {bad['file']}:{bad['line']}: {bad['reason']}")
+    if summary["bad_line_count"] > SHOWN:
+        print(f"skipped: {summary['bad_line_count'] - SHOWN:,} more lines; the first hundred stand in collect.json")
+
+
+def _counts(title: str, counts: Mapping[str, int]) -> None:
+    if counts:
+        table(title, [(_one_line(name), f"{count:,}") for name, count in counts.items()])
+
+
+def show_hits(hits: Sequence[Hit]) -> None:
+    """Where secrets stand; never the secrets."""
+    if hits:
+        table(
+            "secrets found",
+            [(hit.kind, f"{_one_line(hit.file)}:{hit.line}", str(hit.count)) for hit in hits],
+            ("kind", "place", "times"),
+        )
+    print(f"{sum(hit.count for hit in hits):,} secrets found; no rule finds every secret")
+
+
+def show_examples(out: Path, summary: Mapping[str, Any]) -> None:
+    """Five conversations that were kept and five that were not, the same ones each time for the same collection."""
+    random = np.random.default_rng(0)
+    kept = [line for source in summary["conversations"] for line in _random_lines(out / f"{source}.jsonl", random)]
+    print("kept, for example:")
+    for row in map(json.loads, kept[: len(kept) if len(kept) <= SHOWN else SHOWN]):
+        turns = [m for m in row["messages"] if m["role"] == "assistant"]
+        learned = sum(m.get("weight", 1) > 0 for m in turns)
+        print(f"  {_one_line(row['meta'].get('name') or row['id'])}: {_one_line(row['meta'].get('title') or '')}")
+        print(f"    {learned} of {len(turns)} turns learned; asked: {_first(row['messages'], 'user')}")
+        print(f"    answered: {_first(row['messages'], 'assistant')}")
+    print("rejected, for example:")
+    for row in map(json.loads, _random_lines(out / "rejected.jsonl", random)):
+        print(f"  {_one_line(row['id'])}: {_one_line(row['reason'])}")
+
+
+def _first(messages: Sequence[Mapping[str, Any]], role: str) -> str:
+    return _one_line(next((m["content"] for m in messages if m["role"] == role), ""))
+
+
+def _one_line(text: str) -> str:
+    line = " ".join("".join(sign if sign.isprintable() else " " for sign in text[: 4 * WIDTH]).split())
+    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
+
+
+def _random_lines(path: Path, random: np.random.Generator) -> list[bytes]:
+    """Up to five different lines, without reading the whole file: those after random places in it."""
+    if not path.is_file() or not (size := path.stat().st_size):
+        return []
+    lines: dict[int, bytes] = {}
+    with path.open("rb") as file:
+        for start in (0, *random.integers(0, size, 8 * SHOWN).tolist()):
+            file.seek(start)
+            if start:
+                file.readline()
+            place = file.tell()
+            if place < size and place not in lines:
+                lines[place] = file.readline()
+    chosen = random.permutation(sorted(lines))[:SHOWN]
+    return [lines[int(place)] for place in chosen]

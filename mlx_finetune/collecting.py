@@ -1,0 +1,192 @@
+"""What `collect` does, from its options to the lines that a person reads."""
+
+import getpass
+import os
+import re
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from mlx_finetune.collected import show_collection, show_examples, show_hits
+from mlx_finetune.commands import load_template
+from mlx_finetune.data.collect import Sources, collect
+from mlx_finetune.data.conversation import LEAST_WEIGHT, MOST_WEIGHT
+from mlx_finetune.data.redact import Rules
+from mlx_finetune.data.refine import Settings
+from mlx_finetune.data.refining import FileSource
+from mlx_finetune.data.scan import scan_file, scan_log
+from mlx_finetune.data.select import Selection, read_tags
+from mlx_finetune.data.sources.gptme import default_logs_folder, find_logs
+from mlx_finetune.data.sources.openassistant import Options
+from mlx_finetune.data.turns import TurnRules
+from mlx_finetune.errors import UserError
+from mlx_finetune.files import refuse_existing
+from mlx_finetune.terminal import finish, progress, say
+
+CHOICES = {
+    "--system": ("keep", "short", "none"),
+    "--tool-calls": ("text", "native"),
+    "--relevant": ("code", "any"),
+    "--format": ("markdown", "tool", "xml"),
+}
+DAYS = {"d": 1, "w": 7, "m": 30, "y": 365}
+
+
+@dataclass(frozen=True)
+class CollectOptions:
+    """The options of the command line, as they were given."""
+
+    logs: Path | None
+    openassistant: list[str] | None
+    chat: list[str] | None
+    gptme: bool
+    out: Path
+    update: bool
+    since: str
+    until: str
+    tool: list[str] | None
+    formats: list[str] | None
+    from_model: list[str] | None
+    title: list[str] | None
+    exclude: list[str] | None
+    tags: Path | None
+    near_duplicates: float
+    system: str
+    tool_calls: str
+    modernise: bool
+    recovery_weight: float
+    relevant: str
+    language: list[str] | None
+    min_quality: float
+    filters: bool
+    redact: bool
+    personal: bool
+    home: list[str] | None
+    emails: bool
+    allow: list[str] | None
+    scan_only: bool
+    model: str
+    show: bool
+    as_json: bool
+
+
+def collect_command(options: CollectOptions) -> None:
+    """`mlx-finetune collect`."""
+    sources, settings = sources_of(options), settings_of(options)
+    for source in filter(None, (sources.logs, *sources.openassistant, *sources.chats)):
+        say(f"reading {source}")
+    if options.scan_only:
+        _scan(sources, settings.redaction or Rules(), options.as_json)
+        return
+    if options.model and options.update:
+        raise UserError("--update with --model: the rendered files are made with a new collection", hint="choose another --out")
+    template = load_template(options.model) if options.model else None
+    if template:
+        refuse_existing(options.out)
+    with progress("collect") as advance:
+        result = collect(sources, settings, options.out, advance, options.update, template)
+    if result["unchanged"]:
+        say(f"nothing is new: {options.out} stays as it is")
+    if not options.redact:
+        say("secrets were not removed: these files are as private as your logs")
+
+    def show() -> None:
+        show_collection(result)
+        if options.show:
+            show_examples(options.out, result)
+
+    following = f"mlx-finetune prepare {options.out} --model MODEL"
+    finish(result | {"out": str(options.out)}, options.as_json, show, options.out, following)
+
+
+def sources_of(options: CollectOptions) -> Sources:
+    """What to read; raises UserError where that is nothing."""
+    if not options.gptme and options.logs:
+        raise UserError(f"{options.logs}: a logs folder with --no-gptme", hint="leave one of the two out")
+    logs = options.logs or (default_logs_folder(os.environ, Path.home(), sys.platform) if options.gptme else None)
+    if not logs and not options.openassistant and not options.chat:
+        raise UserError("nothing to read", hint="leave out --no-gptme, or name --openassistant or --chat FILE")
+    languages = tuple(options.language or ("en",))
+    trees = Options(
+        relevant=_choice("--relevant", options.relevant),
+        languages=() if "any" in languages else languages,
+        min_quality=_between("--min-quality", options.min_quality, 0, 1) if options.filters else 0.0,
+        **({} if options.filters else {"max_bad": 1.0, "identity": False}),
+    )
+    return Sources(logs, tuple(options.openassistant or ()), tuple(options.chat or ()), trees)
+
+
+def settings_of(options: CollectOptions) -> Settings:
+    """What becomes of a conversation; raises UserError for a value out of range."""
+    selection = Selection(
+        since=_moment("--since", options.since, end=False),
+        until=_moment("--until", options.until, end=True),
+        tools=tuple(options.tool or ()),
+        formats=tuple(_choice("--format", one) for one in options.formats or ()),
+        models=tuple(options.from_model or ()),
+        titles=tuple(options.title or ()),
+        exclude=tuple(options.exclude or ()),
+        tags=read_tags(options.tags) if options.tags else {},
+    )
+    person = (Path.home(), getpass.getuser()) if options.personal else (Path("/"), "")
+    rules = Rules.for_person(
+        *person, tuple(options.home or ()), emails=options.emails, allow=tuple(options.allow or ()), personal=options.personal
+    )
+    near = _between("--near-duplicates", options.near_duplicates, 0, 1)
+    weight = _between("--recovery-weight", options.recovery_weight, LEAST_WEIGHT, MOST_WEIGHT)
+    return Settings(
+        selection=selection,
+        redaction=rules if options.redact else None,
+        turns=TurnRules(options.modernise, weight),
+        system=_choice("--system", options.system),
+        tool_calls=_choice("--tool-calls", options.tool_calls),
+        near_duplicates=near or None,
+    )
+
+
+def _scan(sources: Sources, rules: Rules, as_json: bool) -> None:
+    """Says where secrets stand, and writes nothing."""
+    logs = find_logs(sources.logs)[0] if sources.logs else []
+    files = [FileSource(name, "openassistant", sources.openassistant_options) for name in sources.openassistant]
+    files += [FileSource(name, "chat") for name in sources.chats]
+    hits = []
+    with progress("scan") as advance:
+        for done, log in enumerate(logs, 1):
+            hits += scan_log(log, rules)
+            advance(done, len(logs) + len(files))
+        for done, file in enumerate(files, len(logs) + 1):
+            hits += scan_file(file, rules)
+            advance(done, len(logs) + len(files))
+    result: dict[str, Any] = {"secrets": [hit.to_json() for hit in hits]}
+    finish(result, as_json, lambda: show_hits(hits), None, "mlx-finetune collect   (it replaces them by placeholders)")
+
+
+def _choice(option: str, value: str) -> Any:
+    if value not in CHOICES[option]:
+        raise UserError(f"{option} {value!r} is not one of {', '.join(CHOICES[option])}", hint=f"{option} {CHOICES[option][0]}")
+    return value
+
+
+def _between(option: str, value: float, least: float, most: float) -> float:
+    if not least <= value <= most:
+        raise UserError(f"{option} {value} is not from {least} to {most}", hint="mlx-finetune collect --help")
+    return value
+
+
+def _moment(option: str, text: str, end: bool) -> str:
+    """A day, a moment or an age as ISO 8601 in UTC; a day is the whole day, in local time."""
+    if not text:
+        return ""
+    if age := re.fullmatch(r"(\d{1,4})([dwmy])", text):
+        moment = datetime.now(UTC) - timedelta(days=int(age[1]) * DAYS[age[2]])
+    else:
+        try:
+            moment = datetime.fromisoformat(text)
+            if end and len(text) <= len("2026-01-01"):
+                moment += timedelta(days=1)
+            moment = moment.astimezone(UTC)
+        except (ValueError, OverflowError, OSError) as error:
+            raise UserError(f"{option} {text!r}: no such time", hint="write 2026-06-01, 2026-06-01T12:00 or 30d") from error
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

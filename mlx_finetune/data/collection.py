@@ -1,0 +1,156 @@
+"""The folder that `collect` makes, as the next run of `collect` sees it: what was read, and where its text lies."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from mlx_finetune.data.dedupe import Fingerprint
+from mlx_finetune.data.sources import BadLine, Rejected
+from mlx_finetune.errors import UserError
+from mlx_finetune.files import atomic_file, read_json
+
+VERSION = 2
+INDEX = "index.ndjson"  # no .jsonl: it holds no conversations
+Place = tuple[Path, int, int]  # file, first byte and bytes of the second half of a line
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One conversation whose text lies on the disk. `head` and the text at `place` are the two halves of its line."""
+
+    name: str
+    source: str
+    head: str
+    place: Place
+    print: Fingerprint
+    counts: Counter[str]
+    secrets: bool
+
+
+@dataclass(frozen=True)
+class Unit:
+    """All that came of one log or one file. `stamp` changes when the file does; empty where that cannot be known."""
+
+    name: str
+    stamp: str
+    kept: tuple[Kept, ...]
+    rejected: tuple[Rejected, ...] = ()
+    bad_lines: tuple[BadLine, ...] = ()
+    more_bad_lines: int = 0  # beyond those that are named
+
+
+def joined(parts: Iterable[Unit], name: str, stamp: str) -> Unit:
+    """The parts of one file as one unit."""
+    every = list(parts)
+    return Unit(
+        name,
+        stamp,
+        tuple(kept for part in every for kept in part.kept),
+        tuple(one for part in every for one in part.rejected),
+        tuple(bad for part in every for bad in part.bad_lines),
+        sum(part.more_bad_lines for part in every),
+    )
+
+
+class Bodies:
+    """Reads second halves of lines; each file stays open for the next one."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, IO[bytes]] = {}
+
+    def read(self, place: Place) -> bytes:
+        """The bytes at `place`."""
+        path, start, length = place
+        if path not in self._files:
+            self._files[path] = path.open("rb")
+        self._files[path].seek(start)
+        return self._files[path].read(length)
+
+    def close(self) -> None:
+        """Lets go of the files."""
+        for file in self._files.values():
+            file.close()
+
+
+def stamps_digest(stamps: Iterable[tuple[str, str]]) -> str:
+    """Tells one state of the sources from another."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, stamp in stamps:
+        digest.update(f"{name}\0{stamp}\n".encode("utf-8", errors="replace"))
+    return digest.hexdigest()
+
+
+def write_index(path: Path, units: Iterable[Unit], written: Mapping[int, Place]) -> None:
+    """One line a unit. `written`: where conversations (by the id of their `Kept`) stand unchanged, so that they can serve again."""
+    with atomic_file(path) as file:
+        for unit in units:
+            again = bool(unit.stamp) and all(id(kept) in written and not kept.secrets for kept in unit.kept)
+            row: dict[str, Any] = {"unit": unit.name, "stamp": unit.stamp if again else ""}
+            if again:
+                row["kept"] = [_kept_row(kept, written[id(kept)]) for kept in unit.kept]
+                row["rejected"] = [one.to_json() for one in unit.rejected]
+                row["bad_lines"] = [[str(bad.path), bad.line, bad.reason] for bad in unit.bad_lines]
+                row["more_bad_lines"] = unit.more_bad_lines
+            file.write(json.dumps(row, ensure_ascii=True) + "\n")
+
+
+def _kept_row(kept: Kept, place: Place) -> dict[str, Any]:
+    print_ = kept.print.to_json()
+    return {"name": kept.name, "source": kept.source, "head": kept.head, "start": place[1], "length": place[2], "print": print_} | {
+        "counts": dict(kept.counts)
+    }
+
+
+def read_index(folder: Path) -> Iterator[Unit]:
+    """The units of an earlier run that can serve again as they are.
+
+    Raises:
+        UserError: the index was changed or is not whole.
+    """
+    path = folder / INDEX
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                if row["stamp"]:
+                    yield _unit(row, folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be used: {error}", hint="collect into another --out") from error
+
+
+def _unit(row: dict[str, Any], folder: Path) -> Unit:
+    kept = tuple(
+        Kept(
+            one["name"],
+            one["source"],
+            one["head"],
+            (folder / f"{one['source']}.jsonl", one["start"], one["length"]),
+            Fingerprint.from_json(one["print"]),
+            Counter(one["counts"]),
+            secrets=False,
+        )
+        for one in row["kept"]
+    )
+    rejected = tuple(Rejected(one["id"], one["source"], one["reason"]) for one in row["rejected"])
+    bad_lines = tuple(BadLine(Path(path), line, reason) for path, line, reason in row["bad_lines"])
+    return Unit(row["unit"], row["stamp"], kept, rejected, bad_lines, row["more_bad_lines"])
+
+
+def earlier_summary(folder: Path) -> dict[str, Any] | None:
+    """collect.json of a whole collection of this version whose files are as they were written; else None."""
+    if not (folder / "collect.json").is_file() or not (folder / INDEX).is_file():
+        return None
+    summary = read_json(folder / "collect.json")
+    if not isinstance(summary, dict) or summary.get("version") != VERSION or not isinstance(summary.get("files"), dict):
+        return None
+    return summary if summary["files"] == file_stamps(folder, summary["files"]) else None
+
+
+def file_stamps(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """Size and time of each file; a missing one has none."""
+    paths = {name: folder / name for name in names}
+    return {name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in paths.items() if path.is_file()}

@@ -1,0 +1,270 @@
+"""Secrets become placeholders, the person's home folder and account name become /home/user and user.
+
+There is no rule on entropy alone, so git hashes, UUIDs, digests and base64 stay. This is no guarantee: what neither looks like a
+known kind of key nor stands where secrets stand is not found.
+"""
+
+import hashlib
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import PurePath
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from mlx_finetune.data.conversation import Conversation
+from mlx_finetune.data.redaction import Found
+from mlx_finetune.data.redaction.emails import emails_in
+from mlx_finetune.data.redaction.identity import homes_to_hide, identity_edits, user_to_hide
+from mlx_finetune.data.redaction.literals import Literals
+from mlx_finetune.data.redaction.names import LONGEST_VALUE, kind_of_name, kind_of_value
+from mlx_finetune.data.redaction.places import rules as secret_rules
+from mlx_finetune.data.redaction.strings import rewritten
+from mlx_finetune.data.redaction.values import is_opaque
+from mlx_finetune.data.redaction.vendors import Rule
+from mlx_finetune.errors import UserError
+
+__all__ = ["PLACEHOLDER", "Found", "Ledger", "Name", "Rules", "find", "redact_conversation", "redact_text"]
+
+PLACEHOLDER = re.compile(r"\[REDACTED:[a-z][a-z0-9_]*:[0-9]+\]")
+PATTERN_PREFIX = "re:"
+KEY_LINE = re.compile(r"[A-Za-z0-9+/=]{40,}")
+REMEMBERED = 2**16  # digests of texts without a secret; some ten megabytes
+LONG_ENOUGH = 1000  # characters from which a digest is cheaper than a search
+GENERAL_KINDS = frozenset("aws_secret_key api_key authorization basic_auth cookie credential email password secret token".split())
+HEAD = 8  # characters by which a known secret is looked up; shorter ones are not taken out where they stand bare
+
+Name = Callable[[str, str], str]  # (kind, value) -> the placeholder
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is replaced besides secrets, and what is left alone.
+
+    `homes` and `user`: what becomes /home/user and user (empty: nothing). `allow`: texts, or regular expressions behind `re:`,
+    that are never redacted: a secret within such a text, or one in which such an expression is found.
+    """
+
+    emails: bool = False
+    homes: tuple[str, ...] = ()
+    user: str = ""
+    allow: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for pattern in self.allow:
+            if pattern.startswith(PATTERN_PREFIX):
+                try:
+                    re.compile(pattern.removeprefix(PATTERN_PREFIX))
+                except (re.error, OverflowError, RecursionError) as error:
+                    raise UserError(f"allow {pattern!r:.80}: {error}", hint="leave out re: to mean the text itself") from error
+
+    @classmethod
+    def for_person(
+        cls,
+        home: PurePath,
+        user: str,
+        more_homes: Iterable[PurePath | str] = (),
+        emails: bool = False,
+        allow: Iterable[str] = (),
+        personal: bool = True,
+    ) -> "Rules":
+        """The rules for whoever collects; `personal` False leaves home and name. Accounts such as root hide nothing anyway.
+
+        Raises:
+            UserError: something behind `re:` is no regular expression.
+        """
+        allowed = tuple(allow)
+        homes = homes_to_hide([str(home), *map(str, more_homes)]) if personal else ()
+        hidden = user_to_hide(user) if personal else ""
+        kept = tuple(one for one in homes if one not in allowed)
+        return cls(emails, kept, "" if hidden in allowed else hidden, allowed)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in collect.json. Who the person is becomes four digits: enough to see a change, too few to find a name."""
+        person = "\0".join((self.user, *self.homes))
+        mark = hashlib.sha256(person.encode("utf-8", "replace")).hexdigest()[:4] if person else ""
+        return {"emails": self.emails, "personal": mark, "allow": list(self.allow)}
+
+
+class Ledger:
+    """Numbers the secrets of each kind from 1, in order of first appearance; keeps digests, never values."""
+
+    def __init__(self) -> None:
+        self._placeholders: dict[bytes, tuple[str, str]] = {}  # digest of the value -> kind, placeholder
+        self._distinct: Counter[str] = Counter()
+        self._occurrences: Counter[str] = Counter()
+
+    def name(self, kind: str, value: str) -> str:
+        """The placeholder of this secret: the same value has the same one, under whichever kind it came first."""
+        digest = _digest(value)
+        if digest not in self._placeholders:
+            self._distinct[kind] += 1
+            self._placeholders[digest] = kind, f"[REDACTED:{kind}:{self._distinct[kind]}]"
+        kind, placeholder = self._placeholders[digest]
+        self._occurrences[kind] += 1
+        return placeholder
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """By kind: how often, and how many different ones."""
+        return {kind: (self._occurrences[kind], count) for kind, count in self._distinct.items()}
+
+    def __repr__(self) -> str:
+        return f"Ledger({self.counts()})"
+
+
+def find(text: str, rules: Rules) -> list[Found]:
+    """Secrets in the text (and e-mail addresses where the rules say so), from left to right, none overlapping another."""
+    return _find(text, "", rules)
+
+
+def redact_text(text: str, rules: Rules, name: Name) -> str:
+    """The text with placeholders, and without the person's home and name."""
+    return _redacted(text, find(text, rules), {}, rules, name)
+
+
+def redact_conversation(conversation: Conversation, rules: Rules, name: Name) -> Conversation:
+    """The conversation with every text in it redacted: of every role, arguments of calls, schemas, meta (but name, group, id).
+
+    JSON is decoded, its strings redacted, and only those that change are written anew. A secret found in one place is taken
+    out wherever it stands bare in the conversation.
+    """
+    known: dict[str, str] = {}  # value -> kind
+
+    def look(text: str, field: str) -> str:
+        for one in _find(text, field, rules):
+            known.setdefault(text[one.start : one.end], one.kind)
+        return text
+
+    def redact(text: str, field: str) -> str:
+        found = _find(text, field, rules) if known else []
+        return _redacted(text, found, known, rules, name, bare)
+
+    rewritten(conversation, look)
+    bare = _Bare(known, rules) if known else None
+    return rewritten(conversation, redact) if known or rules.homes or rules.user else conversation
+
+
+class _Bare:
+    """Finds known secrets where nothing around them says what they are, also as a URL writes them, and lines of known keys."""
+
+    def __init__(self, known: Mapping[str, str], rules: Rules) -> None:
+        self._values: dict[str, str] = {}  # form -> the secret
+        for value, kind in known.items():
+            lines = KEY_LINE.findall(value) if kind == "private_key" else ()
+            for form in (value, quote(value, safe=""), *lines):
+                if len(form) >= HEAD and is_opaque(form):
+                    self._values.setdefault(form, value)
+        self._lengths = sorted(set(map(len, self._values)), reverse=True)
+        self._heads = Literals({form[:HEAD]: None for form in self._values})
+
+    def __call__(self, text: str) -> Iterator[tuple[int, int, str]]:
+        """Start, end and the secret."""
+        for start, _ in self._heads.hits(text):
+            for length in self._lengths:
+                value = self._values.get(text[start : start + length])
+                if value is not None and _stands_alone(text, start, start + length):
+                    yield start, start + length, value
+                    break
+
+
+def _stands_alone(text: str, start: int, end: int) -> bool:
+    """No letter or digit on either side, but for the letter of an escape before it."""
+    return not text[end : end + 1].isalnum() and (not text[start - 1 : start].isalnum() or text[start - 2 : start - 1] == "\\")
+
+
+def _redacted(
+    text: str, found: Iterable[Found], known: Mapping[str, str], rules: Rules, name: Name, bare: _Bare | None = None
+) -> str:
+    """Secrets first; then, where none is, known ones that stand bare, then the person."""
+    edits = [_Edit(one.start, one.end, text[one.start : one.end], one.kind) for one in found]
+    if bare:
+        edits = _beside(edits, [_Edit(start, end, value, known[value]) for start, end, value in bare(text)])
+    if rules.homes or rules.user:
+        edits = _beside(edits, [_Edit(*edit) for edit in identity_edits(text, rules.homes, rules.user)])
+    parts, end = [], 0
+    for edit in edits:
+        parts += [text[end : edit.start], name(known.get(edit.value, edit.kind), edit.value) if edit.kind else edit.value]
+        end = edit.end
+    return "".join([*parts, text[end:]])
+
+
+class _Edit(NamedTuple):
+    """What takes the place of characters `start` to `end`: the name of the secret `value`, or `value` where there is no kind."""
+
+    start: int
+    end: int
+    value: str
+    kind: str = ""
+
+
+def _beside(taken: list[_Edit], more: Iterable[_Edit]) -> list[_Edit]:
+    """Both, in order, without those of `more` that overlap an earlier one."""
+    starts, kept, last = [edit.start for edit in taken], list(taken), 0
+    for edit in sorted(more):
+        after = bisect_right(starts, edit.start)
+        if (after and taken[after - 1].end > edit.start) or (after < len(taken) and starts[after] < edit.end) or edit.start < last:
+            continue
+        kept.append(edit)
+        last = edit.end
+    return sorted(kept)
+
+
+def _find(text: str, field: str, rules: Rules) -> list[Found]:
+    """Also the text itself, where the field that it stands in promises a secret."""
+    found = list(_secrets(text))
+    kind = kind_of_name(field) if field and len(text) <= LONGEST_VALUE else None
+    if kind and (kind := kind_of_value(kind, text, literal=True)):
+        found.append(Found(kind, 0, len(text)))
+    if rules.emails:
+        found += emails_in(text)
+    return [one for one in _merged(found) if not _allowed(text[one.start : one.end], text, one, rules.allow)] if found else []
+
+
+def _secrets(text: str) -> list[Found]:
+    """Every hit of every rule; nothing is searched where the same long text was searched in vain before."""
+    digest = _digest(text) if len(text) >= LONG_ENOUGH else b""
+    if digest in _CLEAN:
+        return []
+    found = [one for position, rules in _literals().hits(text) for rule in rules for one in rule(text, position)]
+    if digest and not found:
+        if len(_CLEAN) >= REMEMBERED:
+            _CLEAN.clear()
+        _CLEAN.add(digest)
+    return found
+
+
+_CLEAN: set[bytes] = set()  # of this process: digests of long texts without a secret
+
+
+@cache
+def _literals() -> Literals[tuple[Rule, ...]]:
+    return Literals(secret_rules())
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).digest()[:16]
+
+
+def _merged(found: Iterable[Found]) -> list[Found]:
+    """Overlapping ones become one, with the kind that says most: a vendor's rather than that of the name before it."""
+    merged: list[Found] = []
+    for one in sorted(found, key=lambda one: (one.start, one.end, one.kind)):
+        if merged and one.start < merged[-1].end:
+            last = merged.pop()
+            kind = min(last.kind, one.kind, key=lambda kind: (kind in GENERAL_KINDS, kind))
+            one = Found(kind, last.start, max(last.end, one.end))
+        merged.append(one)
+    return merged
+
+
+def _allowed(value: str, text: str, found: Found, allow: Iterable[str]) -> bool:
+    for allowed in allow:
+        if allowed.startswith(PATTERN_PREFIX):
+            if re.search(allowed.removeprefix(PATTERN_PREFIX), value):
+                return True
+        elif allowed and text.find(allowed, max(0, found.end - len(allowed)), found.start + len(allowed)) >= 0:
+            return True
+    return False

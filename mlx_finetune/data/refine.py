@@ -1,0 +1,157 @@
+"""One conversation on its way into a collection: chosen, judged turn by turn, redacted, counted; or rejected with the reason."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from mlx_finetune.data.clean import reason_in_name, reason_in_shape
+from mlx_finetune.data.conversation import LEAST_WEIGHT, MOST_WEIGHT, Conversation, Message
+from mlx_finetune.data.dedupe import Fingerprint, fingerprint
+from mlx_finetune.data.redact import Rules, redact_conversation
+from mlx_finetune.data.select import KEEP, Selection
+from mlx_finetune.data.sources import Rejected
+from mlx_finetune.data.system_prompt import System, replace_system
+from mlx_finetune.data.tool_calls import to_native
+from mlx_finetune.data.turns import TurnRules, judge, reason_to_reject_turns
+
+OPEN, CLOSE = "\uf8f0", "\uf8f1"  # around kind and number of a secret, until the whole collection gives it its number
+ToolCalls = Literal["text", "native"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what becomes of a conversation; `redaction` None leaves secrets where they are."""
+
+    selection: Selection = field(default_factory=Selection)
+    redaction: Rules | None = field(default_factory=Rules)
+    turns: TurnRules = field(default_factory=TurnRules)
+    system: System = "keep"
+    tool_calls: ToolCalls = "text"
+    near_duplicates: float | None = 0.7  # the least Jaccard similarity of near-duplicates; None keeps them
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in collect.json."""
+        return {
+            "selection": self.selection.to_json(),
+            "redaction": self.redaction.to_json() if self.redaction else None,
+            "modernise": self.turns.modernise,
+            "recovery_weight": self.turns.recovery_weight,
+            "system": self.system,
+            "tool_calls": self.tool_calls,
+            "near_duplicates": self.near_duplicates,
+        }
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A conversation ready to be written. `head` and `body` are the two halves of its line, as JSON text."""
+
+    name: str
+    source: str
+    head: str
+    body: str
+    print: Fingerprint
+    counts: Counter[str]  # what the report adds up: "turns", "context: declined ...", "characters: user", "secret: jwt" ...
+    secrets: tuple[tuple[str, bytes], ...]  # kind and keyed digest, in the order of the numbers between OPEN and CLOSE
+
+
+class _Names:
+    """Gives each secret of one conversation a number of its own; the values stay in this process."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self.numbers: dict[tuple[str, bytes], int] = {}
+        self.counts: Counter[str] = Counter()
+
+    def __call__(self, kind: str, value: str) -> str:
+        digest = hashlib.blake2b(value.encode("utf-8", errors="replace"), key=self._key, digest_size=16).digest()
+        number = self.numbers.setdefault((kind, digest), len(self.numbers))
+        self.counts[f"secret: {kind}"] += 1
+        return f"{OPEN}{kind}:{number}{CLOSE}"
+
+
+def refine(conversation: Conversation, settings: Settings, key: bytes) -> Refined | Rejected:
+    """`key`: random bytes of this run, so that the digests of secrets say nothing once it is over."""
+    tag = settings.selection.tag(conversation)
+    reason = None if tag == KEEP else reason_in_name(conversation)
+    reason = reason or reason_in_shape(conversation) or settings.selection.reason_to_leave(conversation)
+    if reason:
+        return Rejected(conversation.name, conversation.source, reason)
+    conversation = _judged(conversation, settings, 1.0 if tag is None or isinstance(tag, str) else tag)
+    reason = reason_in_shape(conversation) or (None if tag == KEEP else reason_to_reject_turns(conversation.messages))
+    if reason:
+        return Rejected(conversation.name, conversation.source, reason)
+    conversation = _as_served(conversation, settings)
+    names = _Names(key)
+    if settings.redaction:
+        conversation = redact_conversation(conversation, settings.redaction, names)
+    return _refined(conversation, settings, names)
+
+
+def _judged(conversation: Conversation, settings: Settings, weight: float) -> Conversation:
+    messages: Sequence[Message] = conversation.messages
+    if conversation.source == "gptme":
+        messages = judge(messages, str(conversation.meta.get("tool_format") or "markdown"), settings.turns)
+    if weight != 1.0:
+        messages = [replace(m, weight=_within(m.weight * weight)) if m.role == "assistant" else m for m in messages]
+    return replace(conversation, messages=tuple(messages))
+
+
+def _within(weight: float) -> float:
+    """What a weight may be, where two were multiplied."""
+    return 0.0 if weight == 0 else min(max(weight, LEAST_WEIGHT), MOST_WEIGHT)
+
+
+def _as_served(conversation: Conversation, settings: Settings) -> Conversation:
+    """System prompt and tool calls as the person wants them; meta says what gptme options serve the same."""
+    if conversation.source != "gptme":
+        return conversation
+    meta = dict(conversation.meta)
+    lead = next((i for i, m in enumerate(conversation.messages) if m.role != "system"), len(conversation.messages))
+    tool_format, model = str(meta.get("tool_format") or "markdown"), str(meta.get("model") or "")
+    interactive = bool(meta.get("interactive", True))
+    replaced = replace_system(conversation.messages[:lead], settings.system, tool_format, meta.get("tools", ()), interactive, model)
+    messages = (*replaced.messages, *conversation.messages[lead:])
+    meta["system"] = settings.system if replaced.exact or settings.system == "none" else "keep"
+    meta["served_by"] = list(replaced.served_by)
+    if not replaced.exact:
+        meta["system_not_exact"] = replaced.reason
+    if settings.tool_calls == "native" and tool_format == "tool":
+        messages = to_native(messages)
+        meta["not_reproduced"] = [what for what in meta.get("not_reproduced", ()) if what != "call_id"]
+    else:
+        messages = tuple(replace(m, tool_call_id="") if m.tool_call_id else m for m in messages)
+    return replace(conversation, messages=messages, meta={key: value for key, value in meta.items() if value not in ([], "")})
+
+
+def _refined(conversation: Conversation, settings: Settings, names: _Names) -> Refined:
+    row = conversation.to_json()
+    body = {key: row.pop(key) for key in ("messages", "tools") if key in row}
+    print_ = fingerprint(conversation, near=settings.near_duplicates is not None)
+    return Refined(
+        conversation.name,
+        conversation.source,
+        json.dumps(row, ensure_ascii=False),
+        json.dumps(body, ensure_ascii=False),
+        print_,
+        _counts(conversation) + names.counts,
+        tuple(names.numbers),
+    )
+
+
+def _counts(conversation: Conversation) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for message in conversation.messages:
+        counts[f"characters: {message.role}"] += len(message.content) + sum(len(c.arguments) for c in message.tool_calls)
+        if message.role == "assistant" and message.weight > 0:
+            counts["turns"] += 1
+            counts["recoveries"] += message.reason == "recovers"
+        elif message.role == "assistant":
+            counts[f"context: {message.reason or 'weight 0'}"] += 1
+    if served_by := conversation.meta.get("served_by"):
+        counts[f"served by: {' '.join(served_by)}"] += 1
+    counts[f"format: {conversation.meta.get('tool_format') or conversation.meta.get('format') or 'no tool calls'}"] += 1
+    return counts

@@ -1,0 +1,72 @@
+"""Files of a folder that anybody may have written to: nothing is followed, nothing blocks, nothing is held that is too large."""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+LONGEST_LINE = 16 * 2**20  # bytes; gptme sends at most 200,000 characters of files in a message
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line without its end; `raw` is None where it is longer than `LONGEST_LINE`."""
+
+    number: int
+    raw: bytes | None
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """The file for reading, if it is an ordinary one.
+
+    Raises:
+        OSError: it is missing or unreadable, a link (never followed), or a pipe or device (which could block).
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if path.is_symlink():
+            raise OSError(error.errno, "a link, not followed", str(path)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(0, "not an ordinary file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def lines_of(file: IO[bytes], longest: int = LONGEST_LINE) -> Iterator[Line]:
+    """Every line; of one that is too long only the number is given, and it is never held whole."""
+    number = 0
+    while raw := file.readline(longest + 1):
+        number += 1
+        if len(raw) > longest and not raw.endswith(b"\n"):
+            while (rest := file.readline(longest)) and not rest.endswith(b"\n"):
+                pass
+            yield Line(number, None)
+        else:
+            yield Line(number, raw)
+
+
+def json_object(line: Line) -> dict | None:
+    """The object on the line; None for a blank line.
+
+    Raises:
+        ValueError: with the reason why the line holds none.
+    """
+    if line.raw is None:
+        raise ValueError(f"longer than {LONGEST_LINE // 2**20} MB")
+    text = line.raw.decode("utf-8", errors="replace").strip()
+    if not text:
+        return None
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON, or cut off: {error.msg.removesuffix(' at')}, column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("not a message: nested too deeply") from error
+    if not isinstance(row, dict):
+        raise ValueError("not a message: a JSON object is expected")
+    return row

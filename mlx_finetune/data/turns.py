@@ -1,0 +1,190 @@
+"""Which turns of a gptme conversation teach something: those that did not go wrong in a way that a person or gptme itself marked.
+
+A turn that is bad keeps its place as context, with weight 0 and the reason; the conversation around it is learned. The texts of
+results are those of gptme 0.19 to 0.35.1 (tools/shell.py, hooks/cli_confirm.py, util/ask_execute.py, constants.py, complete.py).
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlx_finetune.data.conventions import modernise, ran_legacy
+from mlx_finetune.data.conversation import LEAST_WEIGHT, MOST_WEIGHT, Message
+from mlx_finetune.data.tool_calls import Call, calls_in, fingerprint
+
+INTERRUPTED_TEXT = re.compile(r"\^C Interrupted\s*\Z")
+INTERRUPTED = re.compile(
+    r"^(?:Interrupted by user|(?:Command|Process) interrupted|Tool '[^'\n]*' was not executed \(interrupted\))", re.MULTILINE
+)
+DECLINED = re.compile(
+    r"^(?:Declined by user|Execution declined by user|Operation aborted: user chose not to run"
+    r"|Aborted, user chose not to run|Execution aborted: user chose not to|(?:Save|Append|Patch) aborted: user (?:refused|chose))",
+    re.MULTILINE,
+)
+EDITED = re.compile(r"^\(content was edited by user\)", re.MULTILINE)
+NO_CALL = re.compile(r"\A\s*<system>\s*No tool call detected")
+STUCK = re.compile(r"\A\s*<system>\s*You appear stuck")
+HARNESS = re.compile(r"\A\s*<system>")  # user messages that gptme writes itself
+CUT_OFF = re.compile(r"^(?:Potential markdown codeblock cut-off detected|Stopped: reached max steps limit)", re.MULTILINE)
+FAILED = re.compile(
+    r"^(?:Return code: [1-9-]|Traceback \(most recent call last\)|Error during execution|Error executing tool"
+    r"|Exception during execution|Command denied|Command timed out|Save aborted|File not found:|Tool '[^'\n]*' is not available"
+    r"|(?:=+ )?(?:\d+ passed, )?[1-9]\d* (?:failed|errors?)\b|(?:FAILED|ERROR) \S+::|make: \*\*\*|[A-Za-z.]*Error: )"
+    r"|command not found|No such file or directory|Patch failed|chunk not (?:found|unique)",
+    re.MULTILINE,
+)
+READ_ONLY = re.compile(r"\A\s*Ran allowlisted command: ")
+APOLOGY = re.compile(r"\bI(?:'m| am)? (?:deeply |sincerely |very |so )?(?:apologi[sz]e|sorry)\b|\bmy apologies\b", re.IGNORECASE)
+WAITS = re.compile(r"\A\s*(?:output|wait|jobs|kill|inspect-pane|list-sessions|sleep)\b")  # asks what another process does
+SAME_TEXT = 20  # characters; shorter answers ("Done.") may well be given twice
+STUCK_TURNS, STUCK_SHARE = 3, 0.3
+APOLOGIES, APOLOGY_SHARE = 3, 0.5
+
+
+@dataclass(frozen=True)
+class TurnRules:
+    """`modernise`: old conventions become today's instead of context only; `recovery_weight`: of a success after a failure."""
+
+    modernise: bool = False
+    recovery_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        assert LEAST_WEIGHT <= self.recovery_weight <= MOST_WEIGHT
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One assistant message with what followed it, up to the next one."""
+
+    place: int
+    text: str
+    calls: tuple[Call, ...]
+    results: str  # what tools and gptme answered
+    frame: str  # the same without the output of programs, in which anything may stand
+    users: tuple[str, ...]
+
+    @property
+    def failed(self) -> bool:
+        return bool(FAILED.search(self.results))
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return tuple(fingerprint(call) for call in self.calls)
+
+
+def judge(messages: Sequence[Message], tool_format: str, rules: TurnRules) -> tuple[Message, ...]:
+    """The same messages; an assistant turn that should not be learned has weight 0 and the reason."""
+    turns = _turns(messages, tool_format)
+    repeats = _repeats(turns)
+    judged = list(messages)
+    failed_before = False
+    for turn in turns:
+        message = messages[turn.place]
+        if rules.modernise and ran_legacy(turn.text, turn.results):
+            message = replace(message, content=modernise(turn.text))
+            reason = _reason(turn, modern=True)
+        else:
+            reason = _reason(turn, modern=False)
+        reason = reason or ("repeats an earlier turn" if turn.place in repeats else "")
+        recovered = failed_before and bool(turn.calls) and not turn.failed
+        weight = 0.0 if reason else rules.recovery_weight if recovered else 1.0
+        judged[turn.place] = replace(message, weight=message.weight * weight, reason=reason or ("recovers" if recovered else ""))
+        failed_before = turn.failed if turn.calls else failed_before
+    return tuple(judged)
+
+
+def reason_to_reject_turns(messages: Sequence[Message]) -> str | None:
+    """Why a judged conversation as a whole is not worth learning: it goes in circles, or mostly apologises."""
+    turns = [message for message in messages if message.role == "assistant"]
+    repeated = sum(message.reason == "repeats an earlier turn" for message in turns)
+    if repeated >= max(STUCK_TURNS, STUCK_SHARE * len(turns)):
+        return "goes in circles: repeats its own turns"
+    apologies = sum(bool(APOLOGY.search(message.content)) for message in turns)
+    if apologies >= max(APOLOGIES, APOLOGY_SHARE * len(turns)):
+        return "apologises in most of its turns"
+    return None
+
+
+def calls_of(message: Message, tool_format: str) -> list[Call]:
+    """The calls of a turn, whichever of the formats its conversation has."""
+    return calls_in(message.content, tool_format if tool_format in ("markdown", "xml", "tool") else "markdown")
+
+
+def _turns(messages: Sequence[Message], tool_format: str) -> list[_Turn]:
+    places = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    turns = []
+    for place, following in zip(places, [*places[1:], len(messages)], strict=True):
+        after = messages[place + 1 : following]
+        results = "\n".join(m.content for m in after if m.role in ("system", "tool"))
+        users = tuple(m.content for m in after if m.role == "user")
+        calls = tuple(calls_of(messages[place], tool_format))
+        turns.append(_Turn(place, messages[place].content, calls, results, _outside_fences(results)[0], users))
+    return turns
+
+
+def _outside_fences(text: str) -> tuple[str, bool]:
+    """The lines outside of code blocks, and whether the last block is still open."""
+    if "```" not in text:
+        return text, False
+    outside, fence = [], ""
+    for line in text.split("\n"):
+        marks = line.strip()
+        ticks = len(marks) - len(marks.lstrip("`"))
+        if not fence and ticks >= 3 and "`" not in marks[ticks:]:
+            fence = marks[:ticks]
+        elif fence and marks == fence:
+            fence = ""
+        elif not fence:
+            outside.append(line)
+    return "\n".join(outside), bool(fence)
+
+
+def _reason(turn: _Turn, modern: bool) -> str:
+    if INTERRUPTED_TEXT.search(turn.text) or INTERRUPTED.search(turn.frame):
+        return "interrupted"
+    if DECLINED.search(turn.frame):
+        return "declined by the person"
+    if EDITED.search(turn.frame):
+        return "edited by the person before it ran"
+    if any(NO_CALL.search(text) for text in turn.users):
+        return "no tool call detected"
+    if any(STUCK.search(text) for text in turn.users):
+        return "repeats an earlier turn"
+    if CUT_OFF.search(turn.frame) or (not turn.calls and _outside_fences(turn.text)[1]):
+        return "cut off"
+    if not modern and ran_legacy(turn.text, turn.results):
+        return "out-of-date convention"
+    return ""
+
+
+def _repeats(turns: Iterable[_Turn]) -> frozenset[int]:
+    """Places of turns that make a call again, or say the same again, although nothing has changed since.
+
+    A change is another call that may have written something, or a word of the person; but not the person's word alone for the
+    third time. A call that answers differently the second time had its reason.
+    """
+    seen: dict[Any, tuple[int, int, str, int]] = {}  # call -> changes by calls, by the person, its result, times it ran
+    calls = people = 0
+    repeats = set()
+    for turn in turns:
+        key: Any = turn.key or (turn.text.strip() if len(turn.text.strip()) >= SAME_TEXT else None)
+        result = re.sub(r"\d+", "0", turn.results)
+        waits = bool(turn.calls) and all(WAITS.search(call.content) for call in turn.calls)
+        writes = bool(turn.calls) and not READ_ONLY.search(turn.results) and not _wrote_nothing(turn)
+        before = seen.get(key) if key and not waits else None
+        again = before is not None and before[0] == calls and before[2] == result
+        if before and again and (before[1] == people or before[3] >= 2 or not turn.calls):
+            repeats.add(turn.place)
+        elif writes and not again:
+            calls += 1
+        if key:
+            times = before[3] + 1 if before and again else 1
+            seen[key] = (calls, people, result, times)
+        people += any(not HARNESS.search(text) for text in turn.users)
+    return frozenset(repeats)
+
+
+def _wrote_nothing(turn: _Turn) -> bool:
+    """A file tool that failed left everything as it was."""
+    return turn.failed and all(call.tool in ("save", "append", "patch", "patch_many", "morph") for call in turn.calls)
