@@ -69,8 +69,9 @@ def test_rows_are_found_in_whatever_they_are_packed(tmp_path: Path, name: str, t
 @pytest.mark.parametrize("indent", [None, 1])
 def test_one_chat_may_be_a_whole_file(tmp_path: Path, indent: int | None) -> None:
     path = tmp_path / "one.json"
-    path.write_text(json.dumps(ROWS[0], indent=indent))
-    assert questions(path) == EXPECTED[:1]
+    for row in (ROWS[0], ROWS[0]["messages"]):
+        path.write_text(json.dumps(row, indent=indent))
+        assert questions(path) == EXPECTED[:1]
     path.write_text(CHATML.format("Hi"))
     assert questions(path.rename(tmp_path / "one.txt")) == ["Hi"]
 
@@ -125,11 +126,12 @@ def test_a_list_is_read_up_to_where_it_is_broken(tmp_path: Path) -> None:
         assert bad.reason.startswith(reason) and bad.line > 1
 
 
-def test_a_line_that_is_too_long_is_passed_over_without_being_held(tmp_path: Path) -> None:
+def test_a_line_that_is_too_long_is_passed_over_without_being_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_files, "LONGEST_ROW", 2**20)
     path = tmp_path / "a.jsonl.gz"
     with gzip.open(path, "wb", compresslevel=1) as file:
         file.write(LINES.encode() + b'{"text": "')
-        for _ in range(3 * chat_files.LONGEST_ROW // 2**20):
+        for _ in range(100):
             file.write(b"x" * 2**20)
         file.write(b'"}\n' + LINES.encode())
     tracemalloc.start()
@@ -137,8 +139,16 @@ def test_a_line_that_is_too_long_is_passed_over_without_being_held(tmp_path: Pat
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [one.messages[0].content for one in found.conversations] == EXPECTED * 2
-    assert [(bad.line, bad.reason) for bad in found.bad_lines] == [(4, "longer than 64 MB")]
-    assert peak < 2.5 * chat_files.LONGEST_ROW  # the line as it is read, and its copy
+    assert [(bad.line, bad.reason) for bad in found.bad_lines] == [(4, "longer than 1 MB")]
+    assert peak < 16 * 2**20
+
+
+def test_a_row_may_be_64_megabytes_long_and_no_longer(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    row = json.dumps({"prompt": "Hi", "completion": "@"})
+    for length, kept in [(chat_files.LONGEST_ROW - len(row) + 1, True), (chat_files.LONGEST_ROW - len(row) + 2, False)]:
+        path.write_text(LINES + row.replace("@", "x" * length))
+        assert len(gather(read(path)).conversations) == 3 + kept
 
 
 def test_a_long_list_is_never_held_whole(tmp_path: Path) -> None:
@@ -271,7 +281,7 @@ def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path: Path) -> No
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     for source, message in [
         (tmp_path / "pipe.jsonl", "not an ordinary file"),
-        (tmp_path / "loop", "symbolic links"),
+        (tmp_path / "loop", "a link, not followed"),
         (tmp_path / "nowhere", "No such file"),
         (tmp_path / "gone.jsonl", "no such file"),
         ("data/gone.jsonl.gz", "no such file"),

@@ -343,7 +343,7 @@ def test_a_line_of_a_hundred_megabytes_is_passed_over_in_little_memory(tmp_path:
     tracemalloc.stop()
     assert messages_of(read) == [("user", "before"), ("assistant", "after")]
     assert [(bad.line, bad.reason) for bad in read.bad_lines] == [(2, "longer than 16 MB")]
-    assert peak < 64 * 2**20
+    assert peak < 5 * 16 * 2**20  # bytes, text and a copy of what was read of it
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -350,8 +350,7 @@ def test_no_token_of_a_placeholder_is_learned_on_the_real_tokenizer(real: ChatTe
         encoded = real.encode(chat("hello", answer, "so?", "fine"))
         learned = learned_text(real, encoded)
         assert "REDACTED" not in learned and ":1]" not in learned and learned.endswith("fine<|im_end|>·")
-        ids = encoded.tokens.tolist()
-        assert encoded.weights[ids.index(2, ids.index(2) + 1)] == 1  # the end of the turn, though it follows a placeholder
+        assert encoded.weights[encoded.tokens == 2].tolist()[-4:] == [0, 1, 0, 1]  # the ends of the four messages
         assert encoded.placeholders >= 5
 
 

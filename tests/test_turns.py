@@ -47,7 +47,7 @@ def reasons(*texts: str, rules: TurnRules | None = None) -> list[str]:
         ),
         ("```save a.py\nx = 1\n", (), "cut off"),
         ("text", ("s: Potential markdown codeblock cut-off detected",), "cut off"),
-        ("```bash\nls\n```", ("s: Executed code block.\n\nstdout:\n```\na\n```",), "out-of-date convention"),
+        ("```bash\nls\n```", ("s: Ran command: `ls`\n\nstdout:\n```\na\n```",), "out-of-date convention"),
         (LS, ("s: Ran allowlisted command: `ls`\n\n```stdout\nDeclined by user\n```",), ""),  # only printed by a program
         ("The message says `Interrupted by user`.", (), ""),
         ("Use it so:\n\n```python\nprint(1)\n```", ("u: thanks",), ""),  # shown, not run
@@ -105,7 +105,7 @@ def test_the_first_success_after_a_failure_can_weigh_more() -> None:
 
 
 def test_old_conventions_are_only_read_or_modernised_and_learned() -> None:
-    texts = ("u: list", "a: Sure:\n\n```bash\nls\n```", "s: Executed code block.\n\nstdout:\n```\na.txt\n```", "a: One file.")
+    texts = ("u: list", "a: Sure:\n\n```bash\nls\n```", "s: Ran command: `ls`\n\nstdout:\n```\na.txt\n```", "a: One file.")
     assert reasons(*texts) == ["out-of-date convention", ""]
     judged = judge(chat(*texts), "markdown", TurnRules(modernise=True))
     assert [(m.content, m.weight) for m in judged if m.role == "assistant"] == [(f"Sure:\n\n{LS}", 1), ("One file.", 1)]

@@ -105,6 +105,7 @@ def collect(
         reader = _Reader(spool, settings, known)
         units = [Unit("", "", (), tuple(skipped))] if skipped else []
         units += list(reader.read(logs, files, advance))
+        spool.flush()
         written = _write(folder, units, settings)
         summary = summarise(units, written.decision, written.everything, reader.distinct)
         summary |= asked | {"version": VERSION, "state": state}
@@ -213,7 +214,6 @@ class _Written:
 
 def _write(folder: Path, units: Sequence[Unit], settings: Settings) -> _Written:
     """The files of conversations, once duplicates are decided on."""
-    (folder / SPOOL).open("ab").close()
     everything = [kept for unit in units for kept in unit.kept]
     bodies = Bodies()
     decision = decide([kept.print for kept in everything], lambda i: _shingles(everything[i], bodies), settings.near_duplicates)

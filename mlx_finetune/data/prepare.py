@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -127,19 +127,19 @@ def _encoded(
 
 def _fitting(conversation: Conversation, template: ChatTemplate, max_length: int) -> tuple[Windows, list[Encoded | Refused]]:
     """Windows that keep to `max_length` when they are rendered, and what became of each."""
-    limit = max_length
+    limit, tools = max_length, template.count_tools(conversation.tools)
     while True:
-        windows = cut(conversation, template.count, limit)
-        results = [_encode(window, template) for window in windows.windows]
+        windows = cut(conversation, template.count, limit, tools)
+        results = [_encode(window, template, conversation.tools) for window in windows.windows]
         excess = max((len(result.tokens) for result in results if isinstance(result, Encoded)), default=0) - max_length
         if excess <= 0:
             return windows, results
         limit -= excess  # counts are estimates: this template adds more than the probe showed
 
 
-def _encode(window: Window, template: ChatTemplate) -> Encoded | Refused:
+def _encode(window: Window, template: ChatTemplate, tools: Sequence[dict[str, Any]]) -> Encoded | Refused:
     try:
-        return template.encode(window.messages)
+        return template.encode(window.messages, tools)
     except Refused as refused:
         return refused
 
@@ -152,8 +152,9 @@ def _check_each_turn_once(conversation: Conversation, windows: Windows) -> None:
 
 def _row(window: Window, conversation: Conversation) -> dict[str, Any]:
     """A line that TRL, axolotl and mlx-lm read; `weight` as OpenAI's format has it: 0 is context only."""
-    messages = [{"role": m.role, "content": m.content, "weight": int(m.weight > 0)} for m in window.messages]
-    return {"messages": messages, "source": conversation.source, "conversation": conversation.id}
+    messages = [replace(m, reason="").to_json() | {"weight": int(m.weight > 0)} for m in window.messages]
+    tools = {"tools": list(conversation.tools)} if conversation.tools else {}
+    return {"messages": messages, "source": conversation.source, "conversation": conversation.id} | tools
 
 
 def _result(tallies: dict[str, Tally], members: dict[str, list[Conversation]], held_out: frozenset[str]) -> dict[str, Any]:

@@ -82,8 +82,8 @@ def judge(messages: Sequence[Message], tool_format: str, rules: TurnRules) -> tu
     for turn in turns:
         message = messages[turn.place]
         if rules.modernise and ran_legacy(turn.text, turn.results):
-            message = replace(message, content=modernise(turn.text))
-            reason = _reason(turn, modern=True)
+            message = replace(message, content=modernise(turn.text, turn.results))
+            reason = _reason(turn, modern=message.content != turn.text)  # some cannot be written in today's convention
         else:
             reason = _reason(turn, modern=False)
         reason = reason or ("repeats an earlier turn" if turn.place in repeats else "")

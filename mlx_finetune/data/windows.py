@@ -32,14 +32,14 @@ class Windows:
     left_out: int  # messages that are only read and that no window has room for
 
 
-def cut(conversation: Conversation, count: Count, max_length: int) -> Windows:
-    """Windows of at most `max_length` tokens by `count`, each ending on a learned turn.
+def cut(conversation: Conversation, count: Count, max_length: int, tools: int = 0) -> Windows:
+    """Windows of at most `max_length` tokens by `count`, each ending on a learned turn; `tools` is what the schemas take of it.
 
     A conversation that fits is one window, untouched. Else every window begins with the system prompt (shortened where it takes
     more than three quarters), goes on with up to a quarter of earlier messages that are only read, and long tool output keeps
-    its head and its tail.
+    its head and its tail. A tool's result stands in no window without its call, and a call is never shortened.
     """
-    messages = conversation.messages
+    messages, max_length = conversation.messages, max_length - tools
     turns = tuple(i for i, message in enumerate(messages) if message.role == "assistant" and message.weight > 0)
     if not turns:
         return Windows((), (), 0, 0)
@@ -54,7 +54,7 @@ def cut(conversation: Conversation, count: Count, max_length: int) -> Windows:
     if not left:
         return Windows((), turns, 0, 0)
     for i in sorted(set(range(lead, len(body))) - set(left)):
-        if sizes[i] > room * LONG_MESSAGE:
+        if sizes[i] > room * LONG_MESSAGE and not body[i].tool_calls:
             short = shorten(body[i], count, int(room * LONG_MESSAGE))
             if (size := count(short)) < sizes[i]:
                 body[i], sizes[i] = short, size
@@ -72,12 +72,15 @@ def _windows(
     system: Sequence[Message], body: list[Message], sizes: list[int], lead: int, turns: list[int], room: int
 ) -> tuple[list[Window], int]:
     """The windows, and how many messages stand in none of them."""
+    calls = _calls_of(body)
     windows, left_out, done, fresh = [], 0, 0, lead  # `fresh`: the first message that no window had yet
     while done < len(turns):
-        start, used, last = _first(body, sizes, lead, fresh, turns[done], room)
+        start, used, last = _first(body, sizes, calls, lead, fresh, turns[done], room)
         left_out += max(start - fresh, 0)
         following = done + 1
         while following < len(turns) and used + sum(sizes[last + 1 : turns[following] + 1]) <= room:
+            if any(calls.get(i, i) < start for i in range(last + 1, turns[following])):
+                break
             used += sum(sizes[last + 1 : turns[following] + 1])
             last = turns[following]
             following += 1
@@ -88,7 +91,20 @@ def _windows(
     return windows, left_out
 
 
-def _first(body: list[Message], sizes: list[int], lead: int, fresh: int, turn: int, room: int) -> tuple[int, int, int]:
+def _calls_of(body: Sequence[Message]) -> dict[int, int]:
+    """The places of tools' results, and of the turns that made the calls; a result of no call is not among them."""
+    made: dict[str, int] = {}
+    calls = {}
+    for i, message in enumerate(body):
+        made |= {call.id: i for call in message.tool_calls}
+        if message.role == "tool" and message.tool_call_id in made:
+            calls[i] = made[message.tool_call_id]
+    return calls
+
+
+def _first(
+    body: list[Message], sizes: list[int], calls: dict[int, int], lead: int, fresh: int, turn: int, room: int
+) -> tuple[int, int, int]:
     """Start, tokens and last message of a window that has only its first learned turn and what stands before it."""
     start, used, old = turn, sizes[turn], 0
     while start > lead and used + sizes[start - 1] <= room:
@@ -98,11 +114,21 @@ def _first(body: list[Message], sizes: list[int], lead: int, fresh: int, turn: i
                 break
         start -= 1
         used += sizes[start]
-    # An answer without its question is no context: begin with what was said to the model.
-    while start < min(fresh, turn) and body[start].role == "assistant":
-        used -= sizes[start]
-        start += 1
-    return start, used, turn
+    begin = _sensible_start(body, calls, start, fresh, turn)
+    return begin, used - sum(sizes[start:begin]), turn
+
+
+def _sensible_start(body: list[Message], calls: dict[int, int], start: int, fresh: int, turn: int) -> int:
+    """The first place from `start` on where neither an answer without its question stands nor, up to `turn`, a result alone."""
+    while True:
+        begin = start
+        while start < min(fresh, turn) and body[start].role == "assistant":
+            start += 1
+        for i in range(start, turn):
+            if calls.get(i, i) < start:
+                start = i + 1
+        if start == begin:
+            return start
 
 
 def _fit_system(system: Sequence[Message], size: int, count: Count, max_length: int) -> tuple[tuple[Message, ...], int, int]:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -96,29 +96,35 @@ def _rows(file: IO[bytes], path: Path) -> Iterator[Row]:
     if suffix not in JSON_NAME and not JSON_START.match(head):
         yield from _documents(file, path)
         return
-    lines = _is_lines(head, file, suffix)
+    way = _way(head, file, path, suffix)
     file.seek(0)
-    for row in _lines(file) if lines else _values(file, path):
+    for row in way(file, path):
         yield from _unwrapped(row)
 
 
-def _is_lines(head: bytes, file: IO[bytes], suffix: str) -> bool:
-    """Whether each line is a row, rather than one list or object going over several lines."""
-    start = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    first, newline, _ = start.partition(b"\n")
-    if newline and first[:1] in (b"[", b"{") and first.rstrip().endswith((b"[", b"{", b",", b":")):
-        return False
-    rows = list(islice(_lines(file), 2))
-    values = [row.value for row in rows]
-    if first[:1] == b"[" and len(rows) == 1:
-        chat = isinstance(values[0], list) and bool(values[0]) and role_of(values[0][0]) is not None
-        return chat  # one line, which is one conversation
-    if first[:1] == b"[" and values[0] is None:
-        return False
-    return suffix in LINES_NAME or any(isinstance(value, dict | list) for value in values)
+def _way(head: bytes, file: IO[bytes], path: Path, suffix: str) -> Callable[[IO[bytes], Path], Iterator[Row]]:
+    """How JSON is read: line by line, or as one list or object that goes on over several lines, or as one chat."""
+    start, newline, _ = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
+    start = start.rstrip()
+    if start[:1] == b"[":
+        first = next(_values(file, path), None)
+        file.seek(0)
+        if first and role_of(first.value):  # a list of messages is one chat
+            return _lines if start.endswith(b"]") or not newline else _whole
+        if first is None or not first.fault:
+            return _values
+    elif newline and start[:1] == b"{" and start.endswith((b"[", b"{", b",", b":")):
+        return _values
+    complete = any(isinstance(row.value, dict | list) for row in islice(_lines(file, path), 2))
+    return _lines if complete or (suffix in LINES_NAME and start[:1] != b"[") else _values
 
 
-def _lines(file: IO[bytes]) -> Iterator[Row]:
+def _whole(file: IO[bytes], path: Path) -> Iterator[Row]:
+    raw = file.read(LONGEST_ROW + 1)
+    yield _row(Line(1, raw if len(raw) <= LONGEST_ROW else None))
+
+
+def _lines(file: IO[bytes], path: Path) -> Iterator[Row]:
     for line in lines_of(file, LONGEST_ROW):
         if line.raw is None or line.raw.strip():
             yield _row(line)

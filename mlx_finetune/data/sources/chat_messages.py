@@ -7,7 +7,7 @@ Sources: OpenAI's chat completions and fine-tuning formats (messages, tools, `we
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -252,29 +252,66 @@ def _arguments(field: str, function: dict[str, Any]) -> str:
     return printable(value) if isinstance(value, str) else json.dumps(tidy(value, field), ensure_ascii=False)
 
 
+class _Waiting:
+    """The calls that no result has answered yet: of all turns, and those of the latest turn in order and by name."""
+
+    def __init__(self) -> None:
+        self._every: Counter[str] = Counter()
+        self._latest: OrderedDict[str, str] = OrderedDict()  # not a dict: its first key takes ever longer to find as keys go
+        self._named: defaultdict[str, OrderedDict[str, None]] = defaultdict(OrderedDict)
+
+    def ask(self, calls: Sequence[ToolCall]) -> None:
+        """A turn calls."""
+        self._every.update(call.id for call in calls)
+        self._latest = OrderedDict((call.id, call.name) for call in calls)
+        self._named.clear()
+        for call in calls:
+            self._named[call.name][call.id] = None
+
+    def answer(self, draft: _Draft, in_a_row: int) -> str:
+        """The id of the call that a result answers; `in_a_row`: how many results without an id begin with it.
+
+        Raises:
+            CannotLearn: it answers none, or it cannot be told which.
+        """
+        id_ = draft.message.tool_call_id or self._meant(draft, in_a_row)
+        if not self._every[id_]:
+            raise CannotLearn(f"{draft.field}.tool_call_id: {shown(id_ or None)}: answers no call before it")
+        self._every[id_] -= 1
+        if id_ in self._latest:
+            self._named[self._latest.pop(id_)].pop(id_, None)
+        return id_
+
+    def none_of_the_latest(self) -> bool:
+        """Whether the latest turn that calls has all its results."""
+        return not self._latest
+
+    def _meant(self, draft: _Draft, in_a_row: int) -> str:
+        """The call of its name, the only one, or the next one in order."""
+        named = self._named.get(draft.function, ())
+        if draft.function and len(named) == 1:
+            return next(iter(named))
+        if len(self._latest) > 1 and in_a_row != len(self._latest):
+            raise CannotLearn(f"{draft.field}.tool_call_id: nothing, and any of {len(self._latest)} calls could be meant")
+        return next(iter(self._latest), "")
+
+
 def _linked(drafts: Sequence[_Draft]) -> Iterator[Message]:
     """Gives every call an id, and every result the id of the call that it answers."""
     taken = {call.id for draft in drafts for call in draft.message.tool_calls}
     fresh = (name for number in count(1) if (name := f"call_{number}") not in taken)
-    unanswered: Counter[str] = Counter()
-    latest: dict[str, str] = {}  # calls of the latest turn that are not answered: id, name of the function
-    in_text = False  # whether the latest turn calls in its text
-    for draft, following in zip(drafts, _results_without_id(drafts), strict=True):
+    waiting, in_text = _Waiting(), False  # whether the latest turn calls in its text
+    for draft, in_a_row in zip(drafts, _results_without_id(drafts), strict=True):
         message = draft.message
         if message.tool_calls:
             calls = tuple(call if call.id else replace(call, id=next(fresh)) for call in message.tool_calls)
-            unanswered.update(call.id for call in calls)
-            latest = {call.id: call.name for call in calls}
+            waiting.ask(calls)
             message = replace(message, tool_calls=calls)
         if message.role == "assistant":
             in_text = bool(CALL_IN_TEXT.search(message.content))
-        if message.role == "tool" and not (in_text and not message.tool_call_id and not latest):
-            id_ = message.tool_call_id or _meant(draft, latest, following)
-            if not unanswered[id_]:
-                raise CannotLearn(f"{draft.field}.tool_call_id: {shown(id_ or None)}: answers no call before it")
-            unanswered[id_] -= 1
-            latest.pop(id_, None)
-            message = replace(message, tool_call_id=id_)
+        needs_no_id = in_text and not message.tool_call_id and waiting.none_of_the_latest()
+        if message.role == "tool" and not needs_no_id:
+            message = replace(message, tool_call_id=waiting.answer(draft, in_a_row))
         yield message
 
 
@@ -286,13 +323,3 @@ def _results_without_id(drafts: Sequence[_Draft]) -> list[int]:
         following = following + 1 if bare else 0
         counts.append(following)
     return counts[::-1]
-
-
-def _meant(draft: _Draft, latest: dict[str, str], following: int) -> str:
-    """The id of the call that a result without an id answers: the one of its name, the only one, or the next one in order."""
-    named = [id_ for id_, name in latest.items() if name == draft.function] if draft.function else []
-    if len(named) == 1:
-        return named[0]
-    if len(latest) > 1 and following != len(latest):
-        raise CannotLearn(f"{draft.field}.tool_call_id: nothing, and any of {len(latest)} calls could be meant")
-    return next(iter(latest), "")

@@ -27,7 +27,7 @@ STATES = (
     *("initial_prompt_review", "growing", "ranking", "ready_for_scoring", "scoring_failed", "aborted_low_grade"),
     *("halted_by_moderator", "backlog_ranking", "prompt_lottery_waiting"),
 )
-# What an assistant must not learn to write. Violence is left out: raters gave it to history and to killing processes alike.
+# What an assistant must not learn to write. Violence is left out: it is a subject (history, fiction), not a manner.
 BAD_LABELS = ("spam", "lang_mismatch", "not_appropriate", "pii", "hate_speech", "sexual_content", "toxicity")
 # Whose voice it is. "trained by" counts in the first person only: networks are trained by many things.
 LEAKS = {

@@ -101,7 +101,7 @@ def holds_code(text: str) -> bool:
 def _words(pattern: str) -> re.Pattern[str]:
     """Each word by itself. Chinese, Japanese, Korean and Thai put no blank between a name and what follows."""
     letter = r"[^\W\u0e00-\u0e7f\u3000-\u9fff\uac00-\ud7af]"
-    by_first: dict[str, list[str]] = {}  # six times as fast as one list of all of them
+    by_first: dict[str, list[str]] = {}  # in half the time of one list of all of them
     for word in re.findall(r"(?:\\ |\S)+", pattern):
         first = word[0] if word[0].isalpha() else ""
         by_first.setdefault(first, []).append(word[len(first) :])

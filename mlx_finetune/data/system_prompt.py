@@ -1,0 +1,246 @@
+"""gptme's system prompt: which one a conversation has, and what `gptme --system short` sends in place of the full one.
+
+Source: gptme 0.35.1, prompts/ (`get_prompt`, `prompt_gptme`, `prompt_tools`) and tools/base.py (`get_tool_prompt`). The short prompt
+says who gptme is in other words, describes the same tools without their examples, and leaves out the skills, the system's
+information and the date; all else is the same text. So it follows from the full prompt that the log holds, whatever the machine.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+from xml.sax.saxutils import escape, unescape
+
+from mlx_finetune.data.conversation import Message
+
+System = Literal["keep", "short", "none"]
+Kind = Literal["full", "full-noexamples", "short", "other", "none"]
+
+KNOWN_VERSION = "0.35.1"
+LONGEST_CORE = 2**20  # characters up to the end of the tools; beyond, it is no prompt of gptme
+# The tools that gptme brings along. Of any other tool (plugin, MCP server), the text does not tell where its examples begin.
+OWN_TOOLS = frozenset(
+    "append autocommit autocompact browser chats choice clarify complete computer convert elicit form gh hashline_edit ipython "
+    "lessons mcp memory morph patch patch_many precommit progress rag read recall request_tool_change restart save screenshot "
+    "shell subagent tmux todo vent vision watch".split()
+)
+WITH_EXAMPLES = frozenset(("append", "ipython", "patch", "save", "shell", "tmux", "todo"))
+
+# Of the full prompt: SHA-256 (first 16 digits) of what stands between its first line and the paragraph on interaction
+# -> which edit tools it speaks of, and whether it asks for <thinking> tags (models that do not reason by themselves).
+_FULL_BASES = {
+    "3981312490d0fd75": ("patch save", True),
+    "74e95905023cae03": ("patch save", False),
+    "629a1ce32d287f1a": ("patch", True),
+    "accfed2cede55645": ("patch", False),
+    "cd71bdfa7d098b4d": ("save", True),
+    "9be10068727a9723": ("save", False),
+    "f0e94b4945f34593": ("", True),
+    "ed584827340e6de5": ("", False),
+}
+_PRESERVE = "Preserve comments, unless they are no longer relevant."
+_EDITING = {
+    "patch save": f"When suggesting code changes, prefer applying patches over examples. {_PRESERVE}\n"
+    "Use the patch tool to edit existing files, or the save tool to overwrite.",
+    "patch": f"When suggesting code changes, prefer applying patches over examples. {_PRESERVE}\n"
+    "Use the patch tool to edit existing files.",
+    "save": f"When suggesting code changes, use the save tool to write or overwrite files. {_PRESERVE}",
+    "": f"When suggesting code changes, show the changes clearly in your response. {_PRESERVE}",
+}
+_INTERACTIVE = """You are in interactive mode. The user is available to provide feedback.
+You should show the user how you can use your tools to write code, interact with the terminal, and access the internet.
+The user can execute the suggested commands so that you see their output.
+If the user aborted or interrupted an operation don't try it again, ask for clarification instead.
+If clarification is needed, ask the user."""
+_ALONE = """You are in non-interactive mode. The user is not available to provide feedback.
+All code blocks you suggest will be automatically executed.
+Do not provide examples or ask for permission before running commands.
+Proceed directly with the most appropriate actions to complete the task."""
+_FULL_ENDING = """End your response with a concrete next step: a command to run, a file to change, or a specific action to take.
+Do not end with an offer to elaborate ("I can give you a patch if you want") or a generic suggestion."""
+_FULL_QUESTION = """
+Ask a clarifying question only when the request is genuinely ambiguous and you cannot proceed without the answer."""
+_SHORT_ENDING = "End with a concrete next step (a command or specific action), not an offer to elaborate."
+_SHORT_QUESTION = " Ask a clarifying question only when the request is genuinely ambiguous."
+_CALL_AT_ONCE = """
+
+When a tool is available for a task, call it immediately — do not describe what you would do or which tool you would use. \
+Every decision to use a tool must produce an actual tool call in the same message."""  # for models that only talk about tools
+
+_BOUNDARY = """# System Prompt Cache Boundary
+
+Static bootstrap content ends above. Session-volatile context starts below.
+
+---"""
+_FIRST_LINE = re.compile(r"You are (?:[^\n]+, an agent running in )?gptme v([^\s,]+), [^\n]*\. (?:Currently using model: ([^\n]+))?")
+_TOOL = re.compile(r"\n\n## (\S+)\n\n\*\*(?:Description|Instructions):\*\* ")
+_XML_TOOL = re.compile(r'\n<tool name="([^"\n]*)">\n<(?:description|instructions)>')
+_MACHINE = re.compile(
+    r"## System Information\n\n\*\*OS:\*\* [^\n]*\n\*\*Working Directory:\*\* [^\n]*\n\n## Current Date\n\n"
+    r"\*\*Local date:\*\* [^\n]*\n\nDate at session start; per-step time notices give the current time\.(?:\n\n|\Z)"
+    r"|<system-info>\n<os>[^\n]*</os>\n<working-directory>[^\n]*</working-directory>\n</system-info>\n\n"
+    r"<current-date>\n[^\n]*\n</current-date>(?:\n\n|\Z)"
+)
+# What a prompt holds behind the date (then the boundary stays), and what is added to it when the session starts (then it goes).
+_RUNTIME = re.compile(
+    r"# (?:Agent Config|Project Workspace|Recent Conversation Context)\n\n|## (?:Agent|Project) computed context\n\n"
+)
+_AT_START = re.compile(r"\Z|<budget:token_budget>|<workspace-agents-warning>")
+_FILE_LIST = re.compile(
+    r"## Agent Instructions\n\nThe following files contain user-defined rules, preferences, and workflows\. "
+    r"\*\*You MUST follow these instructions\*\* - they take precedence over default behaviors\.\n\n(?=- )"
+    r"|## Selected files\n\nRead more with `cat`\.\n\n(?=- )"
+)
+_MEMORY = "## Persistent Memory\n\nThe following memories are shared across sessions (from `"
+_SKILLS = "\n\n## Available Skills\n\nLoad on-demand with `cat <path>`:\n\n- **"
+_XML_SKILLS = "\n\n<skills>\n  <skill name="
+_XML_SKILLS_END = "</skill>\n</skills>"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the leading messages of a conversation are; a field that the text does not tell is empty.
+
+    `reason` says why gptme 0.35.1's own prompt of the same tools cannot be told from it.
+    """
+
+    kind: Kind
+    version: str = ""
+    model: str = ""
+    tool_format: str = ""  # "xml", or empty: markdown and tool differ only inside the tools' own texts
+    tools: tuple[str, ...] = ()
+    interactive: bool | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """The leading messages to train on, and the gptme options that serve the same.
+
+    `exact`: gptme 0.35.1 with these options, the same configuration and the same workspace sends these messages, character for
+    character. Where it is False, `reason` says why, in few enough wordings to be counted; nothing was then replaced but by "none".
+    """
+
+    messages: tuple[Message, ...]
+    served_by: tuple[str, ...]
+    exact: bool
+    reason: str = ""
+
+
+class _Unknown(ValueError):
+    """The prompt has a part of which the short form is not known; the message is the reason."""
+
+
+def replace_system(
+    messages: Sequence[Message], choice: System, tool_format: str, tools: Sequence[str], interactive: bool, model: str
+) -> Replaced:
+    """The leading system messages of one conversation, kept, shortened or left out.
+
+    They are taken as gptme sends them: merged, files in line. The prompt itself tells its tools, model and mode; what the log says
+    of them (`tool_format`, `tools`, `interactive`, `model`; empty where it says nothing) counts only where the prompt does not.
+    Later messages are not changed: the numbers in gptme's notices of token usage stay those of the full prompt.
+    """
+    prompt = describe(messages)
+    said = replace(
+        prompt,
+        tool_format=prompt.tool_format or tool_format,
+        tools=prompt.tools or tuple(tools),
+        interactive=interactive if prompt.interactive is None else prompt.interactive,
+        model=prompt.model or model,
+    )
+    if choice == "none":
+        reason = "gptme has no option to send no system prompt" if messages else ""
+        return Replaced((), (), False, reason or prompt.reason)
+    if prompt.reason:
+        return Replaced(tuple(messages), _options(said), False, prompt.reason)
+    if choice == "keep" or prompt.kind == "short":
+        return Replaced(tuple(messages), _options(said), True)
+    try:
+        return Replaced(_shortened(messages), _options(replace(said, kind="short")), True)
+    except _Unknown as unknown:
+        return Replaced(tuple(messages), _options(said), False, str(unknown))
+
+
+def describe(messages: Sequence[Message]) -> Prompt:
+    """Which prompt the leading messages are: gptme's full or short one, another (a person's own, an older gptme's), or none."""
+    if not messages:
+        return Prompt("none", reason="no system prompt")
+    text = messages[0].content
+    first = _FIRST_LINE.match(text.removeprefix("<role>\n"))
+    if not first:
+        return Prompt("other", reason="not gptme's own prompt")
+    version, model = first[1], first[2] or ""
+    if version != KNOWN_VERSION:
+        known = f"of another gptme than {KNOWN_VERSION}"
+        return Prompt("other", version=version, model=model, reason=known)
+    core = _core(text)
+    if not core:
+        return Prompt("other", version=version, model=model, reason="a prompt without tools")
+    try:
+        prompt, _ = _read_core(core)
+    except _Unknown as unknown:
+        return Prompt("other", version=version, model=model, reason=str(unknown))
+    return prompt
+
+
+def _options(prompt: Prompt) -> tuple[str, ...]:
+    """What to pass to gptme for this prompt, as far as it is known."""
+    system = ("--system", prompt.kind) if prompt.kind in ("full", "full-noexamples", "short") else ()
+    tools = ("--tools", ",".join(prompt.tools)) if prompt.tools else ()
+    tool_format = ("--tool-format", prompt.tool_format) if prompt.tool_format else ()
+    alone = ("--non-interactive",) if prompt.interactive is False else ()
+    return system + tools + tool_format + alone + (("--model", prompt.model) if prompt.model else ())
+
+
+def _shortened(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The short prompt in place of a full one. Raises _Unknown where it cannot be told."""
+    if len(messages) < 3 or messages[1].content != _BOUNDARY or not (machine := _MACHINE.match(messages[2].content)):
+        raise _Unknown("no system information and date where gptme puts them")
+    if len(messages) > 3:
+        raise _Unknown("the prompt was replaced during the conversation (/model or /tools)")
+    first, boundary, last = messages
+    core = _core(first.content)
+    _, short = _read_core(core)
+    context = _without_skills(first.content[len(core) :])
+    after = last.content[machine.end() :]
+    if _RUNTIME.match(after):
+        return (replace(first, content=short + context), boundary, replace(last, content=after))
+    if not _AT_START.match(after):
+        raise _Unknown("an unknown part behind the date")
+    if after:  # no longer parted by the boundary, it is merged into the first message: before the files in line
+        text, files = _split_files(context)
+        context = "\n\n".join(part for part in (text, after, files) if part)
+        short = short if text else f"{short}\n\n"
+    return (replace(first, content=short + context),)
+
+
+def _core(text: str) -> str:
+    """The prompt up to the end of its tools; empty where there are none."""
+    start, end = ("\n\n# Tools Overview\n\n## ", "\n\n*End of Tools List.*\n\n")
+    if text.startswith("<role>\n"):
+        start, end = ("\n</role>\n\n<tools>\n<tool name=", "\n</tool>\n</tools>\n\n")
+    at = text.find(start, 0, LONGEST_CORE)
+    until = text.find(end, at, LONGEST_CORE) if at >= 0 else -1
+    return text[: until + len(end)] if until >= 0 else ""
+
+
+@lru_cache(maxsize=32)  # thousands of logs hold the same few
+def _read_core(core: str) -> tuple[Prompt, str]:
+    """What a prompt of the known version is, and its short form. Raises _Unknown."""
+    xml = core.startswith("<role>\n")
+    start = "\n</role>\n\n<tools>" if xml else "\n\n# Tools Overview"
+    at = core.index(start)
+    kind, interactive, editing, identity = _identity(unescape(core[len("<role>\n") : at]) if xml else core[:at])
+    names, listed, without = _tools(core[at + len(start) :], xml)
+    if unknown := [name for name in names if name not in OWN_TOOLS]:
+        raise _Unknown(f"tools that are not gptme's own: {', '.join(unknown):.80}")
+    if editing != " ".join(name for name in ("patch", "save") if name in names):
+        raise _Unknown("a prompt that does not fit its tools")
+    if kind == "full" and listed == without and WITH_EXAMPLES.intersection(names):
+        kind = "full-noexamples"
+    first = _FIRST_LINE.match(core.removeprefix("<role>\n"))
+    assert first
+    prompt = Prompt(kind, first[1], _unescaped(first[2] or "", xml), "xml" if xml else _format(core), names, interactive)
+    return prompt, (f"<role>\n{escape(identity)}" if xml else identity) + start + without
