@@ -16,7 +16,7 @@ from mlx_finetune.data.conversation import LEAST_WEIGHT, MOST_WEIGHT
 from mlx_finetune.data.redact import Rules
 from mlx_finetune.data.refine import Settings
 from mlx_finetune.data.refining import FileSource
-from mlx_finetune.data.scan import scan_file, scan_log
+from mlx_finetune.data.scan import Hit, scan_file, scan_log
 from mlx_finetune.data.select import Selection, read_tags
 from mlx_finetune.data.sources.gptme import default_logs_folder, find_logs
 from mlx_finetune.data.sources.openassistant import Options
@@ -113,7 +113,8 @@ def sources_of(options: CollectOptions) -> Sources:
         relevant=_choice("--relevant", options.relevant),
         languages=() if "any" in languages else languages,
         min_quality=_between("--min-quality", options.min_quality, 0, 1) if options.filters else 0.0,
-        **({} if options.filters else {"max_bad": 1.0, "identity": False}),
+        max_bad=Options().max_bad if options.filters else 1.0,
+        identity=options.filters,
     )
     return Sources(logs, tuple(options.openassistant or ()), tuple(options.chat or ()), trees)
 
@@ -151,7 +152,7 @@ def _scan(sources: Sources, rules: Rules, as_json: bool) -> None:
     logs = find_logs(sources.logs)[0] if sources.logs else []
     files = [FileSource(name, "openassistant", sources.openassistant_options) for name in sources.openassistant]
     files += [FileSource(name, "chat") for name in sources.chats]
-    hits = []
+    hits: list[Hit] = []
     with progress("scan") as advance:
         for done, log in enumerate(logs, 1):
             hits += scan_log(log, rules)

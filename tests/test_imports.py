@@ -18,8 +18,8 @@ LAYERS = (
     ("training",),
     ("export",),
     ("evaluation",),
-    ("demo", "commands"),
-    ("cli",),
+    ("demo", "commands", "collected", "collecting"),
+    ("cli", "cli_collect"),
 )
 MODULES = sorted(path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py"))
 NEUTRAL = [name for name in MODULES if not name.startswith(("mlx_finetune.engines.mlx", "mlx_finetune.engines.torch"))]

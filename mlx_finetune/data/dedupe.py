@@ -51,8 +51,8 @@ class Fingerprint:
     def from_json(cls, row: list[Any]) -> "Fingerprint":
         """What `to_json` wrote; raises ValueError or LookupError where it did not."""
         kinds: tuple[Any, ...] = (np.uint64, np.int32, np.bool_, np.uint32)
-        arrays = [np.frombuffer(base64.b64decode(row[6 + i]), kind) for i, kind in enumerate(kinds)]
-        return cls(row[0], row[1], row[2], row[3], row[4], *arrays, row[5])
+        chain, turns, learnable, signs = [np.frombuffer(base64.b64decode(row[6 + i]), kind) for i, kind in enumerate(kinds)]
+        return cls(row[0], row[1], row[2], row[3], row[4], chain, turns, learnable, signs, row[5])
 
 
 @dataclass(frozen=True)

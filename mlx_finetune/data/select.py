@@ -44,7 +44,7 @@ class Selection:
         for own in (conversation.name, conversation.id):
             if own in self.tags:
                 return self.tags[own]
-        return next((tag for pattern, tag in reversed(self.tags.items()) if _names(pattern, conversation)), None)
+        return next((tag for pattern, tag in reversed(list(self.tags.items())) if _names(pattern, conversation)), None)
 
     def reason_to_leave(self, conversation: Conversation) -> str | None:
         """Why it was not asked for; None where it was."""

@@ -74,7 +74,9 @@ _BOUNDARY = """# System Prompt Cache Boundary
 Static bootstrap content ends above. Session-volatile context starts below.
 
 ---"""
-_FIRST_LINE = re.compile(r"You are (?:[^\n]+, an agent running in )?gptme v([^\s,]+), [^\n]*\. (?:Currently using model: ([^\n]+))?")
+_FIRST_LINE = re.compile(
+    r"You are (?:[^\n]+, an agent running in )?gptme v([^\s,]+), [^\n]*\. (?:Currently using model: ([^\n]+))?"
+)
 _TOOL = re.compile(r"\n\n## (\S+)\n\n\*\*(?:Description|Instructions):\*\* ")
 _XML_TOOL = re.compile(r'\n<tool name="([^"\n]*)">\n<(?:description|instructions)>')
 _MACHINE = re.compile(
@@ -94,9 +96,11 @@ _FILE_LIST = re.compile(
     r"|## Selected files\n\nRead more with `cat`\.\n\n(?=- )"
 )
 _MEMORY = "## Persistent Memory\n\nThe following memories are shared across sessions (from `"
-_SKILLS = "\n\n## Available Skills\n\nLoad on-demand with `cat <path>`:\n\n- **"
-_XML_SKILLS = "\n\n<skills>\n  <skill name="
-_XML_SKILLS_END = "</skill>\n</skills>"
+_WORKSPACE = re.compile(rf"\n\n(?:{_FILE_LIST.pattern}|{re.escape(_MEMORY)}|# Agent Config\n\n)")
+_SKILLS = re.compile(r"\n\n## Available Skills\n\nLoad on-demand with `cat <path>`:\n\n- \*\*|\n\n<skills>\n  <skill name=")
+_SKILLS_END = re.compile(r"`\n\n\*\d+ skills available\*(?=\n\n|\Z)")
+_XML_SKILLS_END = re.compile(r"</skill>\n</skills>(?=\n\n|\Z)")
+_END_OF_TOOLS = "\n\n*End of Tools List.*\n\n"
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,7 @@ def _shortened(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 def _core(text: str) -> str:
     """The prompt up to the end of its tools; empty where there are none."""
-    start, end = ("\n\n# Tools Overview\n\n## ", "\n\n*End of Tools List.*\n\n")
+    start, end = ("\n\n# Tools Overview\n\n## ", _END_OF_TOOLS)
     if text.startswith("<role>\n"):
         start, end = ("\n</role>\n\n<tools>\n<tool name=", "\n</tool>\n</tools>\n\n")
     at = text.find(start, 0, LONGEST_CORE)
@@ -233,14 +237,115 @@ def _read_core(core: str) -> tuple[Prompt, str]:
     start = "\n</role>\n\n<tools>" if xml else "\n\n# Tools Overview"
     at = core.index(start)
     kind, interactive, editing, identity = _identity(unescape(core[len("<role>\n") : at]) if xml else core[:at])
-    names, listed, without = _tools(core[at + len(start) :], xml)
+    names, sections = _tools(core[at + len(start) :], xml)
     if unknown := [name for name in names if name not in OWN_TOOLS]:
         raise _Unknown(f"tools that are not gptme's own: {', '.join(unknown):.80}")
     if editing != " ".join(name for name in ("patch", "save") if name in names):
         raise _Unknown("a prompt that does not fit its tools")
-    if kind == "full" and listed == without and WITH_EXAMPLES.intersection(names):
+    without = "".join(sections)
+    if kind == "full" and core.endswith(without) and WITH_EXAMPLES.intersection(names):
         kind = "full-noexamples"
-    first = _FIRST_LINE.match(core.removeprefix("<role>\n"))
-    assert first
-    prompt = Prompt(kind, first[1], _unescaped(first[2] or "", xml), "xml" if xml else _format(core), names, interactive)
+    first = _FIRST_LINE.match(identity)
+    assert first, "the caller has matched it"
+    prompt = Prompt(kind, first[1], first[2] or "", "xml" if xml else _format(core, names), names, interactive)
     return prompt, (f"<role>\n{escape(identity)}" if xml else identity) + start + without
+
+
+def _identity(text: str) -> tuple[Kind, bool, str, str]:
+    """Of what stands before the tools: full or short, interactive, the edit tools that it speaks of, and its short form."""
+    first, _, rest = text.partition("\n")
+    interactive = f"\n\n{_INTERACTIVE}\n\n" in rest
+    paragraph = _INTERACTIVE if interactive else _ALONE
+    base, _, ending = rest.partition(f"\n\n{paragraph}\n\n")
+    call_at_once = _CALL_AT_ONCE if ending.endswith(_CALL_AT_ONCE) else ""
+    ending = ending.removesuffix(_CALL_AT_ONCE)
+    short_ending = _SHORT_ENDING + _SHORT_QUESTION * interactive
+    if ending == _FULL_ENDING + _FULL_QUESTION * interactive:
+        known = _FULL_BASES.get(hashlib.sha256(base.encode()).hexdigest()[:16])
+        if known:
+            short = "\n".join((first, _short_base(*known)))
+            return "full", interactive, known[0], f"{short}\n\n{paragraph}\n\n{short_ending}{call_at_once}"
+    for editing, thinking in _FULL_BASES.values():
+        if ending == short_ending and base == _short_base(editing, thinking):
+            return "short", interactive, editing, text
+    raise _Unknown(f"a changed prompt of gptme {KNOWN_VERSION}")
+
+
+def _short_base(editing: str, thinking: bool) -> str:
+    lines = (
+        "You help users with programming tasks by reading code, running terminal commands, and editing files on the local machine.",
+        "Think step by step in `<thinking>` tags." if thinking else "",
+        f"Gather context before acting. {_EDITING[editing]}",
+        "Use absolute paths and `pwd` when needed.",
+        "Do not use unset placeholders like `$REPO`.",
+        "Do not suggest opening a browser or editor when available tools can do it.",
+        "Use available tools proactively instead of suggesting manual actions.",
+        "Be concise and thorough.",
+        "Use `<thinking>` tags to think before you answer." if thinking else "",
+    )
+    return "\n".join(lines).rstrip()
+
+
+def _tools(text: str, xml: bool) -> tuple[tuple[str, ...], list[str]]:
+    """The names of the tools, and their descriptions without examples, with what ends the list."""
+    found = list((_XML_TOOL if xml else _TOOL).finditer(text))
+    if not found or found[0].start() != 0:
+        raise _Unknown(f"a changed prompt of gptme {KNOWN_VERSION}")
+    examples, after = ("\n<examples>\n", "\n</tool>") if xml else ("\n\n### Examples\n\n", "")
+    end = len(text) - len("\n</tools>\n\n" if xml else _END_OF_TOOLS)
+    sections = []
+    for tool, until in zip(found, [*(tool.start() for tool in found[1:]), end], strict=True):
+        head, some, _ = text[tool.start() : until].partition(examples)
+        sections.append(head + after if some else head)
+    return tuple(tool[1] for tool in found), [*sections, text[end:]]
+
+
+def _format(core: str, names: Sequence[str]) -> str:
+    """markdown or tool, by how the tools are described; empty where neither shows."""
+    if "code block with the language tag: `" in core or any(f"\n```{name}" in core for name in names):
+        return "markdown"
+    spoken = any(name in ("append", "memory", "read", "save") for name in names)
+    return "tool" if spoken or any(f"\n@{name}: {{" in core for name in names) else ""
+
+
+def _without_skills(context: str) -> str:
+    """What follows the tools, without the list of skills, which stands before the files of the workspace."""
+    workspace = _WORKSPACE.search(context)
+    found = list(_SKILLS.finditer(context, 0, workspace.start() if workspace else len(context)))
+    if not found:
+        return context
+    end = (_XML_SKILLS_END if found[0][0].startswith("\n\n<") else _SKILLS_END).search(context, found[0].end())
+    if len(found) > 1 or not end:
+        raise _Unknown("a list of skills whose end cannot be told")
+    return context[: found[0].start()] + context[end.end() :]
+
+
+def _split_files(context: str) -> tuple[str, str]:
+    """What follows the tools, parted into its text and the files in line. Raises _Unknown where the text does not tell."""
+    start = _FILE_LIST.search(context)
+    if not start:
+        return context, ""
+    at, files = start.start(), list[str]()
+    while True:
+        if listed := _FILE_LIST.match(context, at):
+            end = context.find("\n\n", listed.end())
+            files += [line.removeprefix("- ") for line in context[listed.end() : end if end >= 0 else None].split("\n")]
+        elif context.startswith(_MEMORY, at):
+            ends = (gap.start() for gap in re.compile(r"\n\n(?=#|````)").finditer(context, at))
+            end = next((gap for gap in ends if _FILE_LIST.match(context, gap + 2) or _is_block(context, gap + 2, files)), -1)
+        else:
+            break
+        if end < 0:
+            return context, ""
+        at = end + 2
+    if not _is_block(context, at, files):
+        raise _Unknown("files in line that cannot be told from the text")
+    return context[: at - 2], context[at:]
+
+
+def _is_block(text: str, at: int, files: Sequence[str]) -> bool:
+    """Whether one of the files stands in line here: gptme names it as listed, or relative to a folder that it lies in."""
+    if not text.startswith("````", at):
+        return False
+    shown = text[at + 4 : text.find("\n", at)]
+    return any(file == shown or file.endswith(f"/{shown}") for file in files) and text.endswith("\n````")

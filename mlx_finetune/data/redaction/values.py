@@ -22,13 +22,13 @@ PLACEHOLDER_WORDS = frozenset(
 )
 # What makes a placeholder of whatever stands around it.
 MARKS = re.compile(
-    r"example|placeholder|change[-_]?(?:me|this|it)\b|replace[-_]?(?:me|with|this)|\byour(?![a-z])|insert[-_]|redacted|dummy|<[^>]*>"
-    r"|x{5,}|\*{3}|\.\.\.|…|\[[A-Z_]|notasecret|not[-_]a[-_]real|to[-_]?be[-_]?",
+    r"example|placeholder|change[-_]?(?:me|this|it)\b|replace[-_]?(?:me|with|this)|\byour(?![a-z])|insert[-_]|redacted|dummy|^<.*>$|<[A-Za-z_ -]+>"
+    r"|x{5,}|\*{3}|\.\.\.|…|^\[[A-Z_]|notasecret|not[-_]a[-_]real|to[-_]be[-_]",
     re.IGNORECASE,
 )
 # A value that a program or a shell fills in: $HOME, ${HOME}, $(cat x), `cat x`, {{ x }}, {x}, %(x)s, %s, %HOME%, !vault, @file.
 TEMPLATE = re.compile(
-    r"\$\{|\$\(|`|\{\{|\{[A-Za-z_!.\[\]()'\"]*\}|%\(|^\$\w+$|^\$[A-Z_]+\b|^%[sdrv]$|^%\w+%$|^@[\w./-]+$|^!\w+(?: |$)|^&?\w+->"
+    r"\$\{|\$\([a-z]|`|\{\{|\{[A-Za-z_!.\[\]()'\"]*\}|%\(\w+\)|^\$\w+$|^\$[A-Z_]+\b|^%[sdrv]$|^%\w+%$|^@[\w./-]+$|^!\w+(?: |$)|^&?\w+->"
 )
 REFERENCE = re.compile(  # where a secret is kept or what it hashes to, not what it is
     r"^(?:[a-z][a-z0-9+.-]*://|arn:|op:|ssm:|vault:|env:|file:|sha\d+[:-]|md5:|secret[s:/]|keychain:|ENC\[|data:|urn:|ssh-"
@@ -96,7 +96,7 @@ def is_token(value: str) -> bool:
     if DOTTED.fullmatch(value) and any(map(is_wordy, value.split("."))):
         return False
     mixed = any(map(str.isdigit, value)) and any(map(str.isalpha, value))
-    return (mixed or sum(map(str.isalpha, value)) >= 20) and not is_wordy(value)
+    return (mixed or sum(map(str.isalpha, value)) >= SHORTEST_TOKEN) and not is_wordy(value)
 
 
 def is_opaque(value: str) -> bool:

@@ -16,7 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from mlx_finetune.data.sources.chat_messages import parsed, role_of
+from mlx_finetune.data.sources.chat_messages import role_of
+from mlx_finetune.data.sources.chat_values import parsed
 from mlx_finetune.data.sources.log_files import Line, lines_of, open_regular
 from mlx_finetune.errors import UserError
 

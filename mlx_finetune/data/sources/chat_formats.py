@@ -14,9 +14,10 @@ from typing import Any
 from mlx_finetune.data.conversation import Conversation
 from mlx_finetune.data.sources import BadLine, Item, Rejected, printable
 from mlx_finetune.data.sources.chat_files import HINT, Row, is_parquet, rows_of
-from mlx_finetune.data.sources.chat_messages import CannotLearn, RowError, listed, messages_of, role_of, shown, tidy
+from mlx_finetune.data.sources.chat_messages import messages_of, role_of
 from mlx_finetune.data.sources.chat_shapes import KNOWN, Foreign, Shape, shape_of
 from mlx_finetune.data.sources.chat_tables import HUB_ID, hub_rows, parquet_rows, saved_rows
+from mlx_finetune.data.sources.chat_values import CannotLearn, RowError, listed, shown, tidy
 from mlx_finetune.errors import UserError
 
 SOURCE = "chat"

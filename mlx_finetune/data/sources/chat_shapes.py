@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mlx_finetune.data.sources.chat_messages import CannotLearn, Entry, RowError, listed, parsed, role_of, shown
+from mlx_finetune.data.sources.chat_messages import Entry, role_of
 from mlx_finetune.data.sources.chat_text import turns_of
+from mlx_finetune.data.sources.chat_values import CannotLearn, RowError, listed, parsed, shown
 
 KNOWN = (
     "known are messages (OpenAI, OpenPipe), conversations (ShareGPT), instruction and output (Alpaca), "

@@ -1,0 +1,79 @@
+"""Values of a JSON row that anybody may have written: read, shown and tidied without surprises, or refused by name."""
+
+import json
+import math
+from typing import Any
+
+from mlx_finetune.data.sources import printable
+
+DEEPEST = 100  # levels of a JSON value that is kept
+
+
+class RowError(Exception):
+    """The row is not what its format says; the text names the field."""
+
+
+class CannotLearn(RowError):
+    """The row is right, but nothing can be learned from it; the text names the field."""
+
+
+def shown(value: Any) -> str:
+    """A value in an error: short, whatever it is."""
+    if isinstance(value, str):
+        return repr(value[:40])
+    kinds = {type(None): "nothing", bool: "true or false", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else "no JSON value")
+
+
+def parsed(text: str, strict: bool = False) -> Any:
+    """The JSON value of a text. NaN and Infinity, which are not JSON, mean null unless `strict`: pandas writes them so.
+
+    Raises:
+        ValueError: with the reason, for people.
+    """
+
+    def constant(name: str) -> None:
+        if strict:
+            raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(text, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON, or cut off: {error.msg.removesuffix(' at')}, column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("not read: nested too deeply") from error
+
+
+def tidy(value: Any, field: str, depth: int = 0) -> Any:
+    """The same JSON value, which can be written as UTF-8.
+
+    Raises:
+        RowError: it is nested too deeply, or holds a number that JSON has not.
+    """
+    if depth > DEEPEST:
+        raise RowError(f"{field}: nested more than {DEEPEST} deep")
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {printable(str(key)): tidy(one, field, depth + 1) for key, one in value.items()}
+    if isinstance(value, list):
+        return [tidy(one, field, depth + 1) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RowError(f"{field}: a number that is too large for JSON")
+    return value
+
+
+def listed(value: Any, field: str) -> list[Any]:
+    """A list, also where it stands as JSON text, or as Hugging Face's `Sequence` has it: an object of lists of equal length."""
+    if isinstance(value, str):
+        try:
+            value = parsed(value)
+        except ValueError as error:
+            raise RowError(f"{field}: {error}") from error
+    if isinstance(value, dict) and value:
+        columns = list(value.values())
+        if all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+            value = [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    if not isinstance(value, list):
+        raise RowError(f"{field}: {shown(value)} is not a list")
+    return value
