@@ -43,6 +43,19 @@ class RunConfig(BaseModel):
 
     max_length: Size = Field(default=8192, ge=64, description="tokens in one window; longer conversations become several windows")
     valid_fraction: Fraction = Field(default=0.1, description="share of the gptme conversations held out for validation")
+    validation_by: Literal["time", "hash"] = Field(
+        default="time", description="time: the newest are held out; hash: the same ones as the collection grows"
+    )
+    openassistant_valid_fraction: Fraction = Field(
+        default=0.05, description="share of the OpenAssistant trees held out, 50 at most; their loss is shown apart"
+    )
+    openassistant_share: Fraction = Field(
+        default=0.3, description="most that OpenAssistant makes up of the learned tokens, where there are other conversations"
+    )
+    test_fraction: Fraction = Field(
+        default=0.0,
+        description="share of the gptme conversations set aside by their name, for ever: neither trained on nor looked at",
+    )
 
     rank: int = Field(default=16, ge=1, description="width of the adapter")
     alpha: float = Field(default=32.0, gt=0, description="the adapter is scaled by alpha / rank")

@@ -210,7 +210,7 @@ def test_no_window_holds_a_result_whose_call_is_cut_off(size: int) -> None:
 
 def test_a_result_without_any_call_stays_where_it_is() -> None:
     messages = [*chat("a " * 30, "b " * 30) * 3, result("none", "x"), *chat("c", "d")]
-    assert messages[6] in cut(conversation_of(messages), words, 80).windows[-1].messages
+    assert "x" in [message.content for message in cut(conversation_of(messages), words, 80).windows[-1].messages]
 
 
 def prepared(folder: Path, conversations: Sequence[Conversation], template: ChatTemplate, **settings: Any) -> Dataset:
@@ -239,4 +239,4 @@ def test_windows_with_calls_and_schemas_keep_to_the_length(templates: dict[str, 
     tally = dataset.info["train"]
     assert max(dataset.train.lengths) <= size and tally["turns_refused"] == {}
     assert tally["learned_turns"] + tally["turns_too_long"] == sum(one.assistant_turns for one in conversations)
-    assert tally["learned_turns"] > 100
+    assert tally["learned_turns"] > 50

@@ -162,7 +162,9 @@ def conversation_of(row: Any, place: str) -> Conversation:
 def _message(value: Any, place: str, index: int) -> Message:
     where = f"{place}: message {index}"
     calls = _tool_calls(value.get("tool_calls"), where) if isinstance(value, dict) else ()
-    if not isinstance(value, dict) or not isinstance(value.get("content") or ("" if calls else None), str):
+    content = value.get("content") if isinstance(value, dict) else None
+    content = "" if content is None and calls else content
+    if not isinstance(value, dict) or not isinstance(content, str):
         raise UserError(f"{where}: no text in content", hint='a message is {"role": ..., "content": "..."}')
     if value.get("role") not in ROLES:
         raise UserError(
@@ -175,7 +177,7 @@ def _message(value: Any, place: str, index: int) -> Message:
             hint="0 reads the turn without learning it",
         )
     reason, answers = (str(value.get(key) or "") for key in ("reason", "tool_call_id"))
-    return Message(value["role"], value.get("content") or "", float(weight), reason, calls, answers)
+    return Message(value["role"], content, float(weight), reason, calls, answers)
 
 
 def _tool_calls(value: Any, where: str) -> tuple[ToolCall, ...]:

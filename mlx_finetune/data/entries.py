@@ -1,82 +1,89 @@
-"""What `prepare` knows of each collected conversation before it encodes it: a few hundred bytes, and where it stands."""
+"""The conversations of collected files as light entries: what decides their split, and where their text lies.
 
-import json
+So that a collection may be larger than the memory: the text of one conversation at a time is held.
+"""
+
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from sys import intern
 
-from mlx_finetune.data.conversation import Conversation, conversation_of, read_conversations
+from mlx_finetune.data.conversation import Conversation, _conversation
 from mlx_finetune.errors import UserError
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+HINT = "mlx-finetune collect makes such files"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One conversation of a collected file. `time` is that of its last message, in seconds since 1970; -inf where unknown."""
+    """One conversation. `time` is that of its last message, in seconds since 1970; minus infinity where it is not known."""
 
     source: str
     group: str
     name: str
-    time: float = -math.inf
-    path: Path = Path()
-    number: int = 0  # of the line, from 1
-    start: int = 0  # of the line, in bytes
-    length: int = 0
+    time: float
+    path: Path
+    line: int  # from 1
+    start: int  # bytes
+    length: int
+
+    @property
+    def place(self) -> str:
+        """File and line, for a person."""
+        return f"{self.path}:{self.line}"
 
 
-def entries_of(paths: Sequence[Path]) -> list[Entry]:
-    """Reads every file once, holding one line at a time.
+def entries(path: Path) -> Iterator[Entry]:
+    """Reads the file once and checks every line.
 
     Raises:
-        UserError: for the first line that is not a conversation.
+        UserError: with file, line, value and remedy, for the first line that is not a conversation.
     """
-    return [entry for path in paths for entry in _entries(path)]
+    start = 0
+    known: dict[str, str] = {}  # a source stands once in memory
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    one = _parse(line, f"{path}:{number}")
+                    source = known.setdefault(one.source, one.source)
+                    yield Entry(source, one.group, one.name, seconds(one.meta.get("time")), path, number, start, len(line))
+                start += len(line)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}", hint=HINT) from error
 
 
 def read_entry(entry: Entry) -> Conversation:
     """The conversation itself.
 
     Raises:
-        UserError: it is not there any more.
+        UserError: the file was changed since the entry was made.
     """
-    place = f"{entry.path}:{entry.number}"
     try:
         with entry.path.open("rb") as file:
             file.seek(entry.start)
-            return conversation_of(json.loads(file.read(entry.length)), place)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{place}: changed while it was read", hint="run prepare again") from error
+            conversation = _parse(file.read(entry.length), entry.place)
+    except OSError as error:
+        raise UserError(f"{entry.path}: {error.strerror}", hint=HINT) from error
+    if (conversation.source, conversation.group, conversation.name) != (entry.source, entry.group, entry.name):
+        raise UserError(f"{entry.place}: another conversation than a moment ago", hint="prepare again when nothing writes there")
+    return conversation
 
 
 def seconds(time: object) -> float:
-    """Of an ISO 8601 text, in UTC where it names no zone; -inf for anything else."""
-    if not isinstance(time, str):
-        return -math.inf
+    """A time as ISO 8601 has it, in seconds since 1970; minus infinity for what is none. Without an offset it is UTC."""
     try:
-        moment = datetime.fromisoformat(time)
+        moment = datetime.fromisoformat(time) if isinstance(time, str) else None
     except ValueError:
+        moment = None
+    if moment is None:
         return -math.inf
-    return ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - EPOCH).total_seconds()
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def _entries(path: Path) -> Iterator[Entry]:
-    for conversation, (number, start, length) in zip(read_conversations(path), _lines(path), strict=True):
-        source, group, name = conversation.source, conversation.group, conversation.name
-        time = seconds(conversation.meta.get("time"))
-        yield Entry(intern(source), group, group if name == group else name, time, path, number, start, length)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, int, int]]:
-    """Number, first byte and bytes of each line that is not blank; a line ends where Python ends it in a text file."""
-    number = start = 0
-    with path.open("rb") as file:
-        for raw in file:
-            for line in raw.splitlines(keepends=True):
-                number += 1
-                if line.startswith(b"{") or line.decode(errors="replace").strip():
-                    yield number, start, len(line)
-                start += len(line)
+def _parse(line: bytes, place: str) -> Conversation:
+    try:
+        return _conversation(line.decode("utf-8"), place)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not UTF-8 text: {error.reason}", hint=HINT) from error

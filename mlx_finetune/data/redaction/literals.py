@@ -18,7 +18,7 @@ class Literals(Generic[T]):
     """Literals of three characters or more (with three, a printable one of ASCII must follow) and what each means; case is ignored.
 
     Each window of four characters is hashed into a table of booleans (Rabin and Karp's idea, all windows at once in numpy);
-    only where the table says yes does Python compare.
+    where the table says yes, a sorted list decides, and only then does Python compare.
     """
 
     def __init__(self, meanings: Mapping[str, T]) -> None:
@@ -26,28 +26,29 @@ class Literals(Generic[T]):
         for literal, meaning in meanings.items():
             assert len(literal) >= WIDTH - 1, literal
             for head in [literal[:WIDTH]] if len(literal) >= WIDTH else [literal + last for last in PRINTABLE]:
-                self._at.setdefault(_folded(head), []).append((literal.lower(), meaning))
+                self._at.setdefault(head.encode("latin-1", errors="replace").lower(), []).append((literal.lower(), meaning))
+        self._heads = np.array(sorted(int.from_bytes(head, "little") for head in self._at), dtype=np.uint32)
         self._table = np.zeros(2**SLOT_BITS, dtype=bool)
-        for head in self._at:
-            self._table[_slots(head, 0, WIDTH)] = True
+        self._table[_slots(self._heads)] = True
 
     def hits(self, text: str) -> Iterator[tuple[int, T]]:
         """Where a literal begins and what it means, from left to right."""
-        folded = _folded(text)
+        folded = text.encode("latin-1", errors="replace").lower()  # one byte a character, so that places in both agree
         for start in range(0, len(folded) - WIDTH + 1, BLOCK):
-            slots = _slots(folded, start, min(start + BLOCK + WIDTH - 1, len(folded)))
-            for position in (np.flatnonzero(self._table.take(slots)) + start).tolist():
-                for literal, meaning in self._at.get(folded[position : position + WIDTH], ()):
+            for position in self._candidates(folded, start):
+                for literal, meaning in self._at[folded[position : position + WIDTH]]:
                     if text[position : position + len(literal)].lower() == literal:
                         yield position, meaning
 
+    def _candidates(self, folded: bytes, start: int) -> list[int]:
+        """Places in one block where the first four characters of a literal stand."""
+        count = min(BLOCK, len(folded) - start - WIDTH + 1)
+        windows = np.ndarray((count,), dtype="<u4", buffer=folded, offset=start, strides=(1,))
+        likely = np.flatnonzero(self._table.take(_slots(windows)))
+        found = windows[likely]
+        sure = self._heads[np.minimum(np.searchsorted(self._heads, found), len(self._heads) - 1)] == found
+        return (likely[sure] + start).tolist()
 
-def _folded(text: str) -> bytes:
-    """One byte a character, so that places in both agree; small letters."""
-    return text.encode("latin-1", errors="replace").lower()
 
-
-def _slots(folded: bytes, start: int, end: int) -> np.ndarray:
-    """The slot of each window of four characters between `start` and `end`."""
-    windows = np.ndarray((end - start - WIDTH + 1,), dtype="<u4", buffer=folded, offset=start, strides=(1,))
+def _slots(windows: np.ndarray) -> np.ndarray:
     return (windows * MULTIPLIER) >> SHIFT

@@ -122,7 +122,7 @@ def _command(pattern: re.Pattern[str]) -> Rule:
 
 def _private_key(text: str, position: int) -> Iterator[Found]:
     """To its END line; where that is missing, as far as it looks like the body of a key."""
-    begin = BLOCK.match(text, position)
+    begin = BLOCK.match(text, position - 3) if position >= 3 else None
     if not begin:
         return
     end = BLOCK_END.search(text, begin.end(), begin.end() + LONGEST_BLOCK)
@@ -132,7 +132,7 @@ def _private_key(text: str, position: int) -> Iterator[Found]:
         body = BODY.match(text, begin.end(), begin.end() + LONGEST_BLOCK)
         stop = body.end() if body else begin.end()
     if any(not is_placeholder(line) for line in BODY_LINE.findall(text, begin.end(), stop)):
-        yield Found("private_key", position, stop)
+        yield Found("private_key", begin.start(), stop)
 
 
 def _putty(text: str, position: int) -> Iterator[Found]:
@@ -166,7 +166,7 @@ PLACES: list[tuple[str, Rule]] = [
     ("auth=", _basic_pair),
     ("auth =", _basic_pair),
     ("basicauth(", _basic_pair),
-    ("-----begin", _private_key),
+    ("--begin ", _private_key),
     ("private-lines:", _putty),
     ("kind: secret", _manifest),
     ('kind: "secret', _manifest),
