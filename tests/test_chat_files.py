@@ -48,6 +48,7 @@ PACKED: dict[str, str] = {
     "list_of_lines.jsonl": "[\n" + LINES.strip().replace("\n", ",\n") + "\n]\n",
     "data.json": json.dumps({"version": 1, "data": ROWS}),
     "train.json": json.dumps({"train": ROWS}, indent=1),
+    "train_first.json": json.dumps({"train": ROWS, "test": ROWS}, indent=1),
     "objects.json": "\n".join(json.dumps(row, indent=1) for row in ROWS),
     "lists.jsonl": "".join(json.dumps(row["messages"]) + "\n" for row in ROWS),
     "far_away.json": " " * 3 * 2**20 + json.dumps(ROWS, indent=1),
@@ -152,9 +153,10 @@ def test_a_row_may_be_64_megabytes_long_and_no_longer(tmp_path: Path) -> None:
         assert len(gather(read(path)).conversations) == 3 + kept
 
 
-def test_a_long_list_is_never_held_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start, end", [("[", "]"), ('{\n"data": [', '], "version": 1}')])
+def test_a_long_list_is_never_held_whole(tmp_path: Path, start: str, end: str) -> None:
     path, row = tmp_path / "a.json", json.dumps({"prompt": "Hi", "completion": "Yes." * 1000})
-    path.write_text(f"[{row}" + f",{row}" * 10_000 + "]")
+    path.write_text(f"{start}{row}" + f",{row}" * 10_000 + end)
     tracemalloc.start()
     assert all(isinstance(item, Conversation) for item in read(path))
     peak = tracemalloc.get_traced_memory()[1]

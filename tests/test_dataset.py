@@ -48,9 +48,9 @@ def random_examples(seed: int, count: int, length: int = 40) -> list[Example]:
     return examples
 
 
-def write(folder: Path, train: Sequence[Example], valid: Sequence[Example] = ()) -> Dataset:
+def write(folder: Path, train: Sequence[Example], valid: Sequence[Example] = (), test: Sequence[Example] = ()) -> Dataset:
     folder.mkdir(parents=True)
-    write_dataset(folder, {"train": train, "valid": valid}, lambda: {"max_length": 40})
+    write_dataset(folder, {"train": train, "valid": valid, "test": test}, lambda: {"max_length": 40})
     return Dataset.open(folder)
 
 

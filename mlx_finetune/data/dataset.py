@@ -13,8 +13,8 @@ from mlx_finetune.data.batches import Batch, Example, examples_at, steps_per_epo
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json, write_json
 
-VERSION = 1
-SPLITS = ("train", "valid")
+VERSION = 2  # 2: a test split, validation by time, a share of OpenAssistant
+SPLITS = ("train", "valid", "test")
 
 
 class ExampleStore:
@@ -52,6 +52,7 @@ class Dataset:
     info: dict[str, Any]
     train: ExampleStore
     valid: ExampleStore
+    test: ExampleStore  # frozen by name: nothing here trains on it or chooses by it
 
     @classmethod
     def open(cls, folder: Path) -> "Dataset":
@@ -72,7 +73,7 @@ class Dataset:
 
     @property
     def id(self) -> str:
-        """Tells one content from another: tokens and weights of both splits, in order."""
+        """Tells one content from another: tokens and weights of all splits, in order."""
         return str(self.info["id"])
 
     def steps_per_epoch(self, config: RunConfig) -> int:

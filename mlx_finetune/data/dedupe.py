@@ -7,138 +7,175 @@ on the order in which conversations are read.
 
 import base64
 import hashlib
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from mlx_finetune.data.conversation import Conversation
-from mlx_finetune.data.minhash import jaccard, shingles, signature
+from mlx_finetune.data.conversation import Conversation, Message
+from mlx_finetune.data.minhash import BINS, Neighbours, bands_of, jaccard, may_reach, shingles, signature
 
-SOURCES = ("gptme", "chat", "openassistant")  # of equal conversations that of the first source is kept
-FEW_SHINGLES = 10  # a shorter conversation is a duplicate only of an equal one
-BANDS, ROWS = 32, 4  # of the signature: at a similarity of 0.7 a pair meets in some band with a chance of 0.9998
-DOUBT = 0.12  # the estimate of a signature may be so far below the truth (2.5 standard deviations at 0.7)
-MOST_IN_BUCKET = 64  # conversations that one bucket remembers
-MOST_COMPARED = 8  # exact comparisons for one conversation
-REMEMBERED = 256  # sets of shingles in memory
+SOURCES = ("gptme", "chat", "openassistant")  # of conversations that are as good that of the first source is kept
+FEW_SHINGLES = 10  # with fewer of its own a conversation is a duplicate only of an equal one
+MOST_KEPT, MOST_DROPPED = 64, 16  # conversations that one bucket remembers
+MOST_COMPARED = 8  # exact comparisons of one conversation with those kept, and as many with those dropped
+REMEMBERED = 2**22  # shingles in memory, 32 MB
+# As they are stored: the same bytes on every platform.
+ARRAYS = {"chain": "<u8", "turns": "<i4", "learnable": "|b1", "seen": "<i4", "signature": "<u4"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Fingerprint:
-    """All that is remembered of a conversation: about 1 kB."""
+    """All that is remembered of a conversation: about 1 kB, and 17 bytes for each assistant turn."""
 
     name: str
     source: str
     group: str
-    time: str
-    exact: str  # of the folded text without the system prompt
+    time: str  # ISO 8601 in UTC, or ""
+    exact: int  # 64 bits, of the folded text without the system prompt
+    shingles: int
     chain: np.ndarray  # uint64 [assistant turns]: of everything up to and including the turn, without the system prompt
     turns: np.ndarray  # int32 [assistant turns]: their places in the conversation
     learnable: np.ndarray  # bool [assistant turns]
+    seen: np.ndarray  # int32 [assistant turns]: shingles up to and including the turn
     signature: np.ndarray  # uint32 [128], zeros where near-duplicates are not looked for
-    shingles: int
+
+    @property
+    def learned(self) -> int:
+        """How many turns it would teach alone."""
+        return int(self.learnable.sum())
 
     def to_json(self) -> list[Any]:
         """Compact; `from_json` gives it back."""
-        arrays = (self.chain, self.turns, self.learnable, self.signature)
-        packed = [base64.b64encode(array.tobytes()).decode() for array in arrays]
-        return [self.name, self.source, self.group, self.time, self.exact, self.shingles, *packed]
+        values = (getattr(self, one.name) for one in fields(self))
+        return [base64.b64encode(v.tobytes()).decode() if isinstance(v, np.ndarray) else v for v in values]
 
     @classmethod
     def from_json(cls, row: list[Any]) -> "Fingerprint":
-        """What `to_json` wrote; raises ValueError or LookupError where it did not."""
-        kinds: tuple[Any, ...] = (np.uint64, np.int32, np.bool_, np.uint32)
-        chain, turns, learnable, signs = [np.frombuffer(base64.b64decode(row[6 + i]), kind) for i, kind in enumerate(kinds)]
-        return cls(row[0], row[1], row[2], row[3], row[4], chain, turns, learnable, signs, row[5])
+        """What `to_json` wrote; raises ValueError or TypeError where it did not."""
+        packed = {name: base64.b64decode(text, validate=True) for name, text in zip(ARRAYS, row[6:], strict=True)}
+        arrays = {name: np.frombuffer(raw, ARRAYS[name]) for name, raw in packed.items()}
+        turns = {len(arrays[name]) for name in ("chain", "turns", "learnable", "seen")}
+        if len(turns) > 1 or len(arrays["signature"]) != BINS:
+            raise ValueError("a fingerprint whose parts do not fit")
+        if [type(value) for value in row[:6]] != [str, str, str, str, int, int]:
+            raise ValueError("a fingerprint with another kind of value")
+        return cls(*row[:6], **arrays)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """By index of the fingerprints. `context`: places of turns that are learned in another conversation."""
+    """By index of the fingerprints. `context`: places of turns that are learned in another conversation.
+
+    `groups`: one label a cluster, the group of its earliest member. It stays as newer conversations join, but where one of
+    them joins two clusters: then both have the label of the older.
+    """
 
     dropped: dict[int, str]  # with the reason
     context: dict[int, tuple[int, ...]]
-    groups: list[str]  # of the earliest member of the cluster: stable as the collection grows, but where two clusters are joined
+    groups: list[str]
 
 
 def fingerprint(conversation: Conversation, near: bool = True) -> Fingerprint:
     """Of the conversation as it is kept; `near` False leaves out what only near-duplicates need."""
     messages = conversation.messages
     lead = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
-    chain, folded = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+    exact, so_far = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
     hashes, turns = [], []
     for place, message in enumerate(messages[lead:], lead):
         calls = "".join(f"\0{call.name}\0{call.arguments}" for call in message.tool_calls)
-        content = message.content.strip() + calls
-        chain.update(f"{message.role}\0{len(content)}\0{content}".encode("utf-8", errors="replace"))
-        folded.update(f"{message.role}\0{' '.join(content.split()).casefold()}\0".encode("utf-8", errors="replace"))
+        for digest, text in ((so_far, message.content.strip() + calls), (exact, _folded(message.content + calls))):
+            raw = text.encode("utf-8", errors="surrogatepass")
+            digest.update(f"{message.role}\0{len(raw)}\0".encode() + raw)
         if message.role == "assistant":
-            hashes.append(int.from_bytes(chain.copy().digest(), "little"))
+            hashes.append(int.from_bytes(so_far.digest(), "little"))
             turns.append(place)
-    values = shingles_of(conversation) if near else np.zeros(0, np.uint64)
+    values, seen = shingles(_texts(messages)) if near else (np.zeros(0, np.uint64), np.zeros(len(messages), np.int32))
+    spoken = [message.role for message in messages if message.role in ("user", "assistant")]
     return Fingerprint(
         name=conversation.name,
         source=conversation.source,
         group=conversation.group,
         time=str(conversation.meta.get("time") or ""),
-        exact=folded.hexdigest(),
+        exact=int.from_bytes(exact.digest(), "little"),
+        shingles=len(values),
         chain=np.array(hashes, np.uint64),
         turns=np.array(turns, np.int32),
         learnable=np.array([messages[turn].weight > 0 for turn in turns], np.bool_),
+        seen=seen[[i for i, role in enumerate(spoken) if role == "assistant"]],
         signature=signature(values),
-        shingles=len(values),
     )
 
 
+def _folded(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _texts(messages: Sequence[Message]) -> Iterator[str]:
+    """The person's and the model's words, calls too. Prompts and tool output would make all alike."""
+    for message in messages:
+        if message.role in ("user", "assistant"):
+            yield " ".join((message.content, *(f"{call.name} {call.arguments}" for call in message.tool_calls)))
+
+
 def shingles_of(conversation: Conversation) -> np.ndarray:
-    """What near-duplicates are told by: the person's and the model's words. Prompts and tool output would make all alike."""
-    return shingles(message.content for message in conversation.messages if message.role in ("user", "assistant"))
+    """uint64, sorted, each once: what near-duplicates are told by."""
+    return shingles(_texts(conversation.messages))[0]
 
 
 def decide(prints: Sequence[Fingerprint], shingles: Callable[[int], np.ndarray], threshold: float | None = 0.7) -> Decision:
     """What is dropped, what is only read, and who belongs together.
 
     `shingles(i)` gives `shingles_of` the i-th conversation again, for the exact check of a candidate; `threshold` is the least
-    Jaccard similarity of near-duplicates, None looks for none. Of near-duplicates the one with the most turns stays, then the
-    newest; one is dropped only if it is near enough to one that stays.
+    Jaccard similarity of near-duplicates, None looks for none. A beginning that two share does not make them alike: it is
+    learned once anyhow, so what follows it is compared. Of near-duplicates the one with the most turns stays, then the newest;
+    one is dropped only if it is near enough to one that stays. Fewer are found at a threshold below 0.5.
     """
-    clusters = _Clusters(prints)
-    order = _order(prints)
-    dropped = _equal(prints, order, clusters)
-    context: dict[int, tuple[int, ...]] = {}
-    _share_turns(prints, [i for i in order if i not in dropped], clusters, dropped, context)
-    if threshold is not None:
-        _near(prints, [i for i in order if i not in dropped], shingles, threshold, clusters, dropped)
-        # What a near-duplicate would have taught on behalf of a fork is learned in the fork again.
-        context.clear()
-        _share_turns(prints, [i for i in order if i not in dropped], clusters, dropped, context)
-    return Decision(dropped, context, clusters.labels())
-
-
-def _order(prints: Sequence[Fingerprint]) -> list[int]:
-    """The best first: most turns, then by source, then the newest, then by name."""
-    order = sorted(range(len(prints)), key=lambda i: (prints[i].name, prints[i].exact))
+    assert threshold is None or 0 < threshold <= 1, threshold
+    order = sorted(range(len(prints)), key=lambda i: _tie(prints[i]))
     order.sort(key=lambda i: prints[i].time, reverse=True)
-    order.sort(key=lambda i: (-int(prints[i].learnable.sum()), _rank(prints[i].source)))
-    return order
+    order.sort(key=lambda i: (-prints[i].learned, -len(prints[i].turns), _rank(prints[i].source)))
+    best = [prints[i] for i in order]  # from here on a conversation is its place in this order
+    clusters, taught = _Clusters(best), _Taught(best)
+    near = None if threshold is None else _Near(best, lambda i: shingles(order[i]), threshold, clusters)
+    dropped, context = {}, {}
+    for i in range(len(best)):
+        reason = taught.reason_to_drop(i)
+        if near and not reason.startswith("duplicate"):  # a beginning too may be like one that is not
+            near_reason = near.place(i, droppable=not reason)
+            reason = reason or near_reason
+        if reason:
+            dropped[order[i]] = reason
+        elif elsewhere := taught.teach(i):
+            context[order[i]] = elsewhere
+    labels = dict(zip(order, clusters.labels(), strict=True))
+    return Decision(dropped, context, [labels[i] for i in range(len(prints))])
 
 
 def _rank(source: str) -> int:
     return SOURCES.index(source) if source in SOURCES else len(SOURCES)
 
 
+def _tie(one: Fingerprint) -> tuple[Any, ...]:
+    return one.name, one.source, one.group, one.exact, one.chain.tobytes(), one.learnable.tobytes()
+
+
 class _Clusters:
-    """Who belongs together; starts with the sources' own groups."""
+    """Who belongs together; starts with the sources' own groups, equal texts, and equal first turns (so every fork)."""
 
     def __init__(self, prints: Sequence[Fingerprint]) -> None:
         self._prints = prints
         self._parent = list(range(len(prints)))
-        first: dict[tuple[str, str], int] = {}
+        first: dict[tuple[Any, ...], int] = {}
         for i, one in enumerate(prints):
-            self.join(i, first.setdefault((one.source, one.group), i))
+            self.join(i, first.setdefault(("exact", one.exact), i))
+            if one.group:
+                self.join(i, first.setdefault((one.source, one.group), i))
+            if len(one.chain):
+                self.join(i, first.setdefault(("turn", int(one.chain[0])), i))
 
     def _root(self, i: int) -> int:
         while self._parent[i] != i:
@@ -148,109 +185,115 @@ class _Clusters:
 
     def join(self, i: int, j: int) -> None:
         """The two belong together from now on."""
-        self._parent[self._root(i)] = self._root(j)
+        i, j = sorted((self._root(i), self._root(j)))
+        self._parent[j] = i
+
+    def together(self, i: int, j: int) -> bool:
+        """Whether they belong together so far."""
+        return self._root(i) == self._root(j)
 
     def labels(self) -> list[str]:
-        """For each the group of the earliest in its cluster; of a person's own conversations, where there are some."""
-        earliest: dict[int, tuple[int, str, str, str]] = {}
+        """For each the group of the earliest in its cluster; one whose time is not known counts as late."""
+        earliest: dict[int, tuple[bool, str, str, str]] = {}
         for i, one in enumerate(self._prints):
-            root, key = self._root(i), (_rank(one.source), one.time, one.name, one.group)
+            root, key = self._root(i), (not one.time, one.time, one.name, one.group or one.name)
             earliest[root] = min(earliest.get(root, key), key)
         return [earliest[self._root(i)][3] for i in range(len(self._prints))]
 
 
-def _equal(prints: Sequence[Fingerprint], order: Sequence[int], clusters: _Clusters) -> dict[int, str]:
-    dropped: dict[int, str] = {}
-    first: dict[str, int] = {}
-    for i in order:
-        kept = first.setdefault(prints[i].exact, i)
-        if kept != i:
-            clusters.join(i, kept)
-            dropped[i] = f"duplicate of {prints[kept].name}"
-    return dropped
+class _Taught:
+    """Which turn, with all before it, is learned where."""
+
+    def __init__(self, prints: Sequence[Fingerprint]) -> None:
+        self._prints = prints
+        self._ends = np.cumsum([len(one.chain) for one in prints]).tolist()
+        chains = np.concatenate([np.zeros(0, np.uint64), *(one.chain for one in prints)])
+        distinct, keys = np.unique(chains, return_inverse=True)
+        self._keys = keys.ravel().astype(np.int32)
+        self._teacher = np.full(len(distinct), -1, np.int32)
+        self._holder = np.full(len(distinct), -1, np.int32)  # a kept conversation that has the turn, learned or not
+        self._equals: dict[int, list[int]] = {}  # the kept ones
+
+    def _keys_of(self, i: int) -> np.ndarray:
+        return self._keys[self._ends[i] - len(self._prints[i].chain) : self._ends[i]]
+
+    def reason_to_drop(self, i: int) -> str:
+        """Empty where it has a turn to teach that no kept one has."""
+        one, keys = self._prints[i], self._keys_of(i)
+        equals = [j for j in self._equals.get(one.exact, ()) if len(self._prints[j].learnable) == len(keys)]
+        if equals and not (one.learnable & ~np.any([self._prints[j].learnable for j in equals], axis=0)).any():
+            return f"duplicate of {self._prints[equals[0]].name}"
+        learnable = keys[one.learnable]
+        teachers = self._teacher[learnable] if len(learnable) else self._holder[keys]
+        if not len(teachers) or (teachers < 0).any():
+            return ""
+        return f"beginning of {self._prints[int(teachers[-1])].name}"
+
+    def teach(self, i: int) -> tuple[int, ...]:
+        """The i-th is kept; gives back the places of its turns that are learned elsewhere."""
+        one, keys = self._prints[i], self._keys_of(i)
+        elsewhere = one.learnable & (self._teacher[keys] >= 0)
+        self._teacher[keys[one.learnable & ~elsewhere]] = i
+        self._holder[keys[self._holder[keys] < 0]] = i
+        self._equals.setdefault(one.exact, []).append(i)
+        return tuple(one.turns[elsewhere].tolist())
 
 
-def _share_turns(
-    prints: Sequence[Fingerprint],
-    order: Sequence[int],
-    clusters: _Clusters,
-    dropped: dict[int, str],
-    context: dict[int, tuple[int, ...]],
-) -> None:
-    """Each turn belongs to the first conversation that can teach it; one without a turn of its own is dropped."""
-    owners: dict[int, int] = {}  # a turn with all before it -> who teaches it
-    for i in order:
-        one = prints[i]
-        others = [owners.get(key) for key in one.chain.tolist()]
-        known = [owner for owner in others if owner is not None]
-        learnable = one.learnable.tolist()
-        own = [key for key, owner, learn in zip(one.chain.tolist(), others, learnable, strict=True) if learn and owner is None]
-        if known and (len(known) > 1 or 2 * len(known) >= len(others) or not own):  # one greeting in common says nothing
-            clusters.join(i, known[-1])
-        if known and not own:
-            whole = others[-1] is not None
-            dropped[i] = f"{'beginning' if whole else 'same turns as a part'} of {prints[known[-1]].name}"
-            continue
-        owners |= dict.fromkeys(own, i)
-        shared = [
-            turn for turn, owner, learn in zip(one.turns.tolist(), others, learnable, strict=True) if learn and owner is not None
-        ]
-        if shared:
-            context[i] = tuple(shared)
+class _Near:
+    """Near-duplicates among those placed so far."""
 
-
-class _Shingles:
-    """The sets that were asked for last."""
-
-    def __init__(self, read: Callable[[int], np.ndarray]) -> None:
-        self._read = read
+    def __init__(
+        self, prints: Sequence[Fingerprint], read: Callable[[int], np.ndarray], threshold: float, clusters: _Clusters
+    ) -> None:
+        self._prints, self._threshold, self._clusters = prints, threshold, clusters
+        self._read, self._held = read, 0
         self._sets: OrderedDict[int, np.ndarray] = OrderedDict()
+        signatures = np.array([one.signature for one in prints], np.uint32).reshape(-1, BINS)
+        bands = bands_of(signatures)
+        self._kept, self._dropped = (Neighbours(signatures, bands, most) for most in (MOST_KEPT, MOST_DROPPED))
 
-    def of(self, i: int) -> np.ndarray:
+    def place(self, i: int, droppable: bool) -> str:
+        """The reason to drop it, if there is one; those dropped still bring others into their cluster."""
+        if self._prints[i].shingles < FEW_SHINGLES:
+            return ""
+        j, similarity = next(self._near(i, self._kept, apart=False), (i, 0.0)) if droppable else (i, 0.0)
+        self._clusters.join(i, j)
+        goes = j != i or not droppable
+        for other, _ in chain(self._near(i, self._kept, apart=True) if goes else (), self._near(i, self._dropped, apart=True)):
+            self._clusters.join(i, other)
+        (self._dropped if goes else self._kept).add(i)
+        return f"near-duplicate of {self._prints[j].name} ({similarity:.2f})" if j != i else ""
+
+    def _near(self, i: int, among: Neighbours, apart: bool) -> Iterator[tuple[int, float]]:
+        """Those near to it with how near, the likeliest first; `apart`: only of other clusters."""
+        compared = 0
+        for j, estimate in among.like(i):
+            shared = self._shared(i, j)
+            sizes = self._prints[i].shingles, self._prints[j].shingles
+            if (apart and self._clusters.together(i, j)) or sizes[0] - shared < FEW_SHINGLES:
+                continue
+            if may_reach(self._threshold, estimate, sizes, shared):
+                similarity = jaccard(self._set(i), self._set(j), shared)
+                if similarity >= self._threshold:
+                    yield j, similarity
+                compared += 1
+                if compared == MOST_COMPARED:
+                    return
+
+    def _shared(self, i: int, j: int) -> int:
+        """How many shingles the turns have that both begin with."""
+        one, other = self._prints[i], self._prints[j]
+        turns = min(len(one.chain), len(other.chain))
+        differ = np.flatnonzero(one.chain[:turns] != other.chain[:turns])
+        common = int(differ[0]) if len(differ) else turns
+        return int(one.seen[common - 1]) if common else 0
+
+    def _set(self, i: int) -> np.ndarray:
         """Read again only where it was not asked for lately."""
         if i not in self._sets:
             self._sets[i] = self._read(i)
+            self._held += len(self._sets[i])
         self._sets.move_to_end(i)
-        if len(self._sets) > REMEMBERED:
-            self._sets.popitem(last=False)
+        while self._held > REMEMBERED and len(self._sets) > 1:
+            self._held -= len(self._sets.popitem(last=False)[1])
         return self._sets[i]
-
-
-def _near(
-    prints: Sequence[Fingerprint],
-    order: Sequence[int],
-    read: Callable[[int], np.ndarray],
-    threshold: float,
-    clusters: _Clusters,
-    dropped: dict[int, str],
-) -> None:
-    """Drops what is near to one that stays. Those dropped still bring others into the cluster."""
-    buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
-    sets = _Shingles(read)
-    for i in order:
-        if prints[i].shingles < FEW_SHINGLES:
-            continue
-        bands = [(band, key.tobytes()) for band, key in enumerate(prints[i].signature.reshape(BANDS, ROWS))]
-        compared = _candidates(prints, i, {j for band in bands for j in buckets[band]}, threshold)
-        for j in compared:
-            similarity = jaccard(sets.of(i), sets.of(j))
-            if similarity >= threshold:
-                clusters.join(i, j)
-                if j not in dropped:
-                    dropped[i] = f"near-duplicate of {prints[j].name} ({similarity:.2f})"
-                    break
-        for band in bands:
-            if len(buckets[band]) < MOST_IN_BUCKET:
-                buckets[band].append(i)
-
-
-def _candidates(prints: Sequence[Fingerprint], i: int, met: set[int], threshold: float) -> list[int]:
-    """Those of `met` that may be near enough, the nearest first; how near is estimated from the signatures."""
-    least, most = threshold * prints[i].shingles, prints[i].shingles / threshold
-    fitting = sorted(j for j in met if least <= prints[j].shingles <= most)
-    if not fitting:
-        return []
-    signs = np.stack([prints[j].signature for j in fitting])
-    estimates = (signs == prints[i].signature).mean(axis=1)
-    nearest = np.argsort(-estimates, kind="stable")[:MOST_COMPARED]
-    return [fitting[k] for k in nearest.tolist() if estimates[k] >= threshold - DOUBT]

@@ -3,22 +3,29 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Example
-from mlx_finetune.data.conversation import Conversation, read_conversations
-from mlx_finetune.data.dataset import write_dataset
+from mlx_finetune.data.conversation import Conversation
+from mlx_finetune.data.dataset import SPLITS, write_dataset
+from mlx_finetune.data.entries import Entry, entries, read_entry
+from mlx_finetune.data.mixture import Mixture, in_order
 from mlx_finetune.data.provenance import Refused
-from mlx_finetune.data.split import held_out_groups, is_held_out
+from mlx_finetune.data.split import Split, split
 from mlx_finetune.data.template import ChatTemplate, Encoded
 from mlx_finetune.data.windows import Window, Windows, cut
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file, atomic_folder
 
-NOT_CONVERSATIONS = ("rejected.jsonl", "train.jsonl", "valid.jsonl")
+NOT_CONVERSATIONS = ("rejected.jsonl", *(f"{name}.jsonl" for name in SPLITS))
+SETTINGS = (
+    "max_length", "valid_fraction", "validation_by", "openassistant_valid_fraction", "openassistant_share", "test_fraction",
+)  # fmt: skip  # those of RunConfig that prepare obeys
+Advance = Callable[[int, int], None]  # conversations done, conversations in all
 
 
 @dataclass
@@ -29,12 +36,19 @@ class Tally:
     examples: int = 0
     tokens: int = 0
     learned_tokens: int = 0
+    learned_tokens_by_source: Counter[str] = field(default_factory=Counter)
+    placeholder_tokens: int = 0  # in learned turns, where a secret was: read, not learned
     learned_turns: int = 0
     served_as_trained: int = 0  # learned turns that stand after exactly what a server would send
     turns_too_long: int = 0
     messages_shortened: int = 0
     messages_left_out: int = 0  # only read, and no window had room for them
     turns_refused: Counter[str] = field(default_factory=Counter)  # by reason
+
+    def add(self, other: "Tally") -> None:
+        """Counts what the other has counted as well."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -63,38 +77,79 @@ def prepare(
     config: RunConfig,
     out: Path,
     origin: dict[str, Any],
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    advance: Advance = lambda done, total: None,
 ) -> dict[str, Any]:
     """Makes the folder `out` whole or not at all; gives back its `dataset.json`, where `origin` (the model) stands too.
+
+    The files are read twice: once for what decides the split, then conversation by conversation.
 
     Raises:
         UserError: a bad line, `out` exists, or there is nothing to learn.
     """
-    conversations = [c for path in collected_files(paths) for c in read_conversations(path)]
-    held_out = held_out_groups(conversations, config.valid_fraction)
-    tallies = {"train": Tally(), "valid": Tally()}
-    members: dict[str, list[Conversation]] = {"train": [], "valid": []}
-    for conversation in conversations:
-        members["valid" if is_held_out(conversation, held_out) else "train"].append(conversation)
-    finished = 0
+    members = split([entry for path in collected_files(paths) for entry in entries(path)], config)
+    work = _Work(template, config, members, advance)
+    info = {name: getattr(config, name) for name in SETTINGS} | {"tokenizer": template.fingerprint, **origin}
+    with atomic_folder(out) as folder, ExitStack() as files:
+        beside = {name: files.enter_context(atomic_file(folder / f"{name}.jsonl")) for name in SPLITS}
+        examples = {name: work.examples(name, beside[name]) for name in SPLITS}
+        return write_dataset(folder, examples, lambda: info | work.result())
 
-    def examples(split: str, file: IO[str]) -> Iterator[Example]:
-        nonlocal finished
-        for conversation in members[split]:
-            for window, turns, encoded in _encoded(conversation, template, config.max_length, tallies[split]):
-                file.write(json.dumps(_row(window, conversation), ensure_ascii=False) + "\n")
-                yield Example(encoded.tokens, encoded.weights, conversation.source, conversation.id, turns)
-            finished += 1
-            advance(finished, len(conversations))
 
-    info = {"max_length": config.max_length, "valid_fraction": config.valid_fraction, "tokenizer": template.fingerprint, **origin}
-    with (
-        atomic_folder(out) as folder,
-        atomic_file(folder / "train.jsonl") as train,
-        atomic_file(folder / "valid.jsonl") as valid,
-    ):
-        splits = {"train": examples("train", train), "valid": examples("valid", valid)}
-        return write_dataset(folder, splits, lambda: info | _result(tallies, members, held_out))
+class _Work:
+    """Encodes one conversation after the other and counts what becomes of it."""
+
+    def __init__(self, template: ChatTemplate, config: RunConfig, members: Split, advance: Advance) -> None:
+        self.template, self.config, self.members, self.advance = template, config, members, advance
+        self.tallies = {name: Tally() for name in SPLITS}
+        self.mixture = Mixture.of(members.train, config.openassistant_share)
+        self.beyond_share = 0
+        self.done, self.total = 0, sum(len(getattr(members, name)) for name in SPLITS)
+
+    def examples(self, name: str, beside: IO[str]) -> Iterator[Example]:
+        """The examples of one split; the messages of each go into the file `beside`."""
+        for entry in in_order(getattr(self.members, name)):
+            if name == "train" and self.mixture.full:
+                self.beyond_share += 1
+            else:
+                yield from self._examples_of(entry, name, beside)
+            self.done += 1
+            self.advance(self.done, self.total)
+
+    def _examples_of(self, entry: Entry, name: str, beside: IO[str]) -> Iterator[Example]:
+        conversation, tally = read_entry(entry), Tally()
+        windows = list(_encoded(conversation, self.template, self.config.max_length, tally))
+        if name == "train" and not self.mixture.takes(entry.source, tally.learned_tokens):
+            self.beyond_share += 1
+            return
+        self.tallies[name].add(tally)
+        for window, turns, encoded in windows:
+            beside.write(json.dumps(_row(window, conversation), ensure_ascii=False) + "\n")
+            yield Example(encoded.tokens, encoded.weights, conversation.source, conversation.id, turns)
+
+    def result(self) -> dict[str, Any]:
+        """The counts, once all splits are through; raises UserError where there is nothing to learn."""
+        members, left_out = self.members, self.members.left_out.copy()
+        if self.beyond_share:
+            left_out[f"beyond the share of OpenAssistant, {self.config.openassistant_share:g} of the learned tokens"] = (
+                self.beyond_share
+            )
+        if not self.tallies["train"].examples:
+            _refuse_nothing(self.tallies["train"], left_out)
+        return {name: tally.to_json() for name, tally in self.tallies.items()} | {
+            "openassistant_share_reached": self.mixture.reached,
+            "left_out": dict(left_out),
+            "held_out_groups": sorted(members.held_out_groups),
+            "held_out_trees": sorted(members.held_out_trees),
+            "held_out": sorted({entry.name for entry in members.valid if entry.group in members.held_out_groups}),
+            "test_conversations": sorted({entry.name for entry in members.test}),
+        }
+
+
+def _refuse_nothing(train: Tally, left_out: Counter[str]) -> None:
+    lost = [f"{reason} ({count})" for reason, count in (train.turns_refused + left_out).items()]
+    lost += [f"turn longer than a window ({train.turns_too_long})"] if train.turns_too_long else []
+    reasons = "; ".join(lost) or "no assistant turn"
+    raise UserError(f"no conversation left to learn from: {reasons}", hint="collect more, or a larger max_length")
 
 
 def _encoded(
@@ -119,7 +174,10 @@ def _encoded(
             continue
         tally.examples += 1
         tally.tokens += len(result.tokens)
-        tally.learned_tokens += int((result.weights > 0).sum())
+        learned = int((result.weights > 0).sum())
+        tally.learned_tokens += learned
+        tally.learned_tokens_by_source[conversation.source] += learned
+        tally.placeholder_tokens += result.placeholders
         tally.learned_turns += len(turns)
         tally.served_as_trained += result.served if window.whole and not conversation.meta.get("not_reproduced") else 0
         yield window, turns, result
@@ -155,19 +213,3 @@ def _row(window: Window, conversation: Conversation) -> dict[str, Any]:
     messages = [replace(m, reason="").to_json() | {"weight": int(m.weight > 0)} for m in window.messages]
     tools = {"tools": list(conversation.tools)} if conversation.tools else {}
     return {"messages": messages, "source": conversation.source, "conversation": conversation.id} | tools
-
-
-def _result(tallies: dict[str, Tally], members: dict[str, list[Conversation]], held_out: frozenset[str]) -> dict[str, Any]:
-    train = tallies["train"]
-    if not train.examples:
-        lost = [f"{reason} ({count})" for reason, count in train.turns_refused.items()]
-        lost += [f"turn longer than a window ({train.turns_too_long})"] if train.turns_too_long else []
-        reasons = "; ".join(lost) or "no assistant turn"
-        raise UserError(f"no conversation left to learn from: {reasons}", hint="collect more, or a larger max_length")
-    titles = sorted({str(c.meta.get("name", c.group)) for c in members["valid"]})
-    return {
-        "train": train.to_json(),
-        "valid": tallies["valid"].to_json(),
-        "held_out_groups": sorted(held_out),
-        "held_out": titles,
-    }

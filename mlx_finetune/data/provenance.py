@@ -66,10 +66,9 @@ def _span(render: Render, messages: Sequence[Message], k: int, text: str, positi
     if not positions.size:
         raise Refused(f"the template drops a message of role {role}")
     first, last = int(positions[0]), int(positions[-1])
-    parts = content[: marked[0]], content[marked[0] : marked[-1] + 1], content[marked[-1] + 1 :]
-    if role == "tool" and text[first : last + 1] != parts[1]:  # Llama 3 writes the result of a tool as JSON
-        parts = tuple(json.dumps(part, ensure_ascii=False)[1:-1] for part in parts)
-    before, inside, after = parts
+    before, inside, after = content[: marked[0]], content[marked[0] : marked[-1] + 1], content[marked[-1] + 1 :]
+    if role == "tool" and text[first : last + 1] != inside:  # Llama 3 writes the result of a tool as JSON
+        before, inside, after = (json.dumps(part, ensure_ascii=False)[1:-1] for part in (before, inside, after))
     if text[first : last + 1] != inside:
         raise Refused(f"the template rewrites a message of role {role}")
     # A template may trim blanks at the edges of a message, and nothing else.

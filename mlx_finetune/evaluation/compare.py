@@ -86,7 +86,7 @@ def compare(run: Path, checkpoint: str = "best", engine: str = "") -> tuple[Comp
     dataset = Dataset.open(Path(config.data))
     held_out = dataset.held_out(config.batch_size)
     if not held_out:
-        raise UserError(f"{dataset.folder}: nothing was held out", hint="prepare with two or more gptme conversations")
+        raise UserError(f"{dataset.folder}: nothing was held out", hint="prepare two or more conversations, with a valid_fraction")
     opened = open_tuned(config, model, dataset, folder)
     tuned, state = held_out_loss(opened, held_out), opened.state()
     opened.load_state(without_adapter(opened.shapes, config.rank), step=0)

@@ -1,24 +1,38 @@
 """Held-out loss: sums travel, the mean is for printing."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mlx_finetune.data.batches import Batch
+from mlx_finetune.data.sources.openassistant import SOURCE as OPENASSISTANT
 from mlx_finetune.engines import Engine
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean nats a learned token: over everything, and by source."""
+    """Mean nats a learned token: over a person's own conversations, and by source.
+
+    OpenAssistant is shown beside and never mixed into `loss`, unless nothing else was held out.
+    """
 
     loss: float
     by_source: dict[str, float]
-    tokens: int
+    tokens: int  # behind `loss`
+    tokens_by_source: dict[str, int]
+
+
+def judged_by(sources: Iterable[str]) -> list[str]:
+    """The sources that make up the loss."""
+    every = sorted(sources)
+    return [source for source in every if source != OPENASSISTANT] or every
 
 
 def held_out_loss(engine: Engine, batches: dict[str, list[Batch]]) -> HeldOut:
-    """Weighted by token over all batches of all sources; `batches` must not be empty."""
+    """Weighted by token over all batches of the sources that count; `batches` must not be empty."""
     sums = {source: sum(engine.loss_sum(batch) for batch in each) for source, each in batches.items()}
     weights = {source: sum(batch.learned for batch in each) for source, each in batches.items()}
-    tokens = sum(int((batch.weights > 0).sum()) for each in batches.values() for batch in each)
+    tokens = {source: sum(int((batch.weights > 0).sum()) for batch in each) for source, each in batches.items()}
+    counted = judged_by(batches)
+    loss = sum(sums[source] for source in counted) / sum(weights[source] for source in counted)
     by_source = {source: sums[source] / weights[source] for source in batches}
-    return HeldOut(sum(sums.values()) / sum(weights.values()), by_source, tokens)
+    return HeldOut(loss, by_source, sum(tokens[source] for source in counted), tokens)

@@ -27,7 +27,7 @@ class Metrics:
         self._append({"step": step, "split": "train", **measured, "learning_rate": rate, "seconds": round(seconds, 3)})
 
     def held_out(self, step: int, loss: float, by_source: dict[str, float]) -> None:
-        """Mean nats a token over all validation tokens, and by source; step 0 is the base model."""
+        """Mean nats a token over the validation tokens that count (see held_out.py), and by source; step 0 is the base model."""
         self._append({"step": step, "split": "valid", "loss": loss, "by_source": by_source})
 
     def _append(self, row: dict[str, Any]) -> None:

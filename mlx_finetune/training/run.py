@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_finetune.config import RunConfig, load_config, make_config, save_config
 from mlx_finetune.data.dataset import Dataset
+from mlx_finetune.data.prepare import SETTINGS
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.engines import Engine, choose_engine, open_engine
 from mlx_finetune.errors import UserError
@@ -16,7 +17,6 @@ from mlx_finetune.models.weights import fingerprint, tensor_headers
 from mlx_finetune.training.checkpoint import Origin, check_origin, read_progress, resume
 from mlx_finetune.training.loop import Advance, Trained, total_steps, train
 
-PREPARED = ("max_length", "valid_fraction")  # settings of `prepare`
 # What may differ when a run goes on: where things stand, what computes, and when to look.
 MAY_CHANGE = frozenset({"model", "data", "out", "engine", "dtype", "eval_every", "save_every"})
 
@@ -58,7 +58,9 @@ def plan_resume(run: Path, overrides: dict[str, Any]) -> Plan:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: not a run (no config.yaml)", hint="leave out --resume to start one")
     before = load_config(run / "config.yaml", {})
-    config = make_config(before.to_dict() | overrides | {"out": str(run)}, "the command line")
+    # What an earlier version did not know yet is not asked for: it is as the data was prepared.
+    written = {name: value for name, value in before.to_dict().items() if name in before.model_fields_set}
+    config = make_config(written | overrides | {"out": str(run)}, "the command line")
     for name, then in before.to_dict().items():
         now = config.to_dict()[name]
         if now != then and name not in MAY_CHANGE:
@@ -108,12 +110,12 @@ def check_settings(checkpoint: Path, config: RunConfig) -> None:
 
 def _as_prepared(config: RunConfig, dataset: Dataset) -> RunConfig:
     """The config with what `prepare` was told; raises UserError where the person now asks for something else."""
-    for name in PREPARED:
+    for name in SETTINGS:
         asked, prepared = getattr(config, name), dataset.info[name]
         if name in config.model_fields_set and asked != prepared:
             hint = f"run mlx-finetune prepare again, or leave {name} out"
             raise UserError(f"{name} = {asked}, but {dataset.folder} was prepared with {prepared}", hint=hint)
-    return config.model_copy(update={name: dataset.info[name] for name in PREPARED})
+    return config.model_copy(update={name: dataset.info[name] for name in SETTINGS})
 
 
 def check_mlx(model: Path, dataset: Dataset) -> None:

@@ -4,6 +4,7 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 from mlx_finetune.data.redaction import Found
 from mlx_finetune.data.redaction.values import is_marked, is_password, is_placeholder, is_token
@@ -78,6 +79,7 @@ def named_secrets(text: str, position: int) -> Iterator[Found]:
         yield from _value(text, binding, kind, name, stem + name[:dashes])
 
 
+@lru_cache(maxsize=4096)
 def kind_of_name(name: str) -> str | None:
     """password, token, api_key, secret, credential or aws_secret_key; None for a name that promises no secret."""
     plain = TAIL.sub("", CAMEL.sub("_", name).lower().strip("_"))

@@ -1,7 +1,7 @@
 """The rows of a chat file, whatever it is packed in: JSON lines, a JSON list, one JSON object, text; each also as gzip.
 
 What a file is decides its content, not its name. Lines are read one by one and lists element by element, so that the size of a
-file does not matter; only the whole object around a list, such as {"data": [...]}, is held at once.
+file does not matter. Only an object with a list of rows in it is held at once where the list is not the first thing in it.
 """
 
 import codecs
@@ -25,6 +25,7 @@ LONGEST_ROW = 64 * 2**20  # bytes of a line, characters of a row in a list
 LARGEST_OBJECT = 512 * 2**20  # characters of one JSON object around all rows
 CHUNK = 2**20
 WRAPPERS = ("data", "train", "examples", "instances")  # keys under which all rows of a file may stand
+WRAPPED = re.compile(rf'\{{\s*"(?:{"|".join(WRAPPERS)})"\s*:\s*\[(?=\s*\{{)')
 JSON_START = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\{\s*(?:["}]|\Z)|\[\s*(?:[\[{"\]]|\Z))')
 LINES_NAME, JSON_NAME = (".jsonl", ".ndjson"), (".jsonl", ".ndjson", ".json")
 BETWEEN = re.compile(r"[\s,]*")
@@ -209,6 +210,9 @@ def _values(file: IO[bytes], path: Path) -> Iterator[Row]:
     in_list = text.pass_blanks() == "["
     if in_list:
         text.pass_to(text.at + 1)
+    elif wrapped := WRAPPED.match(text.held, text.at):
+        in_list = True
+        text.pass_to(wrapped.end())
     number = 0
     while (sign := text.pass_blanks()) and not (in_list and sign == "]"):
         number += 1
