@@ -37,6 +37,7 @@ FAILED = re.compile(
 READ_ONLY = re.compile(r"\A\s*Ran allowlisted command: ")
 APOLOGY = re.compile(r"\bI(?:'m| am)? (?:deeply |sincerely |very |so )?(?:apologi[sz]e|sorry)\b|\bmy apologies\b", re.IGNORECASE)
 WAITS = re.compile(r"\A\s*(?:output|wait|jobs|kill|inspect-pane|list-sessions|sleep)\b")  # asks what another process does
+WITHOUT_DIGITS = dict.fromkeys(range(ord("0"), ord("9") + 1))
 SAME_TEXT = 20  # characters; shorter answers ("Done.") may well be given twice
 STUCK_TURNS, STUCK_SHARE = 3, 0.3
 APOLOGIES, APOLOGY_SHARE = 3, 0.5
@@ -169,7 +170,7 @@ def _repeats(turns: Iterable[_Turn]) -> frozenset[int]:
     repeats = set()
     for turn in turns:
         key: Any = turn.key or (turn.text.strip() if len(turn.text.strip()) >= SAME_TEXT else None)
-        result = re.sub(r"\d+", "0", turn.results)
+        result = turn.results.translate(WITHOUT_DIGITS)  # times and counts differ each time
         waits = bool(turn.calls) and all(WAITS.search(call.content) for call in turn.calls)
         writes = bool(turn.calls) and not READ_ONLY.search(turn.results) and not _wrote_nothing(turn)
         before = seen.get(key) if key and not waits else None
