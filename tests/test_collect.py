@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from chats import RAISES, template_of
-from mlx_finetune.data.redact import Rules
 
 from mlx_finetune.data import refining
 from mlx_finetune.data.clean import reason_in_name, reason_in_shape
 from mlx_finetune.data.collect import Sources, collect, write_rendered
 from mlx_finetune.data.conversation import Conversation, Message, Role, read_conversations
+from mlx_finetune.data.redact import Rules
 from mlx_finetune.data.refine import Settings
 from mlx_finetune.data.select import Selection, read_tags
 from mlx_finetune.data.sources.openassistant import EVERYTHING

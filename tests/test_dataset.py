@@ -69,9 +69,11 @@ def assert_equal(one: Example, other: Example) -> None:
 
 def check_tally(dataset: Dataset, conversations: Sequence[Conversation]) -> None:
     """Every turn is learned once or counted, and the counts are those of the examples."""
+    held_out = {"gptme": dataset.info["held_out_groups"], "openassistant": dataset.info["held_out_trees"]}
+    assert dataset.info["left_out"] == {} and dataset.info["test_conversations"] == []
     for split, store in (("train", dataset.train), ("valid", dataset.valid)):
-        tally, held_out = dataset.info[split], set(dataset.info["held_out_groups"])
-        here = [c for c in conversations if (c.source == "gptme" and c.group in held_out) == (split == "valid")]
+        tally = dataset.info[split]
+        here = [c for c in conversations if (c.group in held_out[c.source]) == (split == "valid")]
         learned = Counter((example.conversation, turn) for example in store for turn in example.turns)
         assert max(learned.values(), default=1) == 1
         assert tally["learned_turns"] == len(learned)
@@ -80,6 +82,7 @@ def check_tally(dataset: Dataset, conversations: Sequence[Conversation]) -> None
         assert tally["examples"] == len(store) == dataset.info["examples"][split]
         assert tally["tokens"] == sum(store.lengths) and max(store.lengths, default=0) <= dataset.info["max_length"]
         assert tally["learned_tokens"] == sum(int((example.weights > 0).sum()) for example in store)
+        assert tally["learned_tokens"] == sum(tally["learned_tokens_by_source"].values())
         assert sum(tally["conversations"].values()) == len(here)
         assert set(learned) <= {(c.id, place) for c in here for place, _, _ in to_learn(c.messages)}
 
@@ -88,10 +91,10 @@ def check_tally(dataset: Dataset, conversations: Sequence[Conversation]) -> None
 def test_every_turn_of_the_sample_is_learned_once_or_counted(
     tiny: ChatTemplate, sample: list[Conversation], tmp_path: Path, size: int
 ) -> None:
-    dataset = prepared(tmp_path, sample, tiny, max_length=size, valid_fraction=0.3)
+    dataset = prepared(tmp_path, sample, tiny, max_length=size, valid_fraction=0.3, openassistant_share=0.9)
     check_tally(dataset, sample)
     assert dataset.info["train"]["turns_refused"] == {} == dataset.info["valid"]["turns_refused"]
-    assert set(dataset.valid.sources) == {"gptme"}
+    assert "gptme" in dataset.valid.sources and len(dataset.info["held_out_trees"]) == 1
     assert set(dataset.train.sources) == ({"gptme", "openassistant"} if size > 128 else {"gptme"})
     if size == 8192:
         assert dataset.info["train"]["served_as_trained"] == dataset.info["train"]["learned_turns"]
@@ -151,13 +154,71 @@ def test_context_and_blank_turns_are_not_among_the_turns_of_an_example(tiny: Cha
     assert dataset.info["train"]["turns_refused"] == {"a turn of blanks": 1}
 
 
-def test_only_gptme_is_held_out_even_where_another_source_has_the_same_group(tiny: ChatTemplate, tmp_path: Path) -> None:
+def test_what_another_source_has_of_a_held_out_group_is_left_out(tiny: ChatTemplate, tmp_path: Path) -> None:
     groups = [f"g{i}" for i in range(20)]
     conversations = [conversation_of(chat(f"{s} {g}", "yes"), g, s) for g in groups for s in ("gptme", "openassistant")]
-    dataset = prepared(tmp_path, conversations, tiny, valid_fraction=0.5)
-    check_tally(dataset, conversations)
-    assert set(dataset.valid.sources) == {"gptme"}
-    assert Counter(dataset.train.sources)["openassistant"] == 20
+    dataset = prepared(tmp_path, conversations, tiny, valid_fraction=0.5, openassistant_share=0.9)
+    assert Counter(dataset.valid.sources) == {"gptme": 10}
+    assert Counter(dataset.train.sources) == {"gptme": 10, "openassistant": 10}
+    assert dataset.info["left_out"] == {"same group as a held-out conversation": 10}
+    assert {dataset.info["train"]["conversations"]["openassistant"], *dataset.info["valid"]["conversations"].values()} == {10}
+
+
+def of_times(count: int, source: str = "gptme") -> list[Conversation]:
+    """One conversation a day, each in a group of its own."""
+    return [
+        Conversation(
+            tuple(chat(f"{source} {i}", f"answer {i}")),
+            source,
+            f"{source}-{i}",
+            "private",
+            {"time": f"2026-01-{i + 1:02}T00:00:00+00:00"},
+        )
+        for i in range(count)
+    ]
+
+
+def groups_in(dataset: Dataset, split: str, conversations: Sequence[Conversation]) -> set[str]:
+    groups = {one.id: one.group for one in conversations}
+    return {groups[example.conversation] for example in getattr(dataset, split)}
+
+
+def test_the_newest_conversations_are_held_out_and_a_test_split_stands_apart(tiny: ChatTemplate, tmp_path: Path) -> None:
+    conversations = [*of_times(20), *of_times(20, "openassistant")]
+    settings = {"test_fraction": 0.2, "valid_fraction": 0.25, "openassistant_share": 0.9}
+    dataset = prepared(tmp_path, conversations, tiny, **settings)
+    test, valid, train = (groups_in(dataset, split, conversations) for split in ("test", "valid", "train"))
+    assert test and test == set(dataset.info["test_conversations"]) and all(name.startswith("gptme") for name in test)
+    assert not test & valid and not test & train and not valid & train
+    left = sorted((group for group in valid | train if group.startswith("gptme")), key=lambda group: int(group[6:]))
+    assert {g for g in valid if g.startswith("gptme")} == set(left[-len(dataset.info["held_out_groups"]) :]) != set()
+    rows = list(read_conversations(dataset.folder / "test.jsonl"))
+    assert len(rows) == len(dataset.test) == dataset.info["test"]["examples"] == len(test)
+    assert dataset.info["bytes"]["test"] == (dataset.folder / "test.arrow").stat().st_size
+
+
+def test_a_placeholder_is_counted_where_it_is_not_learned(tiny: ChatTemplate, tmp_path: Path) -> None:
+    messages = chat("log in with [REDACTED:password:1]", "login [REDACTED:password:1]")
+    dataset = prepared(tmp_path, [conversation_of(messages)], tiny)
+    encoded, tally = tiny.encode(messages), dataset.info["train"]
+    assert tally["placeholder_tokens"] == encoded.placeholders > 5
+    assert tally["learned_tokens"] == (encoded.weights > 0).sum() > 1
+
+
+def test_a_collection_of_any_size_is_prepared_a_conversation_at_a_time(tiny: ChatTemplate, tmp_path: Path) -> None:
+    import gc
+
+    most = 0
+
+    def look(done: int, total: int) -> None:
+        nonlocal most
+        most = max(most, sum(isinstance(each, Conversation) for each in gc.get_objects()) - before)
+
+    write_conversations(tmp_path / "all.jsonl", (conversation_of(chat(str(i), "yes " * i), str(i)) for i in range(100)))
+    gc.collect()
+    before = sum(isinstance(each, Conversation) for each in gc.get_objects())
+    prepare([tmp_path / "all.jsonl"], tiny, make_config({}, "test"), tmp_path / "out", {}, look)
+    assert most <= 3
 
 
 def test_the_jsonl_beside_holds_the_same_windows(tiny: ChatTemplate, sample: list[Conversation], tmp_path: Path) -> None:
@@ -263,7 +324,7 @@ def test_the_data_stay_on_the_disk_and_no_cache_appears_in_the_home(tmp_path: Pa
     assert total == sum(int(example.tokens.sum()) for example in examples)
     assert (dataset.folder / "train.arrow").stat().st_size > 10_000_000 > 20 * allocated
     assert list(home.rglob("*")) == []
-    assert {path.name for path in dataset.folder.iterdir()} == {"train.arrow", "valid.arrow", "dataset.json"}
+    assert {path.name for path in dataset.folder.iterdir()} == {"train.arrow", "valid.arrow", "test.arrow", "dataset.json"}
 
 
 def cut_off(folder: Path) -> None:
@@ -273,11 +334,11 @@ def cut_off(folder: Path) -> None:
 
 def other_version(folder: Path) -> None:
     info = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    (folder / "dataset.json").write_text(json.dumps(info | {"version": 2}), encoding="utf-8")
+    (folder / "dataset.json").write_text(json.dumps(info | {"version": 1}), encoding="utf-8")
 
 
 def no_sizes(folder: Path) -> None:
-    (folder / "dataset.json").write_text('{"version": 1, "id": "a"}', encoding="utf-8")
+    (folder / "dataset.json").write_text('{"version": 2, "id": "a"}', encoding="utf-8")
 
 
 def garbled(folder: Path) -> None:
@@ -291,9 +352,9 @@ def garbled(folder: Path) -> None:
         (cut_off, "train.arrow: missing or not whole"),
         (lambda folder: (folder / "valid.arrow").unlink(), "valid.arrow: missing or not whole"),
         (garbled, "train.arrow: not an Arrow file"),
-        (other_version, "version 2, not 1"),
+        (other_version, "version 1, not 2"),
         (no_sizes, "not whole"),
-        (lambda folder: (folder / "dataset.json").write_text("[]"), "version None, not 1"),
+        (lambda folder: (folder / "dataset.json").write_text("[]"), "version None, not 2"),
         (lambda folder: (folder / "dataset.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "dataset.json").unlink(), "not a prepared data set"),
     ],
@@ -350,7 +411,7 @@ def test_an_interrupted_writing_leaves_no_folder(tiny: ChatTemplate, tmp_path: P
 
 
 def test_a_folder_stands_for_the_conversations_that_collect_put_into_it(tmp_path: Path) -> None:
-    for name in ("gptme.jsonl", "openassistant.jsonl", "rejected.jsonl", "train.jsonl", "collect.json", "train.csv"):
+    for name in ("gptme.jsonl", "openassistant.jsonl", "rejected.jsonl", "train.jsonl", "test.jsonl", "collect.json", "train.csv"):
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
     assert [path.name for path in collected_files([tmp_path])] == ["gptme.jsonl", "openassistant.jsonl"]
@@ -368,5 +429,5 @@ def test_what_is_said_of_the_data_is_asked_when_all_examples_are_through(tmp_pat
 
     (tmp_path / "d").mkdir()
     read: list[Example] = []
-    info = write_dataset(tmp_path / "d", {"train": stream(read), "valid": stream(read)}, lambda: {"read": len(read)})
-    assert info["read"] == 10 and info["examples"] == {"train": 5, "valid": 5}
+    info = write_dataset(tmp_path / "d", {"train": stream(read), "valid": stream(read), "test": []}, lambda: {"read": len(read)})
+    assert info["read"] == 10 and info["examples"] == {"train": 5, "valid": 5, "test": 0}

@@ -1,8 +1,8 @@
 """gptme's system prompt: which one a conversation has, and what `gptme --system short` sends in place of the full one.
 
-Source: gptme 0.35.1, prompts/ (`get_prompt`, `prompt_gptme`, `prompt_tools`) and tools/base.py (`get_tool_prompt`). The short prompt
-says who gptme is in other words, describes the same tools without their examples, and leaves out the skills, the system's
-information and the date; all else is the same text. So it follows from the full prompt that the log holds, whatever the machine.
+Source: gptme 0.35.1, prompts/ (`get_prompt`, `prompt_gptme`, `prompt_tools`) and tools/base.py (`get_tool_prompt`). The short
+prompt says who gptme is in fewer words, describes the same tools without their examples, and leaves out the skills, the machine
+and the date; all else is the same text. So it follows from the full prompt that the log holds, wherever that was written.
 """
 
 import hashlib
@@ -22,11 +22,13 @@ KNOWN_VERSION = "0.35.1"
 LONGEST_CORE = 2**20  # characters up to the end of the tools; beyond, it is no prompt of gptme
 # The tools that gptme brings along. Of any other tool (plugin, MCP server), the text does not tell where its examples begin.
 OWN_TOOLS = frozenset(
-    "append autocommit autocompact browser chats choice clarify complete computer convert elicit form gh hashline_edit ipython "
-    "lessons mcp memory morph patch patch_many precommit progress rag read recall request_tool_change restart save screenshot "
-    "shell subagent tmux todo vent vision watch".split()
+    ("append", "autocommit", "autocompact", "browser", "chats", "choice", "clarify", "complete", "computer", "convert", "elicit")
+    + ("form", "gh", "hashline_edit", "ipython", "lessons", "mcp", "memory", "morph", "patch", "patch_many", "precommit")
+    + ("progress", "rag", "read", "recall", "request_tool_change", "restart", "save", "screenshot", "shell", "subagent")
+    + ("tmux", "todo", "vent", "vision", "watch")
 )
-WITH_EXAMPLES = frozenset(("append", "ipython", "patch", "save", "shell", "tmux", "todo"))
+WITH_EXAMPLES = frozenset(("append", "ipython", "patch", "save", "shell", "tmux", "todo"))  # that show calls, in every format
+WITH_BLOCK = frozenset(("append", "memory", "save"))  # that name their code block, in the markdown format only
 
 # Of the full prompt: SHA-256 (first 16 digits) of what stands between its first line and the paragraph on interaction
 # -> which edit tools it speaks of, and whether it asks for <thinking> tags (models that do not reason by themselves).
@@ -97,7 +99,7 @@ _FILE_LIST = re.compile(
 )
 _MEMORY = "## Persistent Memory\n\nThe following memories are shared across sessions (from `"
 _WORKSPACE = re.compile(rf"\n\n(?:{_FILE_LIST.pattern}|{re.escape(_MEMORY)}|# Agent Config\n\n)")
-_SKILLS = re.compile(r"\n\n## Available Skills\n\nLoad on-demand with `cat <path>`:\n\n- \*\*|\n\n<skills>\n  <skill name=")
+_SKILLS = re.compile(r"\n\n## Available Skills\n\nLoad on-demand with `cat <path>`:\n\n- \*\*|\n\n<skills>\n<skill name=")
 _SKILLS_END = re.compile(r"`\n\n\*\d+ skills available\*(?=\n\n|\Z)")
 _XML_SKILLS_END = re.compile(r"</skill>\n</skills>(?=\n\n|\Z)")
 _END_OF_TOOLS = "\n\n*End of Tools List.*\n\n"
@@ -302,10 +304,12 @@ def _tools(text: str, xml: bool) -> tuple[tuple[str, ...], list[str]]:
 
 def _format(core: str, names: Sequence[str]) -> str:
     """markdown or tool, by how the tools are described; empty where neither shows."""
-    if "code block with the language tag: `" in core or any(f"\n```{name}" in core for name in names):
+    if "code block with the language tag" in core:
         return "markdown"
-    spoken = any(name in ("append", "memory", "read", "save") for name in names)
-    return "tool" if spoken or any(f"\n@{name}: {{" in core for name in names) else ""
+    called = WITH_EXAMPLES.intersection(names)
+    if WITH_BLOCK.intersection(names) or any(f"\n@{name}: {{" in core for name in called):
+        return "tool"
+    return "markdown" if any(f"\n```{name}" in core for name in called) else ""
 
 
 def _without_skills(context: str) -> str:

@@ -16,12 +16,13 @@ from mlx_finetune.data.conversation import LEAST_WEIGHT, MOST_WEIGHT, Message, R
 from mlx_finetune.data.sources import printable
 from mlx_finetune.data.sources.chat_values import CannotLearn, RowError, listed, parsed, shown, tidy
 
-ROLES: dict[str, Role] = (
-    dict.fromkeys(("system", "developer"), "system")
-    | dict.fromkeys(("user", "human", "instruction"), "user")
-    | dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "ai", "response", "function_call"), "assistant")
-    | dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool")
-)
+OTHER_NAMES: dict[Role, str] = {
+    "system": "system developer",
+    "user": "user human instruction",
+    "assistant": "assistant gpt chatgpt bing bard model bot ai response function_call",
+    "tool": "tool function observation function_response tool_response ipython",
+}
+ROLES: dict[str, Role] = {name: role for role, names in OTHER_NAMES.items() for name in names.split()}
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type of a part: its field
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CALL_IN_TEXT = re.compile(r"<(?:tool_call|function_?call)s?>")  # of models whose calls are text: results need no id

@@ -170,8 +170,8 @@ def _completion(asked: Any, question: str, answered: Any, answer: str) -> list[E
     if isinstance(asked, str) and isinstance(answered, str):
         opened = turns_of(f"{asked}.")  # a rendered chat that ends where the assistant begins
         if opened and opened[-1][1] == "." and role_of({"role": opened[-1][0]}) == "assistant":
-            before, turns = len(opened) - 1, _written(turns_of(asked + answered) or [], question)
-            return _context(turns[:before]) + (turns[before:] or [_said("assistant", "", answer)])
+            learned_from, turns = len(opened) - 1, _written(turns_of(asked + answered) or [], question)
+            return _context(turns[:learned_from]) + (turns[learned_from:] or [_said("assistant", "", answer)])
         blank = answered[:1] == " " and not answered[1:2].isspace()  # which OpenAI's first format asked for
         return [_said("user", asked, question), _said("assistant", answered[1:] if blank else answered, answer)]
     before = [_said("user", asked, question)] if isinstance(asked, str) else _entries(asked, question)
