@@ -26,6 +26,7 @@ Fences that were indented, or closed behind other text on their line, ran until 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from mlx_finetune.data.fences import Lines
 from mlx_finetune.data.native import arguments_of, json_end
@@ -40,6 +41,7 @@ OLD_TMUX = re.compile(r"\s*(?:new_session|send_keys|inspect_pane|kill_session|li
 NO_ID = re.compile(r"^@(\w+):\s*(?=\{)", re.MULTILINE)
 MAY_HOLD = re.compile(r"^(?:```|terminal: |python: |@\w+:)|<python|\r", re.MULTILINE)
 RENAMED = {"todoread": "read", "todowrite": "write"}
+MOST_RESULTS = 100  # of one tool after one turn
 GONE = frozenset({"youtube", "view_anchored", "patch_anchored"})
 
 # The first line of a result, by the tool that gives it (v0.1.1 to 0.35.1).
@@ -124,16 +126,17 @@ def _that_ran(text: str, legacy: Sequence[LegacyCall], result: str) -> list[Lega
     """Those of the legacy calls that the results name; a failure that names no tool belongs to the last one."""
     if not legacy or not result.strip():
         return []
+    frames = {tool: list(islice(frame.finditer(result), MOST_RESULTS)) for tool, frame in FRAMES.items()}
     today = {(call.tool, _key(call)) for call in _runs_today(text)}
-    ran = [
-        call
-        for call in legacy
-        if _named(call, result, bool(today)) and (call.modern is None or (call.tool, _key(call)) not in today)
-    ]
+    ran = []
+    for call in legacy:
+        other = bool(today) if call.tool not in FRAMES else call.modern is not None and (call.tool, _key(call)) in today
+        if not other and _named(call, frames.get(call.tool), result):
+            ran.append(call)
     if not ran and not today and FAILED.search(result):
         return [legacy[-1]]
-    python = sum(call.tool == "ipython" for call in ran)  # its results do not repeat the code: the last ones it is
-    shown = python - len(FRAMES["ipython"].findall(result))
+    # Results of ipython do not repeat the code: where there are fewer than blocks, the last blocks it is.
+    shown = sum(call.tool == "ipython" for call in ran) - len(frames["ipython"])
     kept = []
     for call in ran:
         shown -= call.tool == "ipython"
@@ -153,19 +156,14 @@ def _key(call: Call | LegacyCall) -> str:
     return re.sub(r"^(?:~/|\.{1,2}/)+", "", call.argument) if call.tool == "save" else ""
 
 
-def _named(call: LegacyCall, result: str, others: bool) -> bool:
-    """Whether there is a result of this call: of the same command or path, where results repeat it.
-
-    The results of tools that are gone say nothing: they are theirs unless there are `others`, calls that run today.
-    """
-    frame, key = FRAMES.get(call.tool), _key(call)
-    if frame is None:
-        return not others
+def _named(call: LegacyCall, frames: Sequence[re.Match[str]] | None, result: str) -> bool:
+    """Whether there is a result of this call: of the same command or path, where results repeat it; any, for a tool now gone."""
+    key = _key(call)
     if call.tool == "shell":
-        return any(result.startswith((f"`{key}`", f"{key}\n"), ran.end()) for ran in frame.finditer(result)) and key != ""
+        return bool(key) and any(result.startswith((f"`{key}`", f"{key}\n"), ran.end()) for ran in frames or ())
     if call.tool == "save":
-        return any(f"/{saved[1].strip('` ')}".endswith(f"/{key}") for saved in frame.finditer(result))
-    return bool(frame.search(result))
+        return any(f"/{saved[1].strip('` ')}".endswith(f"/{key}") for saved in frames or ())
+    return frames is None or bool(frames)
 
 
 def _fenced_and_plain(text: str) -> tuple[list[LegacyCall], list[int]]:

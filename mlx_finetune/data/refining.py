@@ -1,15 +1,17 @@
 """Many conversations refined: logs in several processes where there is much to do, files one row after the other."""
 
+import os
 import re
 import signal
+import stat
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
-from os import cpu_count
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -56,18 +58,26 @@ class FileSource:
     @property
     def size(self) -> int:
         """Bytes, as far as they are known."""
-        path = Path(self.name)
-        if path.is_dir():
-            return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        return path.stat().st_size if path.is_file() else 0
+        return sum(size for _, size, _ in self._files())
 
     @property
     def stamp(self) -> str:
         """Changes when a file does; empty for a hub id."""
-        path = Path(self.name)
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-        return repr(stamps) if stamps else ""
+        files = self._files()
+        return repr(files) if files else ""
+
+    def _files(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and time of each file, none behind a link in a folder; what cannot be looked at its reader will name."""
+        path, found = Path(self.name), []
+        places = [path]
+        for folder, _, names in os.walk(path):  # follows no links
+            places += [Path(folder, name) for name in names]
+        for place in places:
+            with suppress(OSError):
+                status = place.stat(follow_symlinks=place == path)
+                if stat.S_ISREG(status.st_mode):
+                    found.append((str(place), status.st_size, status.st_mtime_ns))
+        return sorted(found)
 
     def items(self) -> Iterator[Item]:
         """What its reader gives."""
@@ -78,7 +88,7 @@ class FileSource:
 
 def refine_logs(logs: Sequence[gptme_source.Log], settings: Settings, key: bytes) -> Iterator[Result]:
     """One result a log, in order."""
-    workers = min(cpu_count() or 1, MOST_WORKERS)
+    workers = min(os.cpu_count() or 1, MOST_WORKERS)
     if workers == 1 or sum(log.size for log in logs) < MUCH:
         for log in logs:
             yield _refine_log(log, settings, key)
