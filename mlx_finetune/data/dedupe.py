@@ -56,14 +56,15 @@ class Fingerprint:
     @classmethod
     def from_json(cls, row: list[Any]) -> "Fingerprint":
         """What `to_json` wrote; raises ValueError or TypeError where it did not."""
-        packed = {name: base64.b64decode(text, validate=True) for name, text in zip(ARRAYS, row[6:], strict=True)}
-        arrays = {name: np.frombuffer(raw, ARRAYS[name]) for name, raw in packed.items()}
-        turns = {len(arrays[name]) for name in ("chain", "turns", "learnable", "seen")}
+        packed = zip(ARRAYS.items(), row[6:], strict=True)
+        arrays = {key: np.frombuffer(base64.b64decode(text, validate=True), kind) for (key, kind), text in packed}
+        turns = {len(arrays[key]) for key in ("chain", "turns", "learnable", "seen")}
         if len(turns) > 1 or len(arrays["signature"]) != BINS:
             raise ValueError("a fingerprint whose parts do not fit")
         if [type(value) for value in row[:6]] != [str, str, str, str, int, int]:
             raise ValueError("a fingerprint with another kind of value")
-        return cls(*row[:6], **arrays)
+        name, source, group, time, exact, count = row[:6]
+        return cls(name, source, group, time, exact, count, *(arrays[key] for key in ARRAYS))
 
 
 @dataclass(frozen=True)
@@ -249,8 +250,9 @@ class _Near:
         self._read, self._held = read, 0
         self._sets: OrderedDict[int, np.ndarray] = OrderedDict()
         signatures = np.array([one.signature for one in prints], np.uint32).reshape(-1, BINS)
+        self._sizes = np.array([one.shingles for one in prints], np.int64)
         bands = bands_of(signatures)
-        self._kept, self._dropped = (Neighbours(signatures, bands, most) for most in (MOST_KEPT, MOST_DROPPED))
+        self._kept, self._dropped = (Neighbours(signatures, self._sizes, bands, most) for most in (MOST_KEPT, MOST_DROPPED))
 
     def place(self, i: int, droppable: bool) -> str:
         """The reason to drop it, if there is one; those dropped still bring others into their cluster."""
@@ -266,27 +268,32 @@ class _Near:
 
     def _near(self, i: int, among: Neighbours, apart: bool) -> Iterator[tuple[int, float]]:
         """Those near to it with how near, the likeliest first; `apart`: only of other clusters."""
-        compared = 0
-        for j, estimate in among.like(i):
-            shared = self._shared(i, j)
-            sizes = self._prints[i].shingles, self._prints[j].shingles
-            if (apart and self._clusters.together(i, j)) or sizes[0] - shared < FEW_SHINGLES:
+        compared, size = 0, self._prints[i].shingles
+        likely, estimates = among.like(i, self._threshold)
+        for j, estimate in zip(likely.tolist(), estimates, strict=True):
+            if apart and self._clusters.together(i, j):
                 continue
-            if may_reach(self._threshold, estimate, sizes, shared):
-                similarity = jaccard(self._set(i), self._set(j), shared)
-                if similarity >= self._threshold:
-                    yield j, similarity
-                compared += 1
-                if compared == MOST_COMPARED:
-                    return
+            shared = self._shared(i, j)
+            if shared and not (
+                size - shared >= FEW_SHINGLES and may_reach(self._threshold, estimate, size, self._sizes[j], shared)
+            ):
+                continue
+            similarity = jaccard(self._set(i), self._set(j), shared)
+            if similarity >= self._threshold:
+                yield j, similarity
+            compared += 1
+            if compared == MOST_COMPARED:
+                return
 
     def _shared(self, i: int, j: int) -> int:
         """How many shingles the turns have that both begin with."""
         one, other = self._prints[i], self._prints[j]
         turns = min(len(one.chain), len(other.chain))
-        differ = np.flatnonzero(one.chain[:turns] != other.chain[:turns])
-        common = int(differ[0]) if len(differ) else turns
-        return int(one.seen[common - 1]) if common else 0
+        if not turns or one.chain[0] != other.chain[0]:
+            return 0
+        differ = one.chain[:turns] != other.chain[:turns]
+        common = int(differ.argmax()) or turns  # the first is equal
+        return int(one.seen[common - 1])
 
     def _set(self, i: int) -> np.ndarray:
         """Read again only where it was not asked for lately."""

@@ -7,7 +7,7 @@ Nothing depends on the platform, nor on Python's own hash.
 
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache
 
 import numpy as np
@@ -121,18 +121,16 @@ def jaccard(one: np.ndarray, other: np.ndarray, shared: int = 0) -> float:
     return (common - shared) / max(len(one) + len(other) - common - shared, 1)
 
 
-def may_reach(threshold: float, estimates: float, sizes: tuple[int, int], shared: int = 0) -> bool:
-    """Whether `jaccard(one, other, shared)` may be `threshold`, if that share of the two signatures agrees.
+def may_reach(threshold: float, estimates: np.ndarray, size: int, sizes: np.ndarray, shared: int = 0) -> np.ndarray:
+    """Whether `jaccard(one, other, shared)` may be `threshold`, if that share of the two signatures agrees; bool [n].
 
-    An estimate three standard deviations below is believed.
+    `size` and `sizes` [n]: shingles of the one and of each other. A truth three standard deviations above is believed.
     """
-    own = sorted(size - shared for size in sizes)
-    if own[0] < threshold * own[1]:
-        return False
-    both = sum(sizes)
-    common = (shared + threshold * (both - shared)) / (1 + threshold)
-    least = min(common / (both - common), 1.0)
-    return bool(estimates >= least - 3 * (least * (1 - least) / min(BINS, *sizes)) ** 0.5)
+    less, more = np.minimum(size, sizes) - shared, np.maximum(size, sizes) - shared
+    common = (shared + threshold * (size + sizes - shared)) / (1 + threshold)
+    least = np.minimum(common / np.maximum(size + sizes - common, 1), 1)
+    deviation = np.sqrt(least * (1 - least) / np.clip(less + shared, 1, BINS))
+    return (less >= threshold * more) & (estimates >= least - 3 * deviation)
 
 
 def bands_of(signatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -148,8 +146,8 @@ def bands_of(signatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Neighbours:
     """Those added so far, found by their signatures. A bucket remembers only the first few: one that many share says little."""
 
-    def __init__(self, signatures: np.ndarray, bands: tuple[np.ndarray, np.ndarray], most: int) -> None:
-        self._signatures, self._buckets = signatures, bands[0]
+    def __init__(self, signatures: np.ndarray, sizes: np.ndarray, bands: tuple[np.ndarray, np.ndarray], most: int) -> None:
+        self._signatures, self._sizes, self._buckets = signatures, sizes, bands[0]
         self._room = np.where(bands[1] > 1, np.minimum(bands[1], most), 0)
         self._start = np.cumsum(self._room) - self._room
         self._filled = np.zeros(len(self._room), np.int32)
@@ -162,15 +160,16 @@ class Neighbours:
         self._members[self._start[buckets] + self._filled[buckets]] = i
         self._filled[buckets] += 1
 
-    def like(self, i: int) -> Iterator[tuple[int, float]]:
-        """Those that share a band with the i-th, and the share of the signature that agrees: the most alike first."""
+    def like(self, i: int, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+        """Those whose similarity to the i-th may be `threshold`, the most alike first, and the share of the signature that agrees."""
         buckets = self._buckets[i]
         buckets = buckets[self._filled[buckets] > 0]
         if not len(buckets):
-            return
+            return np.zeros(0, np.int64), np.zeros(0)
         spans = zip(self._start[buckets].tolist(), self._filled[buckets].tolist(), strict=True)
         met, bands = np.unique(np.concatenate([self._members[start : start + n] for start, n in spans]), return_counts=True)
         met = met[np.argsort(-bands, kind="stable")[:MOST_MET]]
         estimates = (self._signatures[met] == self._signatures[i]).mean(axis=1)
-        nearest = np.argsort(-estimates, kind="stable")[:MOST_LIKELY]
-        yield from zip(met[nearest].tolist(), estimates[nearest].tolist(), strict=True)
+        likely = np.flatnonzero(may_reach(threshold, estimates, int(self._sizes[i]), self._sizes[met]))
+        nearest = likely[np.argsort(-estimates[likely], kind="stable")[:MOST_LIKELY]]
+        return met[nearest], estimates[nearest]

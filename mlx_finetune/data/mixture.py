@@ -7,7 +7,7 @@ from mlx_finetune.data.entries import Entry
 from mlx_finetune.data.sources.openassistant import SOURCE
 from mlx_finetune.data.split import place
 
-GIVE_UP = 16  # conversations in a row that do not fit: the share is as good as reached
+GIVE_UP = 16  # conversations that did not fit: the share is as good as reached
 
 
 def in_order(entries: Iterable[Entry]) -> list[Entry]:
@@ -22,7 +22,7 @@ class Mixture:
     share: float | None
     others: int = 0  # learned tokens of the other sources
     taken: int = 0  # of OpenAssistant
-    passed_over: int = 0  # in a row
+    passed_over: int = 0
 
     @classmethod
     def of(cls, entries: Iterable[Entry], share: float) -> "Mixture":
@@ -30,13 +30,16 @@ class Mixture:
         return cls(share if any(e.source != SOURCE for e in entries) else None)
 
     def takes(self, source: str, tokens: int) -> bool:
-        """Whether a conversation of so many learned tokens goes into the mixture; it is counted if so."""
+        """Whether a conversation of so many learned tokens goes into the mixture; it is counted if so.
+
+        One that would go beyond the share is passed over for the next. A few at most, so that what is taken are the first.
+        """
         if source != SOURCE:
             self.others += tokens
             return True
         fits = self.share is None or self.taken + tokens <= self.share * (self.others + self.taken + tokens)
         self.taken += tokens if fits else 0
-        self.passed_over = 0 if fits else self.passed_over + 1
+        self.passed_over += not fits
         return fits
 
     @property

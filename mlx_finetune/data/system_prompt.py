@@ -13,63 +13,14 @@ from functools import lru_cache
 from typing import Literal
 from xml.sax.saxutils import escape, unescape
 
+from mlx_finetune.data import system_prompt_text as known
 from mlx_finetune.data.conversation import Message
 
 System = Literal["keep", "short", "none"]
 Kind = Literal["full", "full-noexamples", "short", "other", "none"]
 
-KNOWN_VERSION = "0.35.1"
+LONGEST_LINE = 2000  # characters of the first line, which names agent and model
 LONGEST_CORE = 2**20  # characters up to the end of the tools; beyond, it is no prompt of gptme
-# The tools that gptme brings along. Of any other tool (plugin, MCP server), the text does not tell where its examples begin.
-OWN_TOOLS = frozenset(
-    ("append", "autocommit", "autocompact", "browser", "chats", "choice", "clarify", "complete", "computer", "convert", "elicit")
-    + ("form", "gh", "hashline_edit", "ipython", "lessons", "mcp", "memory", "morph", "patch", "patch_many", "precommit")
-    + ("progress", "rag", "read", "recall", "request_tool_change", "restart", "save", "screenshot", "shell", "subagent")
-    + ("tmux", "todo", "vent", "vision", "watch")
-)
-WITH_EXAMPLES = frozenset(("append", "ipython", "patch", "save", "shell", "tmux", "todo"))  # that show calls, in every format
-WITH_BLOCK = frozenset(("append", "memory", "save"))  # that name their code block, in the markdown format only
-
-# Of the full prompt: SHA-256 (first 16 digits) of what stands between its first line and the paragraph on interaction
-# -> which edit tools it speaks of, and whether it asks for <thinking> tags (models that do not reason by themselves).
-_FULL_BASES = {
-    "3981312490d0fd75": ("patch save", True),
-    "74e95905023cae03": ("patch save", False),
-    "629a1ce32d287f1a": ("patch", True),
-    "accfed2cede55645": ("patch", False),
-    "cd71bdfa7d098b4d": ("save", True),
-    "9be10068727a9723": ("save", False),
-    "f0e94b4945f34593": ("", True),
-    "ed584827340e6de5": ("", False),
-}
-_PRESERVE = "Preserve comments, unless they are no longer relevant."
-_EDITING = {
-    "patch save": f"When suggesting code changes, prefer applying patches over examples. {_PRESERVE}\n"
-    "Use the patch tool to edit existing files, or the save tool to overwrite.",
-    "patch": f"When suggesting code changes, prefer applying patches over examples. {_PRESERVE}\n"
-    "Use the patch tool to edit existing files.",
-    "save": f"When suggesting code changes, use the save tool to write or overwrite files. {_PRESERVE}",
-    "": f"When suggesting code changes, show the changes clearly in your response. {_PRESERVE}",
-}
-_INTERACTIVE = """You are in interactive mode. The user is available to provide feedback.
-You should show the user how you can use your tools to write code, interact with the terminal, and access the internet.
-The user can execute the suggested commands so that you see their output.
-If the user aborted or interrupted an operation don't try it again, ask for clarification instead.
-If clarification is needed, ask the user."""
-_ALONE = """You are in non-interactive mode. The user is not available to provide feedback.
-All code blocks you suggest will be automatically executed.
-Do not provide examples or ask for permission before running commands.
-Proceed directly with the most appropriate actions to complete the task."""
-_FULL_ENDING = """End your response with a concrete next step: a command to run, a file to change, or a specific action to take.
-Do not end with an offer to elaborate ("I can give you a patch if you want") or a generic suggestion."""
-_FULL_QUESTION = """
-Ask a clarifying question only when the request is genuinely ambiguous and you cannot proceed without the answer."""
-_SHORT_ENDING = "End with a concrete next step (a command or specific action), not an offer to elaborate."
-_SHORT_QUESTION = " Ask a clarifying question only when the request is genuinely ambiguous."
-_CALL_AT_ONCE = """
-
-When a tool is available for a task, call it immediately — do not describe what you would do or which tool you would use. \
-Every decision to use a tool must produce an actual tool call in the same message."""  # for models that only talk about tools
 
 _BOUNDARY = """# System Prompt Cache Boundary
 
@@ -82,9 +33,9 @@ _FIRST_LINE = re.compile(
 _TOOL = re.compile(r"\n\n## (\S+)\n\n\*\*(?:Description|Instructions):\*\* ")
 _XML_TOOL = re.compile(r'\n<tool name="([^"\n]*)">\n<(?:description|instructions)>')
 _MACHINE = re.compile(
-    r"## System Information\n\n\*\*OS:\*\* [^\n]*\n\*\*Working Directory:\*\* [^\n]*\n\n## Current Date\n\n"
+    r"## System Information\n\n\*\*OS:\*\* [^\n]*\n\*\*Working Directory:\*\* ([^\n]*)\n\n## Current Date\n\n"
     r"\*\*Local date:\*\* [^\n]*\n\nDate at session start; per-step time notices give the current time\.(?:\n\n|\Z)"
-    r"|<system-info>\n<os>[^\n]*</os>\n<working-directory>[^\n]*</working-directory>\n</system-info>\n\n"
+    r"|<system-info>\n<os>[^\n]*</os>\n<working-directory>([^\n]*)</working-directory>\n</system-info>\n\n"
     r"<current-date>\n[^\n]*\n</current-date>(?:\n\n|\Z)"
 )
 # What a prompt holds behind the date (then the boundary stays), and what is added to it when the session starts (then it goes).
@@ -115,7 +66,7 @@ class Prompt:
     kind: Kind
     version: str = ""
     model: str = ""
-    tool_format: str = ""  # "xml", or empty: markdown and tool differ only inside the tools' own texts
+    tool_format: str = ""  # empty where only tools are described that read alike in markdown and tool
     tools: tuple[str, ...] = ()
     interactive: bool | None = None
     reason: str = ""
@@ -174,13 +125,13 @@ def describe(messages: Sequence[Message]) -> Prompt:
     if not messages:
         return Prompt("none", reason="no system prompt")
     text = messages[0].content
-    first = _FIRST_LINE.match(text.removeprefix("<role>\n"))
+    start = len("<role>\n") if text.startswith("<role>\n") else 0
+    first = _FIRST_LINE.match(text, start, start + LONGEST_LINE)
     if not first:
         return Prompt("other", reason="not gptme's own prompt")
     version, model = first[1], first[2] or ""
-    if version != KNOWN_VERSION:
-        known = f"of another gptme than {KNOWN_VERSION}"
-        return Prompt("other", version=version, model=model, reason=known)
+    if version != known.KNOWN_VERSION:
+        return Prompt("other", version=version, model=model, reason=f"of another gptme than {known.KNOWN_VERSION}")
     core = _core(text)
     if not core:
         return Prompt("other", version=version, model=model, reason="a prompt without tools")
@@ -216,7 +167,7 @@ def _shortened(messages: Sequence[Message]) -> tuple[Message, ...]:
     if not _AT_START.match(after):
         raise _Unknown("an unknown part behind the date")
     if after:  # no longer parted by the boundary, it is merged into the first message: before the files in line
-        text, files = _split_files(context)
+        text, files = _split_files(context, unescape(machine[1] or machine[2]))
         context = "\n\n".join(part for part in (text, after, files) if part)
         short = short if text else f"{short}\n\n"
     return (replace(first, content=short + context),)
@@ -240,14 +191,14 @@ def _read_core(core: str) -> tuple[Prompt, str]:
     at = core.index(start)
     kind, interactive, editing, identity = _identity(unescape(core[len("<role>\n") : at]) if xml else core[:at])
     names, sections = _tools(core[at + len(start) :], xml)
-    if unknown := [name for name in names if name not in OWN_TOOLS]:
+    if unknown := [name for name in names if name not in known.OWN_TOOLS]:
         raise _Unknown(f"tools that are not gptme's own: {', '.join(unknown):.80}")
     if editing != " ".join(name for name in ("patch", "save") if name in names):
         raise _Unknown("a prompt that does not fit its tools")
     without = "".join(sections)
-    if kind == "full" and core.endswith(without) and WITH_EXAMPLES.intersection(names):
+    if kind == "full" and core.endswith(without) and known.WITH_EXAMPLES.intersection(names):
         kind = "full-noexamples"
-    first = _FIRST_LINE.match(identity)
+    first = _FIRST_LINE.match(identity, 0, LONGEST_LINE)
     assert first, "the caller has matched it"
     prompt = Prompt(kind, first[1], first[2] or "", "xml" if xml else _format(core, names), names, interactive)
     return prompt, (f"<role>\n{escape(identity)}" if xml else identity) + start + without
@@ -256,43 +207,28 @@ def _read_core(core: str) -> tuple[Prompt, str]:
 def _identity(text: str) -> tuple[Kind, bool, str, str]:
     """Of what stands before the tools: full or short, interactive, the edit tools that it speaks of, and its short form."""
     first, _, rest = text.partition("\n")
-    interactive = f"\n\n{_INTERACTIVE}\n\n" in rest
-    paragraph = _INTERACTIVE if interactive else _ALONE
+    interactive = f"\n\n{known.INTERACTIVE}\n\n" in rest
+    paragraph = known.INTERACTIVE if interactive else known.ALONE
     base, _, ending = rest.partition(f"\n\n{paragraph}\n\n")
-    call_at_once = _CALL_AT_ONCE if ending.endswith(_CALL_AT_ONCE) else ""
-    ending = ending.removesuffix(_CALL_AT_ONCE)
-    short_ending = _SHORT_ENDING + _SHORT_QUESTION * interactive
-    if ending == _FULL_ENDING + _FULL_QUESTION * interactive:
-        known = _FULL_BASES.get(hashlib.sha256(base.encode()).hexdigest()[:16])
-        if known:
-            short = "\n".join((first, _short_base(*known)))
-            return "full", interactive, known[0], f"{short}\n\n{paragraph}\n\n{short_ending}{call_at_once}"
-    for editing, thinking in _FULL_BASES.values():
-        if ending == short_ending and base == _short_base(editing, thinking):
+    call_at_once = known.CALL_AT_ONCE if ending.endswith(known.CALL_AT_ONCE) else ""
+    ending = ending.removesuffix(known.CALL_AT_ONCE)
+    short_ending = known.SHORT_ENDING + known.SHORT_QUESTION * interactive
+    if ending == known.FULL_ENDING + known.FULL_QUESTION * interactive:
+        editing_thinking = known.FULL_BASES.get(hashlib.sha256(base.encode()).hexdigest()[:16])
+        if editing_thinking:
+            short = "\n".join((first, known.short_base(*editing_thinking)))
+            return "full", interactive, editing_thinking[0], f"{short}\n\n{paragraph}\n\n{short_ending}{call_at_once}"
+    for editing, thinking in known.FULL_BASES.values():
+        if ending == short_ending and base == known.short_base(editing, thinking):
             return "short", interactive, editing, text
-    raise _Unknown(f"a changed prompt of gptme {KNOWN_VERSION}")
-
-
-def _short_base(editing: str, thinking: bool) -> str:
-    lines = (
-        "You help users with programming tasks by reading code, running terminal commands, and editing files on the local machine.",
-        "Think step by step in `<thinking>` tags." if thinking else "",
-        f"Gather context before acting. {_EDITING[editing]}",
-        "Use absolute paths and `pwd` when needed.",
-        "Do not use unset placeholders like `$REPO`.",
-        "Do not suggest opening a browser or editor when available tools can do it.",
-        "Use available tools proactively instead of suggesting manual actions.",
-        "Be concise and thorough.",
-        "Use `<thinking>` tags to think before you answer." if thinking else "",
-    )
-    return "\n".join(lines).rstrip()
+    raise _Unknown(f"a changed prompt of gptme {known.KNOWN_VERSION}")
 
 
 def _tools(text: str, xml: bool) -> tuple[tuple[str, ...], list[str]]:
     """The names of the tools, and their descriptions without examples, with what ends the list."""
     found = list((_XML_TOOL if xml else _TOOL).finditer(text))
     if not found or found[0].start() != 0:
-        raise _Unknown(f"a changed prompt of gptme {KNOWN_VERSION}")
+        raise _Unknown(f"a changed prompt of gptme {known.KNOWN_VERSION}")
     examples, after = ("\n<examples>\n", "\n</tool>") if xml else ("\n\n### Examples\n\n", "")
     end = len(text) - len("\n</tools>\n\n" if xml else _END_OF_TOOLS)
     sections = []
@@ -306,8 +242,8 @@ def _format(core: str, names: Sequence[str]) -> str:
     """markdown or tool, by how the tools are described; empty where neither shows."""
     if "code block with the language tag" in core:
         return "markdown"
-    called = WITH_EXAMPLES.intersection(names)
-    if WITH_BLOCK.intersection(names) or any(f"\n@{name}: {{" in core for name in called):
+    called = known.WITH_EXAMPLES.intersection(names)
+    if known.WITH_BLOCK.intersection(names) or any(f"\n@{name}: {{" in core for name in called):
         return "tool"
     return "markdown" if any(f"\n```{name}" in core for name in called) else ""
 
@@ -324,16 +260,20 @@ def _without_skills(context: str) -> str:
     return context[: found[0].start()] + context[end.end() :]
 
 
-def _split_files(context: str) -> tuple[str, str]:
-    """What follows the tools, parted into its text and the files in line. Raises _Unknown where the text does not tell."""
+def _split_files(context: str, folder: str) -> tuple[str, str]:
+    """What follows the tools, parted into its text and the files in line. Raises _Unknown where the text does not tell.
+
+    `folder`: relative to it, gptme names the files that lie in it.
+    """
     start = _FILE_LIST.search(context)
     if not start:
         return context, ""
-    at, files = start.start(), list[str]()
+    at, files = start.start(), set[str]()
     while True:
         if listed := _FILE_LIST.match(context, at):
             end = context.find("\n\n", listed.end())
-            files += [line.removeprefix("- ") for line in context[listed.end() : end if end >= 0 else None].split("\n")]
+            lines = context[listed.end() : end if end >= 0 else None].split("\n")
+            files.update(shown for line in lines for shown in _shown(line.removeprefix("- "), folder))
         elif context.startswith(_MEMORY, at):
             ends = (gap.start() for gap in re.compile(r"\n\n(?=#|````)").finditer(context, at))
             end = next((gap for gap in ends if _FILE_LIST.match(context, gap + 2) or _is_block(context, gap + 2, files)), -1)
@@ -347,9 +287,10 @@ def _split_files(context: str) -> tuple[str, str]:
     return context[: at - 2], context[at:]
 
 
-def _is_block(text: str, at: int, files: Sequence[str]) -> bool:
-    """Whether one of the files stands in line here: gptme names it as listed, or relative to a folder that it lies in."""
-    if not text.startswith("````", at):
-        return False
-    shown = text[at + 4 : text.find("\n", at)]
-    return any(file == shown or file.endswith(f"/{shown}") for file in files) and text.endswith("\n````")
+def _shown(file: str, folder: str) -> tuple[str, str]:
+    return file, file.removeprefix(f"{folder}/")
+
+
+def _is_block(text: str, at: int, files: set[str]) -> bool:
+    """Whether one of the files stands in line here."""
+    return text.startswith("````", at) and text[at + 4 : text.find("\n", at)] in files and text.endswith("\n````")
