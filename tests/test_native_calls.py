@@ -107,6 +107,15 @@ ONLY_FIRST = QWEN.replace("for call in m.tool_calls %}", "for call in m.tool_cal
 CUTS = QWEN.replace("(call.arguments | tojson)", "(call.arguments | tojson)[:20]")
 NAMELESS = QWEN.replace("call.name", "'f'")
 LATER = "{% if messages | length > 3 %}{{ 'long ' }}{% endif %}" + QWEN
+# As Qwen3: an empty thought before the last turn of all.
+THINKS = QWEN.replace(
+    "'<|im_start|>assistant' }}{% if m.content",
+    "'<|im_start|>assistant' + ('\n<think></think>' if loop.last else '') }}{% if m.content",
+)
+# As Command R7B: the header of the next turn stands there unasked.
+OPENS = QWEN.replace("{% if add_generation_prompt %}", "{% if true %}").replace(
+    "assistant\n' }}{% endif %}", "assistant\n<|endoftext|>' }}{% endif %}"
+)
 OPEN = QWEN.replace("</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}", "</tool_call>' }}{% endfor %}{{ '\n' }}")
 TWICE = [*chat("go"), calling(call("c", command="ls"), call("d", command="ls"))]
 BOTH = [*chat("go"), calling(call("c", command="ls"), call("d", command="pwd"))]
@@ -123,6 +132,7 @@ BOTH = [*chat("go"), calling(call("c", command="ls"), call("d", command="pwd"))]
         (CUTS, [replace(m, weight=0.0) if m.tool_calls else m for m in session()], "drops a tool call"),
         (LATER, session(), "in another way than a server would"),
         (OPEN, session(), "no end-of-turn token"),
+        (OPENS, session()[:-1], "."),
         (QWEN, [*chat("a"), calling(ToolCall("c", "shell", "{'command'"))], "not JSON"),
         (QWEN, [*chat("a"), calling(ToolCall("c", "shell", "[1]"))], "no JSON object"),
         (QWEN, [*chat("a"), calling(ToolCall("c", "shell", "[" * 100_000))], "not JSON"),
@@ -137,6 +147,15 @@ def test_a_call_that_a_template_does_not_write_as_it_is_is_refused(
     with pytest.raises(Refused, match=reason) as error:
         template.encode(messages, TOOLS)
     assert "\n" not in str(error.value)
+
+
+def test_a_call_is_learned_where_the_last_turn_of_all_is_written_in_another_way(tmp_path: Path) -> None:
+    template, messages = template_of(tmp_path, THINKS), session()
+    for count, turns in ((7, 3), (5, 2)):
+        encoded = template.encode(messages[:count], TOOLS)
+        assert encoded.served == len(encoded.turns) == turns
+    first, last = learned(template, encoded)
+    assert first == LEARNED["qwen"][0] and last == f"<think></think>\n{LEARNED['qwen'][1]}"
 
 
 def test_a_call_without_arguments_is_learned(templates: dict[str, ChatTemplate]) -> None:

@@ -17,10 +17,12 @@ from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.engines import open_engine
 from mlx_finetune.errors import UserError
-from mlx_finetune.evaluation.compare import open_run
+from mlx_finetune.evaluation.compare import compare, open_run
+from mlx_finetune.evaluation.plot import shown_apart
 from mlx_finetune.models.weights import fingerprint
 from mlx_finetune.training import loop
 from mlx_finetune.training.checkpoint import Origin, load_checkpoint, save_checkpoint
+from mlx_finetune.training.held_out import held_out_loss
 from mlx_finetune.training.metrics import Metrics, read_metrics
 from mlx_finetune.training.run import execute, last_checkpoint, plan_resume, plan_run
 from mlx_finetune.training.schedule import learning_rate
@@ -50,7 +52,8 @@ def data(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prepared(model: Path, folder: Path, word: str) -> Path:
     write_conversations(folder / "gptme.jsonl", conversations(15, word))
-    config = make_config({"max_length": 512, "valid_fraction": 0.2}, "test")
+    told = {"max_length": 512, "valid_fraction": 0.2, "validation_by": "hash", "openassistant_share": 0.6}
+    config = make_config(told, "test")
     prepare([folder / "gptme.jsonl"], ChatTemplate.load(model), config, folder / "dataset", {})
     return folder / "dataset"
 
@@ -149,18 +152,78 @@ def test_peft_opens_the_checkpoint_as_it_is_and_computes_what_the_engine_does(
     from transformers import AutoModelForCausalLM
 
     dataset = Dataset.open(data)
-    batches = [batch for each in dataset.held_out(2).values() for batch in each]
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), straight[engine_name] / "latest"
     )
-    total = 0.0
-    for batch in batches:
-        with torch.no_grad():
-            logits = model(torch.from_numpy(batch.inputs).long()).logits
-        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), torch.from_numpy(batch.targets).long(), reduction="none")
-        total += float((nll * torch.from_numpy(batch.weights)).sum())
-    loss = total / sum(batch.learned for batch in batches)
-    assert loss == pytest.approx(losses(straight[engine_name], "valid")[-1], abs=1e-5)
+    logged = read_metrics(straight[engine_name] / "metrics.jsonl")[-1]
+    for source, batches in dataset.held_out(2).items():
+        total = 0.0
+        for batch in batches:
+            with torch.no_grad():
+                logits = model(torch.from_numpy(batch.inputs).long()).logits
+            targets = torch.from_numpy(batch.targets).long()
+            nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+            total += float((nll * torch.from_numpy(batch.weights)).sum())
+        loss = total / sum(batch.learned for batch in batches)
+        assert loss == pytest.approx(logged["by_source"][source], abs=1e-5)
+    assert logged["by_source"].keys() == {"gptme", "openassistant"} and logged["loss"] == logged["by_source"]["gptme"]
+
+
+def test_the_held_out_loss_is_that_of_ones_own_conversations_and_openassistant_stands_beside_it(
+    engine_name: str, tiny_llama: Path, data: Path, tmp_path: Path
+) -> None:
+    engine = open_engine(make_config(settings(tiny_llama, data, tmp_path, engine_name), "test"), tiny_llama)
+    batches = Dataset.open(data).held_out(2)
+    chat = {"chat": batches["openassistant"], "gptme": batches["gptme"]}
+    both, apart = held_out_loss(engine, batches), held_out_loss(engine, {"openassistant": batches["openassistant"]})
+    own, mixed = held_out_loss(engine, {"gptme": batches["gptme"]}), held_out_loss(engine, chat)
+    assert both.loss == own.loss == both.by_source["gptme"] != apart.loss
+    assert both.by_source["openassistant"] == apart.loss == apart.by_source["openassistant"]
+    assert both.tokens == own.tokens and both.tokens_by_source == {"gptme": own.tokens, "openassistant": apart.tokens}
+    assert mixed.tokens == own.tokens + apart.tokens
+    assert min(own.loss, apart.loss) < mixed.loss < max(own.loss, apart.loss)
+
+
+def test_a_comparison_names_each_source_and_judges_by_ones_own(straight: dict[str, Path]) -> None:
+    for name, folder in straight.items():
+        comparison, _ = compare(folder, "best", name)
+        for measured in (comparison.base, comparison.tuned):
+            assert measured.by_source.keys() == {"gptme", "openassistant"}
+            assert measured.loss == measured.by_source["gptme"]
+        (folder / "evaluation.json").unlink()
+
+
+def test_a_picture_shows_openassistant_beside_the_held_out_loss(straight: dict[str, Path]) -> None:
+    valid = [row for row in read_metrics(straight["torch"] / "metrics.jsonl") if row["split"] == "valid"]
+    assert shown_apart(valid) == [("openassistant", [0, 4, 8, 10], [row["by_source"]["openassistant"] for row in valid])]
+    assert shown_apart([row | {"by_source": {"openassistant": row["loss"]}} for row in valid]) == []
+    assert shown_apart([{"step": 0, "loss": 1.0}]) == []
+
+
+def test_a_run_whose_config_knows_fewer_settings_takes_those_of_its_data(
+    straight: dict[str, Path], tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = cut_after(straight["torch"], 5, tmp_path / "run")
+    later = ("validation_by", "openassistant_share", "openassistant_valid_fraction", "test_fraction")
+    lines = (folder / "config.yaml").read_text().splitlines(keepends=True)
+    (folder / "config.yaml").write_text("".join(line for line in lines if not line.startswith(later)))
+    progress = folder / "checkpoints" / "step-000005" / "progress.json"
+    row = json.loads(progress.read_text())
+    row["config"] = {name: value for name, value in row["config"].items() if name not in later}
+    progress.write_text(json.dumps(row))
+    plan = plan_resume(folder, {})
+    assert plan.config.openassistant_share == 0.6 and plan.config.validation_by == "hash"
+    execute(plan, lambda done, steps, note: None)
+    assert losses(folder, "train") == losses(straight["torch"], "train")
+    with pytest.raises(UserError, match=r"openassistant_share was 0\.6 in this run, not 0\.1"):
+        plan_resume(folder, {"openassistant_share": 0.1})
+
+
+def test_what_prepare_was_told_cannot_be_asked_of_train(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    for name, value in (("validation_by", "time"), ("openassistant_share", 0.1), ("test_fraction", 0.5)):
+        with pytest.raises(UserError, match=f"{name} = {value}, but .* was prepared with") as error:
+            plan_run(make_config(settings(tiny_llama, data, tmp_path / "run", "torch", **{name: value}), "test"))
+        assert name in error.value.hint
 
 
 def test_resume_refuses_other_data_another_model_and_other_settings(

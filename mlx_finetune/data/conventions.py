@@ -42,6 +42,7 @@ NO_ID = re.compile(r"^@(\w+):\s*(?=\{)", re.MULTILINE)
 MAY_HOLD = re.compile(r"^(?:```|terminal: |python: |@\w+:)|<python|\r", re.MULTILINE)
 RENAMED = {"todoread": "read", "todowrite": "write"}
 MOST_RESULTS = 100  # of one tool after one turn
+MOST_BLOCKS = 1000  # of one turn that are looked at
 GONE = frozenset({"youtube", "view_anchored", "patch_anchored"})
 
 # The first line of a result, by the tool that gives it (v0.1.1 to 0.35.1).
@@ -52,7 +53,7 @@ FRAMES = {
     "append": re.compile(r"^Appended to ", re.MULTILINE),
     "patch": re.compile(r"^Patch (?:successfully )?applied", re.MULTILINE),
     "tmux": re.compile(r"^(?:Running ['`]|Sent '|Pane content|Killed tmux session|Active tmux sessions)", re.MULTILINE),
-    "todo": re.compile(r"^(?:(?:Added|Updated|Removed) todo|Cleared \d+|\W*Todo List|\W*Todo list is empty)", re.MULTILINE),
+    "todo": re.compile(r"^(?:(?:Added|Updated|Removed) todo|Cleared \d+|[^\w\n]{0,8}Todo (?:List|list is empty))", re.MULTILINE),
 }
 # Results that name no tool: whatever ran, failed.
 FAILED = re.compile(
@@ -106,7 +107,7 @@ def modernise(text: str, result: str | None = None) -> str:
         legacy = [] if _runs_today(text) else [call for call in legacy if not COMMAND_LINE.match(text[call.start : call.end])]
         legacy = legacy[-1:] if legacy and not text[legacy[-1].end :].strip() else legacy
     changed = [call for call in legacy if call.modern is not None]
-    if not changed:
+    if not changed or len(legacy) >= MOST_BLOCKS:
         return text
     parts, place = [], 0
     for call in changed:
@@ -173,7 +174,7 @@ def _fenced_and_plain(text: str) -> tuple[list[LegacyCall], list[int]]:
     calls: list[LegacyCall] = []
     plain: list[int] = []
     first = 0
-    while first < len(lines.text):
+    while first < len(lines.text) and len(calls) < MOST_BLOCKS:
         opening = FENCE.match(lines.text[first])
         if not opening:
             plain.append(lines.start[first])

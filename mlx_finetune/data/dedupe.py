@@ -20,7 +20,7 @@ from mlx_finetune.data.minhash import BINS, Neighbours, bands_of, jaccard, may_r
 
 SOURCES = ("gptme", "chat", "openassistant")  # of conversations that are as good that of the first source is kept
 FEW_SHINGLES = 10  # with fewer of its own a conversation is a duplicate only of an equal one
-MOST_KEPT, MOST_DROPPED = 64, 16  # conversations that one bucket remembers
+MOST_KEPT, MOST_DROPPED = 64, 8  # conversations that one bucket remembers
 MOST_COMPARED = 8  # exact comparisons of one conversation with those kept, and as many with those dropped
 REMEMBERED = 2**22  # shingles in memory, 32 MB
 # As they are stored: the same bytes on every platform.
@@ -268,22 +268,23 @@ class _Near:
 
     def _near(self, i: int, among: Neighbours, apart: bool) -> Iterator[tuple[int, float]]:
         """Those near to it with how near, the likeliest first; `apart`: only of other clusters."""
-        compared, size = 0, self._prints[i].shingles
         likely, estimates = among.like(i, self._threshold)
-        for j, estimate in zip(likely.tolist(), estimates, strict=True):
+        shared = np.zeros(len(likely), np.int64)
+        if not apart:  # those of other clusters begin otherwise
+            shared[:] = [self._shared(i, j) for j in likely.tolist()]
+            size = self._prints[i].shingles
+            fits = may_reach(self._threshold, estimates, size, self._sizes[likely], shared) & (size - shared >= FEW_SHINGLES)
+            likely, shared = likely[fits], shared[fits]
+        compared = 0
+        for j, common in zip(likely.tolist(), shared.tolist(), strict=True):
             if apart and self._clusters.together(i, j):
                 continue
-            shared = self._shared(i, j)
-            if shared and not (
-                size - shared >= FEW_SHINGLES and may_reach(self._threshold, estimate, size, self._sizes[j], shared)
-            ):
-                continue
-            similarity = jaccard(self._set(i), self._set(j), shared)
-            if similarity >= self._threshold:
-                yield j, similarity
-            compared += 1
             if compared == MOST_COMPARED:
                 return
+            compared += 1
+            similarity = jaccard(self._set(i), self._set(j), common)
+            if similarity >= self._threshold:
+                yield j, similarity
 
     def _shared(self, i: int, j: int) -> int:
         """How many shingles the turns have that both begin with."""

@@ -121,16 +121,17 @@ def jaccard(one: np.ndarray, other: np.ndarray, shared: int = 0) -> float:
     return (common - shared) / max(len(one) + len(other) - common - shared, 1)
 
 
-def may_reach(threshold: float, estimates: np.ndarray, size: int, sizes: np.ndarray, shared: int = 0) -> np.ndarray:
+def may_reach(threshold: float, estimates: np.ndarray, size: int, sizes: np.ndarray, shared: np.ndarray | int = 0) -> np.ndarray:
     """Whether `jaccard(one, other, shared)` may be `threshold`, if that share of the two signatures agrees; bool [n].
 
     `size` and `sizes` [n]: shingles of the one and of each other. A truth three standard deviations above is believed.
     """
-    less, more = np.minimum(size, sizes) - shared, np.maximum(size, sizes) - shared
-    common = (shared + threshold * (size + sizes - shared)) / (1 + threshold)
-    least = np.minimum(common / np.maximum(size + sizes - common, 1), 1)
-    deviation = np.sqrt(least * (1 - least) / np.clip(less + shared, 1, BINS))
-    return (less >= threshold * more) & (estimates >= least - 3 * deviation)
+    less, both = np.minimum(sizes, size), sizes + size
+    common = (shared + threshold * (both - shared)) / (1 + threshold)
+    least = np.minimum(common / np.maximum(both - common, 1), 1)
+    deviation = np.sqrt(least * (1 - least) / np.maximum(np.minimum(less, BINS), 1))
+    fits = less - shared >= threshold * (both - less - shared)
+    return fits & (estimates >= least - 3 * deviation)
 
 
 def bands_of(signatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -149,9 +150,10 @@ class Neighbours:
     def __init__(self, signatures: np.ndarray, sizes: np.ndarray, bands: tuple[np.ndarray, np.ndarray], most: int) -> None:
         self._signatures, self._sizes, self._buckets = signatures, sizes, bands[0]
         self._room = np.where(bands[1] > 1, np.minimum(bands[1], most), 0)
+        self._slots = np.arange(most)
         self._start = np.cumsum(self._room) - self._room
         self._filled = np.zeros(len(self._room), np.int32)
-        self._members = np.zeros(int(self._room.sum()), np.int32)
+        self._members = np.zeros(int(self._room.sum()) + most, np.int32)
 
     def add(self, i: int) -> None:
         """From now on the i-th is found."""
@@ -161,15 +163,18 @@ class Neighbours:
         self._filled[buckets] += 1
 
     def like(self, i: int, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-        """Those whose similarity to the i-th may be `threshold`, the most alike first, and the share of the signature that agrees."""
+        """Those whose similarity to the i-th may be `threshold`, the most alike first, and what share of the signature agrees."""
         buckets = self._buckets[i]
         buckets = buckets[self._filled[buckets] > 0]
         if not len(buckets):
             return np.zeros(0, np.int64), np.zeros(0)
-        spans = zip(self._start[buckets].tolist(), self._filled[buckets].tolist(), strict=True)
-        met, bands = np.unique(np.concatenate([self._members[start : start + n] for start, n in spans]), return_counts=True)
-        met = met[np.argsort(-bands, kind="stable")[:MOST_MET]]
-        estimates = (self._signatures[met] == self._signatures[i]).mean(axis=1)
+        places = self._start[buckets][:, None] + self._slots
+        every = np.sort(self._members[places[self._slots < self._filled[buckets][:, None]]])
+        first = np.flatnonzero(np.diff(every, prepend=-1))
+        met, bands = every[first], np.diff(first, append=len(every))
+        if len(met) > MOST_MET:
+            met = met[np.argsort(-bands, kind="stable")[:MOST_MET]]
+        estimates = np.count_nonzero(self._signatures[met] == self._signatures[i], axis=1) / BINS
         likely = np.flatnonzero(may_reach(threshold, estimates, int(self._sizes[i]), self._sizes[met]))
         nearest = likely[np.argsort(-estimates[likely], kind="stable")[:MOST_LIKELY]]
         return met[nearest], estimates[nearest]

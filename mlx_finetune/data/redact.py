@@ -228,7 +228,14 @@ def _secrets(text: str) -> list[Found]:
     digest = _digest(text) if len(text) >= LONG_ENOUGH else b""
     if digest in _CLEAN:
         return []
-    found = [one for position, rules in _literals().hits(text) for rule in rules for one in rule(text, position)]
+    found: list[Found] = []
+    ends: dict[Rule, int] = {}  # of what a rule found last: within it there is nothing more for it to find
+    for position, rules in _literals().hits(text):
+        for rule in rules:
+            if position >= ends.get(rule, 0):
+                for one in rule(text, position):
+                    found.append(one)
+                    ends[rule] = one.end
     if digest and not found:
         if len(_CLEAN) >= REMEMBERED:
             _CLEAN.clear()

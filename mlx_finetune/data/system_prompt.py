@@ -130,8 +130,8 @@ def describe(messages: Sequence[Message]) -> Prompt:
     if not first:
         return Prompt("other", reason="not gptme's own prompt")
     version, model = first[1], first[2] or ""
-    if version != known.KNOWN_VERSION:
-        return Prompt("other", version=version, model=model, reason=f"of another gptme than {known.KNOWN_VERSION}")
+    if version != known.VERSION:
+        return Prompt("other", version=version, model=model, reason=f"of another gptme than {known.VERSION}")
     core = _core(text)
     if not core:
         return Prompt("other", version=version, model=model, reason="a prompt without tools")
@@ -167,7 +167,7 @@ def _shortened(messages: Sequence[Message]) -> tuple[Message, ...]:
     if not _AT_START.match(after):
         raise _Unknown("an unknown part behind the date")
     if after:  # no longer parted by the boundary, it is merged into the first message: before the files in line
-        text, files = _split_files(context, unescape(machine[1] or machine[2]))
+        text, files = _split_files(context, machine[1] or unescape(machine[2]))
         context = "\n\n".join(part for part in (text, after, files) if part)
         short = short if text else f"{short}\n\n"
     return (replace(first, content=short + context),)
@@ -221,14 +221,14 @@ def _identity(text: str) -> tuple[Kind, bool, str, str]:
     for editing, thinking in known.FULL_BASES.values():
         if ending == short_ending and base == known.short_base(editing, thinking):
             return "short", interactive, editing, text
-    raise _Unknown(f"a changed prompt of gptme {known.KNOWN_VERSION}")
+    raise _Unknown(f"a changed prompt of gptme {known.VERSION}")
 
 
 def _tools(text: str, xml: bool) -> tuple[tuple[str, ...], list[str]]:
     """The names of the tools, and their descriptions without examples, with what ends the list."""
     found = list((_XML_TOOL if xml else _TOOL).finditer(text))
     if not found or found[0].start() != 0:
-        raise _Unknown(f"a changed prompt of gptme {known.KNOWN_VERSION}")
+        raise _Unknown(f"a changed prompt of gptme {known.VERSION}")
     examples, after = ("\n<examples>\n", "\n</tool>") if xml else ("\n\n### Examples\n\n", "")
     end = len(text) - len("\n</tools>\n\n" if xml else _END_OF_TOOLS)
     sections = []

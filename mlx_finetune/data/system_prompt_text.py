@@ -3,7 +3,7 @@
 Of the full prompt only digests stand here: it is recognised, never written.
 """
 
-KNOWN_VERSION = "0.35.1"
+VERSION = "0.35.1"
 # The tools that gptme brings along. Of any other tool (plugin, MCP server), the text does not tell where its examples begin.
 OWN_TOOLS = {
     *("append", "autocommit", "autocompact", "browser", "chats", "choice", "clarify", "complete", "computer", "convert", "elicit"),

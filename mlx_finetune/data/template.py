@@ -235,17 +235,27 @@ class ChatTemplate:
     def _turn_with_calls(self, messages: Sequence[Message], index: int, text: str, span: Span | None, tools: Tools) -> _Turn:
         """A turn with native calls: all that the template writes between the prompt for it and its end-of-turn token."""
         before, through = self.render(messages[:index], True, tools), self.render(messages[: index + 1], tools=tools).rstrip()
-        if not (text.startswith(before) and text.startswith(through) and len(before) < len(through)):
+        if not text.startswith(before):
             raise Refused("the template writes what stands before a tool call in another way than a server would")
-        ending = next((special for special in self._special_texts if through.endswith(special)), None)
-        if ending is None:
+        # Not `through` itself: some templates (Qwen3) write the last turn of all in another way than this one.
+        ending = next((special for special in self._endings if through.endswith(special)), None)
+        start = len(before)
+        end = text.find(ending, max(start, span.end if span else 0)) if ending else -1
+        if ending is None or end < 0:
             raise Refused(NO_END)
-        turn = _Turn(len(before), len(through) - len(ending), ending)
-        if span and not turn.start <= span.start <= span.end <= turn.end:
+        if span and span.start < start:
             raise Refused("the template writes the text of a message with a tool call outside of its turn")
-        written = text[turn.start : turn.end] if not span else text[turn.start : span.start] + text[span.end : turn.end]
+        written = text[start:end] if not span else text[start : span.start] + text[span.end : end]
         check_written(messages[index].tool_calls, written)
-        return turn
+        return _Turn(start, end, ending)
+
+    @cached_property
+    def _endings(self) -> list[str]:
+        """The control tokens that may end a turn: those that a server stops at, and the one behind a turn of text."""
+        text, spans = locate(self.render, PROBE)
+        of_text = {self._turn(text, s).ending for m, s in zip(PROBE, spans, strict=True) if s and m.role == "assistant"}
+        stops = {str(self._special.id_to_token(i)) for i in self.stop_ids}
+        return [special for special in self._special_texts if special in of_text | stops]
 
     def _check_no_control_token(self, calls: Sequence[ToolCall], tools: Tools) -> None:
         if any(self._names_control_token(text) for text in texts_of(calls, tools)):

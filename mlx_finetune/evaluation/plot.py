@@ -1,7 +1,6 @@
 """The loss of a run as a picture."""
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_finetune.training.held_out import judged_by
@@ -27,7 +26,7 @@ def draw_loss(run: Path) -> Path | None:
     if valid:
         losses = [row["loss"] for row in valid]
         axes.plot([row["step"] for row in valid], losses, "o-", color="#c8501e", linewidth=1.8, label="held out")
-        for source, steps_then, apart in _shown_apart(valid):
+        for source, steps_then, apart in shown_apart(valid):
             axes.plot(steps_then, apart, "o--", color="#8a8a8a", linewidth=1.2, markersize=4, label=f"held out, {source}")
         for row in (valid[0], valid[-1]):
             axes.annotate(
@@ -41,13 +40,14 @@ def draw_loss(run: Path) -> Path | None:
     return run / "loss.png"
 
 
-def _shown_apart(valid: list[dict]) -> Iterator[tuple[str, list[int], list[float]]]:
+def shown_apart(valid: list[dict]) -> list[tuple[str, list[int], list[float]]]:
     """Source, steps and losses of each source that is not a part of the held-out loss."""
     sources = sorted({source for row in valid for source in row.get("by_source", {})})
-    for source in sources:
-        if source not in judged_by(sources):
-            rows = [row for row in valid if source in row.get("by_source", {})]
-            yield source, [row["step"] for row in rows], [row["by_source"][source] for row in rows]
+    lines = []
+    for source in set(sources) - set(judged_by(sources)):
+        rows = [row for row in valid if source in row.get("by_source", {})]
+        lines.append((source, [row["step"] for row in rows], [row["by_source"][source] for row in rows]))
+    return sorted(lines)
 
 
 def _running_mean(train: list[dict]) -> list[float]:

@@ -57,6 +57,7 @@ BINDING = re.compile(
 QUOTED = re.compile(rf"[rbfuRBFU]{{0,2}}(?P<quote>{QUOTE})(?P<secret>(?:(?!(?P=quote))(?:\\.|[^\n])){{1,{LONGEST_VALUE}}})(?P=quote)")
 WHOLE = re.compile(rf"[^\s\\]{{1,{LONGEST_VALUE}}}")  # to the next blank
 BARE = re.compile(rf"""[^\s"'`\\<>|,;(){{}}\[\]&]{{1,{LONGEST_VALUE}}}""")
+NESTED = re.compile(rf"([A-Za-z_][\w.-]{{0,{LONGEST_NAME}}})[=:]")  # a name and value of its own
 LINE_END = re.compile(r"[ \t]*(?:\r?\n|\Z|\\[nr])")
 LINE_BEGIN = re.compile(r"(?:^|\n|\\n)(?P<indent>[ \t]*(?:- +)?)(?:export +|set +|setx +|ENV +|ARG +|\$env:|env +|-e +|[+>-] ?)?[\"']?$")
 DOCKER = re.compile(r"(?:^|\n)[ \t]*(?:ENV|ARG)[ \t]+$")
@@ -162,6 +163,8 @@ def _unquoted(text: str, at: int, form: str, name: str, head: str) -> tuple[int,
     """Where a value without quotes stands, and whether it must be literal, since no program has a name in this place."""
     whole, bare = WHOLE.match(text, at), BARE.match(text, at)
     if not whole or not bare:
+        return at, at, False
+    if (nested := NESTED.match(whole[0])) and kind_of_name(nested[1]):
         return at, at, False
     line = LINE_BEGIN.search(head)
     alone = bool(line and LINE_END.match(text, whole.end()))

@@ -18,7 +18,6 @@ AUTHORIZATION = re.compile(
 )
 BEARER = re.compile(r"(?:bearer|basic)[ ]{1,3}(?P<secret>[\w+/=.~-]{8,2000})(?!\()", re.IGNORECASE)
 COOKIES = re.compile(r"""cookie\\{0,3}["']?\s{0,3}[:=]\s{0,3}(?P<cookies>[^\n"'\\]{1,2000})""", re.IGNORECASE)
-COOKIE = re.compile(r"(?P<name>[^\s=;]{1,80})=(?P<secret>[^\s;]{16,1000})")
 SESSION = re.compile(r"sess|sid|auth|token|jwt|remember|login|identity|connect", re.IGNORECASE)
 SIGNATURE = re.compile(r"(?:x-(?:amz|goog)-signature|[?&]sig)=(?P<secret>[A-Za-z0-9%+/=]{30,600})", re.IGNORECASE)
 BASIC_PAIR = re.compile(r"""(?:auth|BasicAuth|basic_auth)\s{0,3}=?\s{0,3}\(\s{0,9}["'][^"'\n]{1,100}["'],\s{0,9}["'](?P<secret>[^"'\n]{1,200})["']""")
@@ -48,6 +47,7 @@ BODY = re.compile(  # of a block that is cut off: lines of base64, whatever quot
 )
 PUTTY = re.compile(r"Private-Lines: \d{1,4}(?:\s|\\n){1,9}(?P<secret>[A-Za-z0-9+/=]{16,}(?:(?:\s|\\n){1,9}[A-Za-z0-9+/=]{16,})*)")
 MANIFEST = re.compile(r"""["']?kind["']?:\s{0,9}["']?Secret\b""")
+MANIFEST_MARKS = ("\n---", "kind: Secret", 'kind": "Secret', 'kind: "Secret')  # where a manifest's neighbours begin
 DATA = re.compile(r"""^(?P<indent>[ \t]*)["']?(?P<field>data|stringData)["']?:[ \t]*\{?[ \t]*\n(?P<rows>(?:(?P=indent)[ \t]+[^\n]*(?:\n|\Z)){1,100})""", re.MULTILINE)
 ROW = re.compile(r"""^[ \t]+["']?[\w.-]{1,100}["']?:[ \t]*["']?(?P<secret>[^\s"',]{4,4000})["']?,?[ \t]*$""", re.MULTILINE)
 
@@ -87,10 +87,14 @@ def _bearer(text: str, position: int) -> Iterator[Found]:
 
 
 def _cookie(text: str, position: int) -> Iterator[Found]:
-    if cookies := COOKIES.match(text, position):
-        for match in COOKIE.finditer(text, *cookies.span("cookies")):
-            if SESSION.search(match["name"]) and "csrf" not in match["name"].lower() and is_token(match["secret"]):
-                yield Found("cookie", *match.span("secret"))
+    cookies = COOKIES.match(text, position)
+    at = cookies.start("cookies") if cookies else 0
+    for cookie in cookies["cookies"].split(";") if cookies else ():
+        name, _, value = cookie.partition("=")
+        start = at + len(name) + 1
+        at += len(cookie) + 1
+        if SESSION.search(name[-80:]) and "csrf" not in name.lower() and is_token(value.strip()):
+            yield Found("cookie", start, start + len(value.rstrip()))
 
 
 def _signature(text: str, position: int) -> Iterator[Found]:
@@ -144,9 +148,10 @@ def _manifest(text: str, position: int) -> Iterator[Found]:
     """A Kubernetes Secret: every value under its `data`, in base64, and under its `stringData`."""
     if not MANIFEST.match(text, position):
         return
-    begin = text.rfind("\n---", max(0, position - 4000), position) + 1
-    end = text.find("\n---", position, position + 8000)
-    for data in DATA.finditer(text, max(begin, position - 4000), end if end >= 0 else position + 8000):
+    begin = max(text.rfind(mark, max(0, position - 4000), position) for mark in MANIFEST_MARKS)
+    ends = [at for mark in MANIFEST_MARKS if (at := text.find(mark, position + 1, position + 8000)) >= 0]
+    begin, end = begin + 1 if begin >= 0 else max(0, position - 4000), min(ends, default=position + 8000)
+    for data in DATA.finditer(text, begin, end):
         for row in ROW.finditer(text, *data.span("rows")):
             encoded = data["field"] == "data" and re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", row["secret"])
             if encoded and len(row["secret"]) % 4 == 0 or kind_of_value("password", row["secret"], literal=True):

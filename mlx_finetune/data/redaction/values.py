@@ -21,15 +21,16 @@ PLACEHOLDER_WORDS = frozenset(
     user username value var variable vault verify with world xxx yes yet""".split()
 )
 # What makes a placeholder of whatever stands around it.
-MARKS = re.compile(
-    r"example|placeholder|change[-_]?(?:me|this|it)\b|replace[-_]?(?:me|with|this)|\byour(?![a-z])|insert[-_]|redacted|dummy|^<.*>$|<[A-Za-z_ -]+>"
-    r"|x{5,}|\*{3}|\.\.\.|…|^\[[A-Z_]|notasecret|not[-_]a[-_]real|to[-_]be[-_]",
-    re.IGNORECASE,
-)
+MARKS = (
+    "example placeholder changeme change-me change_me changethis changeit replaceme replace-me replace_me replace-with replace_with"
+    " your- your_ insert- insert_ redacted dummy xxxxx *** ... … notasecret not-a-real not_a_real to-be- to_be_"
+).split()
+BRACKETS = re.compile(r"^<.*>$|<[A-Za-z_ -]+>|^\[[A-Z_]")
 # A value that a program or a shell fills in: $HOME, ${HOME}, $(cat x), `cat x`, {{ x }}, {x}, %(x)s, %s, %HOME%, !vault, @file.
 TEMPLATE = re.compile(
     r"\$\{|\$\([a-z]|`|\{\{|\{[A-Za-z_!.\[\]()'\"]*\}|%\(\w+\)|^\$\w+$|^\$[A-Z_]+\b|^%[sdrv]$|^%\w+%$|^@[\w./-]+$|^!\w+(?: |$)|^&?\w+->"
 )
+TEMPLATE_SIGNS = "$`{%@!>"
 REFERENCE = re.compile(  # where a secret is kept or what it hashes to, not what it is
     r"^(?:[a-z][a-z0-9+.-]*://|arn:|op:|ssm:|vault:|env:|file:|sha\d+[:-]|md5:|secret[s:/]|keychain:|ENC\[|data:|urn:|ssh-"
     r"|\$argon|\$2[aby]\$|[A-Za-z]:\\)"
@@ -58,12 +59,13 @@ NEIGHBOURS = frozenset(pair for a, b in PAIRS for pair in ((a, b), (a.upper(), b
 
 def is_marked(value: str) -> bool:
     """Says of itself that it is none: AKIA...EXAMPLE, ghp_xxxx, sk-0000."""
-    return len(set(value[-16:])) < 4 or MARKS.search(value) is not None
+    lower = value.lower()
+    return len(set(value[-16:])) < 4 or any(mark in lower for mark in MARKS) or BRACKETS.search(value) is not None
 
 
 def is_placeholder(value: str) -> bool:
     """Also ${KEY}, <KEY>, your-api-key, my-secret: nothing that was ever anyone's secret."""
-    if is_marked(value) or TEMPLATE.search(value):
+    if is_marked(value) or any(sign in value for sign in TEMPLATE_SIGNS) and TEMPLATE.search(value):
         return True
     return not any(map(str.isdigit, value)) and _is_made_of_known_words(value)
 
@@ -109,6 +111,7 @@ def is_opaque(value: str) -> bool:
 
 def is_wordy(value: str) -> bool:
     """Whether most neighbours in it are neighbours in words too; a digit beside a letter, or a capital behind a small one, is not."""
+    value = value[:64]
     alike = sum(pair in NEIGHBOURS for pair in pairwise(value))
     return alike >= 0.5 * sum(a.isalnum() and b.isalnum() and not (a.isdigit() and b.isdigit()) for a, b in pairwise(value))
 
