@@ -56,6 +56,11 @@ def test_a_setting_like_no_other_is_refused_with_all_that_there_are(tmp_path: Pa
         ("target_modules: [q_proj]", "target_modules", ("q_proj",)),
         ("target_modules: all-linear", "target_modules", "all-linear"),
         ("valid_fraction: 0", "valid_fraction", 0.0),
+        ("validation_by: hash", "validation_by", "hash"),
+        ("openassistant_share: 0", "openassistant_share", 0.0),
+        ("openassistant_share: .999", "openassistant_share", 0.999),
+        ("openassistant_valid_fraction: 1e-2", "openassistant_valid_fraction", 0.01),
+        ("test_fraction: 0.1", "test_fraction", 0.1),
     ],
 )
 def test_a_value_is_read_as_people_write_it(tmp_path: Path, text: str, name: str, value: Any) -> None:
@@ -71,7 +76,8 @@ def test_a_value_is_read_as_people_write_it(tmp_path: Path, text: str, name: str
         "max_length: null", "rank: 0", "rank: 8.5", "rank: yes", "rank: eight", "seed: -1", "seed: 2020-01-01", "dropout: 1",
         "valid_fraction: 1.0", "engine: tpu", "dtype: int8", "target_modules: []", "target_modules: ''", "target_modules: ','",
         "target_modules: 5", "target_modules: [1]", "model: 3", "steps: 0", "num_layers: 0", "weight_decay: -0.1",
-        "learning_rate: true",
+        "learning_rate: true", "validation_by: name", "validation_by: null", "openassistant_share: 1", "openassistant_share: -0.1",
+        "openassistant_share: 30%", "openassistant_valid_fraction: 1.0", "test_fraction: nan", "test_fraction: 1",
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_with_its_name(tmp_path: Path, text: str) -> None:

@@ -113,8 +113,9 @@ THINKS = QWEN.replace(
     "'<|im_start|>assistant' + ('\n<think></think>' if loop.last else '') }}{% if m.content",
 )
 # As Command R7B: the header of the next turn stands there unasked.
-OPENS = QWEN.replace("{% if add_generation_prompt %}", "{% if true %}").replace(
-    "assistant\n' }}{% endif %}", "assistant\n<|endoftext|>' }}{% endif %}"
+OPENS = QWEN.replace("'<|im_start|>assistant'", "'<|im_start|>assistant<|endoftext|>'")
+OPENS = OPENS.replace(
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}", "{{ '<|im_start|>assistant<|endoftext|>' }}"
 )
 OPEN = QWEN.replace("</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}", "</tool_call>' }}{% endfor %}{{ '\n' }}")
 TWICE = [*chat("go"), calling(call("c", command="ls"), call("d", command="ls"))]
@@ -132,7 +133,7 @@ BOTH = [*chat("go"), calling(call("c", command="ls"), call("d", command="pwd"))]
         (CUTS, [replace(m, weight=0.0) if m.tool_calls else m for m in session()], "drops a tool call"),
         (LATER, session(), "in another way than a server would"),
         (OPEN, session(), "no end-of-turn token"),
-        (OPENS, session()[:-1], "."),
+        (OPENS, session()[:-1], "no end-of-turn token"),
         (QWEN, [*chat("a"), calling(ToolCall("c", "shell", "{'command'"))], "not JSON"),
         (QWEN, [*chat("a"), calling(ToolCall("c", "shell", "[1]"))], "no JSON object"),
         (QWEN, [*chat("a"), calling(ToolCall("c", "shell", "[" * 100_000))], "not JSON"),
