@@ -153,7 +153,7 @@ def test_a_call_stands_where_it_says() -> None:
     text = "é\n```shell\r\nls\n```\nand\n```save a\nx\n```\n"
     assert [text[c.start : c.end] for c in calls_in(text)] == ["```shell\r\nls\n```", "```save a\nx\n```"]
     text = "é <tool-use><shell>é</shell> <save args='>'/></tool-use>"
-    assert [text[c.start : c.end] for c in calls_in(text, "xml")][0] == "<shell>é</shell>"
+    assert next(text[c.start : c.end] for c in calls_in(text, "xml")) == "<shell>é</shell>"
     text = 'é\n@shell(a): {"command": "ls"} more'
     assert [text[c.start : c.end] for c in calls_in(text, "tool")] == ['@shell(a): {"command": "ls"}']
     (call,) = native_calls(text)
@@ -258,7 +258,7 @@ def test_text_around_native_calls_is_cut_as_gptme_cuts_it() -> None:
 
 def test_names_of_mcp_tools_are_sent_as_openai_allows_them() -> None:
     (message,) = to_native([said("assistant", "@my server.look(a): {}")])
-    assert message.tool_calls[0].name == "my_server_look_bbb4ce5a15e8"
+    assert message.tool_calls[0].name == "my_server_look_b7bf8cdaabc2"
 
 
 @pytest.mark.parametrize("name", ["tool__2026-06-18-climbing-orange-robot", "tool_parallel_calls__2026-07-16-swimming-happy-seal"])
@@ -288,9 +288,12 @@ def test_a_tool_format_log_becomes_the_recorded_requests_message_for_message(sha
 
 @pytest.mark.parametrize(
     "unit",
-    ["```\n", "`", "<", "```shell\n", "```x\n", "@a(b): {\n", "@a(", "````\n```\n", "```shell\n<<A\n", "```shell\n<<1 ", "</think>x\n```shell\n",
-     "<tool-use><shell>x</shell></tool-use>", "@shell(a): {}\n", "```shell\nls\n```\n", '@a(b): {"\\"', "```\n@a(b): {\n```\n}\n"],
-)  # fmt: skip
+    [
+        *("```\n", "`", "<", "```shell\n", "```x\n", "@a(b): {\n", "@a(", "````\n```\n", "```shell\n<<A\n", "```shell\n<<1 "),
+        *("</think>x\n```shell\n", "<tool-use><shell>x</shell></tool-use>", "@shell(a): {}\n", "```shell\nls\n```\n"),
+        *('@a(b): {"\\"', "```\n@a(b): {\n```\n}\n"),
+    ],
+)
 def test_reading_takes_time_in_proportion_to_the_text(unit: str) -> None:
     def seconds(size: int) -> float:
         text = unit * (size // len(unit))
@@ -304,10 +307,30 @@ def test_reading_takes_time_in_proportion_to_the_text(unit: str) -> None:
     assert seconds(2**18) < 4  # 256 KB: 0.1 to 0.6 s measured; minutes where it is quadratic
 
 
-PIECES = """```|````|```shell|```ipython|```save a.py|```python|```text|``````shell|```<think>|   ```|text||it's|x = \"\"\"|'''|cat <<EOF|EOF
-x << 2|# it's|abc \\|'|"|<think>|</think>|<thinking>|</thinking>|``` |```py|$'a|$((|@shell(a): {"command": "ls"}|@foo(b): {}|@shell(c): {'a': 1,}
-<tool-use>|</tool-use>|<shell>|</shell>|<save args='a'>|</save>|<shell>ls</shell>|&amp;|```shell\nls\n```|<tool-use><shell>ls</shell></tool-use>
-<function_calls>|</function_calls>|<invoke name="shell">|</invoke>""".replace("\n", "|").split("|")
+PIECES = [
+    *("```", "````", "```shell", "```ipython", "```save a.py", "```python", "```text", "``````shell", "```<think>", "   ```"),
+    *(
+        "``` ",
+        "text",
+        "",
+        "it's",
+        'x = """',
+        "'''",
+        "cat <<EOF",
+        "EOF",
+        "x << 2",
+        "# it's",
+        "abc \\",
+        "'",
+        '"',
+        "$'a",
+        "$((",
+        "```py",
+    ),
+    *("<think>", "</think>", "<thinking>", "</thinking>", "```shell\nls\n```", "&amp;", "<save args='a'>", "</save>"),
+    *('@shell(a): {"command": "ls"}', "@foo(b): {}", "@shell(c): {'a': 1,}", "<tool-use>", "</tool-use>", "<shell>", "</shell>"),
+    *("<tool-use><shell>ls</shell></tool-use>", "<function_calls>", "</function_calls>", '<invoke name="shell">', "</invoke>"),
+]
 
 
 def made_up(random: np.random.Generator) -> str:

@@ -111,10 +111,7 @@ def _unescaped(escape: re.Match[str]) -> str:
 
 def _fenced(text: str, begin: int) -> list[tuple[int, int]]:
     """Start and end of each closed code block, by the plain rule which gptme has for this: no nesting, any fence opens."""
-    fences = [
-        (fence.start(), fence.end(), len(fence[1]), not fence[2].strip())
-        for fence in FENCE_LINE.finditer(text, begin)
-    ]
+    fences = [(fence.start(), fence.end(), len(fence[1]), not fence[2].strip()) for fence in FENCE_LINE.finditer(text, begin)]
     closing = defaultdict(list)  # of each number of backticks: which fences stand alone on their line
     for index, (_, _, ticks, bare) in enumerate(fences):
         if bare:

@@ -54,12 +54,16 @@ BINDING = re.compile(
       |(?P<space>[ \t]{{1,40}}))""",
     re.VERBOSE,
 )
-QUOTED = re.compile(rf"[rbfuRBFU]{{0,2}}(?P<quote>{QUOTE})(?P<secret>(?:(?!(?P=quote))(?:\\.|[^\n])){{1,{LONGEST_VALUE}}})(?P=quote)")
+QUOTED = re.compile(
+    rf"[rbfuRBFU]{{0,2}}(?P<quote>{QUOTE})(?P<secret>(?:(?!(?P=quote))(?:\\.|[^\n])){{1,{LONGEST_VALUE}}})(?P=quote)"
+)
 WHOLE = re.compile(rf"[^\s\\]{{1,{LONGEST_VALUE}}}")  # to the next blank
 BARE = re.compile(rf"""[^\s"'`\\<>|,;(){{}}\[\]&]{{1,{LONGEST_VALUE}}}""")
 NESTED = re.compile(rf"([A-Za-z_][\w.-]{{0,{LONGEST_NAME}}})[=:]")  # a name and value of its own
 LINE_END = re.compile(r"[ \t]*(?:\r?\n|\Z|\\[nr])")
-LINE_BEGIN = re.compile(r"(?:^|\n|\\n)(?P<indent>[ \t]*(?:- +)?)(?:export +|set +|setx +|ENV +|ARG +|\$env:|env +|-e +|[+>-] ?)?[\"']?$")
+LINE_BEGIN = re.compile(
+    r"(?:^|\n|\\n)(?P<indent>[ \t]*(?:- +)?)(?:export +|set +|setx +|ENV +|ARG +|\$env:|env +|-e +|[+>-] ?)?[\"']?$"
+)
 DOCKER = re.compile(r"(?:^|\n)[ \t]*(?:ENV|ARG)[ \t]+$")
 FLAG = re.compile(r"(?:^|[\s\"'`=])--?$")
 
@@ -71,7 +75,9 @@ def named_secrets(text: str, position: int) -> Iterator[Found]:
         return
     head = text[max(0, position - LONGEST_NAME) : position]
     stem = head.rstrip(NAME_CHARACTERS)
-    name = head[len(stem) :] + text[position : binding.start("close") if binding["close"] else binding.start(binding.lastgroup or 0)]
+    name = (
+        head[len(stem) :] + text[position : binding.start("close") if binding["close"] else binding.start(binding.lastgroup or 0)]
+    )
     dashes = len(name) - len(name.lstrip("-."))
     if phrase := PHRASE.search(stem) if name.lower() == "key" else None:
         name = f"{phrase[1]}_key"
@@ -134,14 +140,14 @@ def is_basic(value: str) -> bool:
 def _value(text: str, binding: re.Match[str], kind: str, name: str, head: str) -> Iterator[Found]:
     form, at = binding.lastgroup or "", binding.end()
     flag = form == "space" and FLAG.search(head)
-    if form == "pair" and not binding["close"] or form == "element" and head[-1:] not in ("<", ":"):
+    if (form == "pair" and not binding["close"]) or (form == "element" and head[-1:] not in ("<", ":")):
         return
     quoted = QUOTED.match(text, at)
     if form == "space" and not flag and not DOCKER.search(head):
         yield from _after_blank(text, at, kind if len(name) > 4 else "", quoted)
         return
     if quoted:
-        literal = form not in ("pair", "table", "said") or kind == "password" and form == "said"
+        literal = form not in ("pair", "table", "said") or (kind == "password" and form == "said")
         start, end = quoted.span("secret")
     else:
         start, end, literal = _unquoted(text, at, form, name, head)
@@ -155,7 +161,7 @@ def _after_blank(text: str, at: int, kind: str, quoted: re.Match[str] | None) ->
     """`authtoken 2Ab...`, `requirepass 2Ab...`, SQL's `PASSWORD 'hunter2'`: a blank says little, so the value must say more."""
     match = quoted or BARE.match(text, at)
     group = "secret" if quoted else 0
-    if match and (is_token(match[group]) or quoted and kind == "password" and is_password(match[group], literal=False)):
+    if match and (is_token(match[group]) or (quoted and kind == "password" and is_password(match[group], literal=False))):
         yield Found(kind, *match.span(group))
 
 
@@ -169,14 +175,14 @@ def _unquoted(text: str, at: int, form: str, name: str, head: str) -> tuple[int,
     line = LINE_BEGIN.search(head)
     alone = bool(line and LINE_END.match(text, whole.end()))
     tight = form == "equals" and binding_is_tight(text, at)
-    if line and tight and (name.isupper() or alone and not line["indent"] and not name.startswith(("self.", "this."))):
+    if line and tight and (name.isupper() or (alone and not line["indent"] and not name.startswith(("self.", "this.")))):
         return at, _without_end(text, at, whole.end()), not name.islower() or alone
     end = bare.end()
     if text[end : end + 1] and text[end] in "([{":
         return at, at, False
     if form == "said" and not (LINE_END.match(text, end) or text[end - 1] in ".,;!" or text[end] in ",;"):
         return at, at, False
-    literal = form == "element" or tight and head.endswith("-") or form == "colon" and alone and bool(line)
+    literal = form == "element" or (tight and head.endswith("-")) or (form == "colon" and alone and bool(line))
     return at, end - (len(bare[0]) - len(bare[0].rstrip(".,:;"))), literal
 
 

@@ -20,22 +20,33 @@ BEARER = re.compile(r"(?:bearer|basic)[ ]{1,3}(?P<secret>[\w+/=.~-]{8,2000})(?!\
 COOKIES = re.compile(r"""cookie\\{0,3}["']?\s{0,3}[:=]\s{0,3}(?P<cookies>[^\n"'\\]{1,2000})""", re.IGNORECASE)
 SESSION = re.compile(r"sess|sid|auth|token|jwt|remember|login|identity|connect", re.IGNORECASE)
 SIGNATURE = re.compile(r"(?:x-(?:amz|goog)-signature|[?&]sig)=(?P<secret>[A-Za-z0-9%+/=]{30,600})", re.IGNORECASE)
-BASIC_PAIR = re.compile(r"""(?:auth|BasicAuth|basic_auth)\s{0,3}=?\s{0,3}\(\s{0,9}["'][^"'\n]{1,100}["'],\s{0,9}["'](?P<secret>[^"'\n]{1,200})["']""")
+BASIC_PAIR = re.compile(
+    r"""(?:auth|BasicAuth|basic_auth)\s{0,3}=?\s{0,3}\(\s{0,9}["'][^"'\n]{1,100}["'],\s{0,9}["'](?P<secret>[^"'\n]{1,200})["']"""
+)
 PGPASS = re.compile(r"(?:\\n|^)?[\w.*-]{1,100}:(?:\d{1,5}|\*):[\w*.-]{1,80}:[\w*.-]{1,80}:(?P<secret>[^\s:]{3,200})(?:\s|\\n|\Z)")
 ARGUMENT = r"""["']?(?P<secret>[^\s"'|;&<>\\]{3,200})"""
 COMMANDS = [  # what leads to it, and the command line from there on
-    ("curl, wget", rf"(?:curl|wget)\b[^\n]{{0,500}}?\s(?:-u|--user|--proxy-user|-U|-a)[ =]{{1,3}}[\"']?[\w.@%+-]{{1,80}}:{ARGUMENT}"),
+    (
+        "curl, wget",
+        rf"(?:curl|wget)\b[^\n]{{0,500}}?\s(?:-u|--user|--proxy-user|-U|-a)[ =]{{1,3}}[\"']?[\w.@%+-]{{1,80}}:{ARGUMENT}",
+    ),
     ("sshpass", rf"sshpass\s+-p\s{{0,3}}{ARGUMENT}"),
     ("mysql, mariadb", rf"(?:mysql|mariadb)[\w-]{{0,12}}[ \t][^\n|;]{{0,200}}?(?<=\s)-p{ARGUMENT}"),
-    ("docker login, podman login, nerdctl login, oc login, skopeo login, registry login", rf"\w{{2,8}} login\b[^\n]{{0,200}}?\s-p[ =]{{1,3}}{ARGUMENT}"),
+    (
+        "docker login, podman login, nerdctl login, oc login, skopeo login, registry login",
+        rf"\w{{2,8}} login\b[^\n]{{0,200}}?\s-p[ =]{{1,3}}{ARGUMENT}",
+    ),
     ("redis-cli", rf"redis-cli\b[^\n|;]{{0,200}}?\s-a\s{{1,3}}{ARGUMENT}"),
     ("ldap", rf"ldap\w+\b[^\n|;]{{0,300}}?\s-w\s{{1,3}}{ARGUMENT}"),
     ("smbclient", rf"smbclient\b[^\n|;]{{0,200}}?\s-U\s{{0,3}}[\"']?[\w\\.-]{{1,80}}%{ARGUMENT}"),
     ("openssl", rf"openssl\b[^\n|;]{{0,300}}?\spass:{ARGUMENT}"),
     ("echo", rf"echo (?:-n )?{ARGUMENT}[\"']?[ ]{{0,3}}\|[ ]{{0,3}}(?:sudo[^\n|]{{0,40}} -S\b|[^\n|]{{0,200}}--password-stdin)"),
     ("echo", r"echo (?:-n )?[\"']?[\w.-]{1,60}:(?P<secret>[^\s\"'|]{3,200})[\"']?[ ]{0,3}\|[ ]{0,3}(?:sudo )?chpasswd"),
-    ("machine", rf"machine\s{{1,9}}\S{{1,200}}\s{{1,9}}(?:(?:login|account)\s{{1,9}}\S{{1,100}}\s{{1,9}}){{0,2}}password\s{{1,9}}{ARGUMENT}"),
-    ("identified by", rf"identified\s{{1,3}}(?:with\s\S{{1,40}}\s)?by\s{{1,3}}(?:password\s)?[\"'](?P<secret>[^\"'\n]{{3,200}})"),
+    (
+        "machine",
+        rf"machine\s{{1,9}}\S{{1,200}}\s{{1,9}}(?:(?:login|account)\s{{1,9}}\S{{1,100}}\s{{1,9}}){{0,2}}password\s{{1,9}}{ARGUMENT}",
+    ),
+    ("identified by", r"identified\s{1,3}(?:with\s\S{1,40}\s)?by\s{1,3}(?:password\s)?[\"'](?P<secret>[^\"'\n]{3,200})"),
 ]
 BLOCK = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 BLOCK_END = re.compile(r"-----END (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----|-----BEGIN ")
@@ -48,14 +59,19 @@ BODY = re.compile(  # of a block that is cut off: lines of base64, whatever quot
 PUTTY = re.compile(r"Private-Lines: \d{1,4}(?:\s|\\n){1,9}(?P<secret>[A-Za-z0-9+/=]{16,}(?:(?:\s|\\n){1,9}[A-Za-z0-9+/=]{16,})*)")
 MANIFEST = re.compile(r"""["']?kind["']?:\s{0,9}["']?Secret\b""")
 MANIFEST_MARKS = ("\n---", "kind: Secret", 'kind": "Secret', 'kind: "Secret')  # where a manifest's neighbours begin
-DATA = re.compile(r"""^(?P<indent>[ \t]*)["']?(?P<field>data|stringData)["']?:[ \t]*\{?[ \t]*\n(?P<rows>(?:(?P=indent)[ \t]+[^\n]*(?:\n|\Z)){1,100})""", re.MULTILINE)
+DATA = re.compile(
+    r"""^(?P<indent>[ \t]*)["']?(?P<field>data|stringData)["']?:[ \t]*\{?[ \t]*\n(?P<rows>(?:(?P=indent)[ \t]+[^\n]*(?:\n|\Z)){1,100})""",
+    re.MULTILINE,
+)
 ROW = re.compile(r"""^[ \t]+["']?[\w.-]{1,100}["']?:[ \t]*["']?(?P<secret>[^\s"',]{4,4000})["']?,?[ \t]*$""", re.MULTILINE)
 
 
 def rules() -> dict[str, tuple[Rule, ...]]:
     """Every literal that may lead to a secret, in small letters, and what to try where it stands."""
     table: dict[str, tuple[Rule, ...]] = {}
-    commands = [(literal, _command(re.compile(form, re.IGNORECASE))) for literals, form in COMMANDS for literal in literals.split(", ")]
+    commands = [
+        (literal, _command(re.compile(form, re.IGNORECASE))) for literals, form in COMMANDS for literal in literals.split(", ")
+    ]
     for literal, rule in [*vendor_rules(), *PLACES, *commands, *((literal, named_secrets) for literal in LITERALS)]:
         known = table.get(literal.lower(), ())
         table[literal.lower()] = known if rule in known else (*known, rule)
@@ -76,13 +92,17 @@ def _url(text: str, position: int) -> Iterator[Found]:
 
 def _authorization(text: str, position: int) -> Iterator[Found]:
     match = AUTHORIZATION.match(text, position)
-    if match and (is_token(match["secret"]) or match["scheme"] and (is_basic(match["secret"]) or is_password(match["secret"], False))):
+    if match and (
+        is_token(match["secret"]) or (match["scheme"] and (is_basic(match["secret"]) or is_password(match["secret"], False)))
+    ):
         yield Found("authorization", *match.span("secret"))
 
 
 def _bearer(text: str, position: int) -> Iterator[Found]:
     match = BEARER.match(text, position)
-    if match and (is_token(match["secret"]) if text[position] in "bB" and text[position + 1] in "eE" else is_basic(match["secret"])):
+    if match and (
+        is_token(match["secret"]) if text[position] in "bB" and text[position + 1] in "eE" else is_basic(match["secret"])
+    ):
         yield Found("authorization", *match.span("secret"))
 
 
@@ -154,7 +174,7 @@ def _manifest(text: str, position: int) -> Iterator[Found]:
     for data in DATA.finditer(text, begin, end):
         for row in ROW.finditer(text, *data.span("rows")):
             encoded = data["field"] == "data" and re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", row["secret"])
-            if encoded and len(row["secret"]) % 4 == 0 or kind_of_value("password", row["secret"], literal=True):
+            if (encoded and len(row["secret"]) % 4 == 0) or kind_of_value("password", row["secret"], literal=True):
                 yield Found("secret", *row.span("secret"))
 
 

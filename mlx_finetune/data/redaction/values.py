@@ -65,7 +65,7 @@ def is_marked(value: str) -> bool:
 
 def is_placeholder(value: str) -> bool:
     """Also ${KEY}, <KEY>, your-api-key, my-secret: nothing that was ever anyone's secret."""
-    if is_marked(value) or any(sign in value for sign in TEMPLATE_SIGNS) and TEMPLATE.search(value):
+    if is_marked(value) or (any(sign in value for sign in TEMPLATE_SIGNS) and TEMPLATE.search(value)):
         return True
     return not any(map(str.isdigit, value)) and _is_made_of_known_words(value)
 
@@ -76,7 +76,7 @@ def is_password(value: str, literal: bool) -> bool:
     `literal`: it stands in quotes, or in a file of settings, so that it is no name of a program's variable. Then sunshine is
     one; Password (a label), PASSWORD (what to put there) and new_password (a name) are none.
     """
-    if len(value) < SHORTEST_PASSWORD or is_placeholder(value) or REFERENCE.match(value) or PATH.match(value) and is_wordy(value):
+    if len(value) < SHORTEST_PASSWORD or is_placeholder(value) or REFERENCE.match(value) or (PATH.match(value) and is_wordy(value)):
         return False
     if any(map(str.isspace, value)):
         return literal and PHRASE.fullmatch(value) is not None and not FUNCTION_WORDS & set(value.split())
@@ -103,7 +103,7 @@ def is_token(value: str) -> bool:
 
 def is_opaque(value: str) -> bool:
     """Whether a secret is so unlike a word that it can be taken out wherever it stands."""
-    if len(value) < 8 or NUMBER.fullmatch(value) or PATH.match(value) and is_wordy(value):
+    if len(value) < 8 or NUMBER.fullmatch(value) or (PATH.match(value) and is_wordy(value)):
         return False
     mixed = any(map(str.isdigit, value)) and any(map(str.isalpha, value))
     return mixed or _has_signs(value) or not is_wordy(value) or len(value) >= 24
