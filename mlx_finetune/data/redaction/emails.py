@@ -27,9 +27,8 @@ def emails_in(text: str) -> Iterator[Found]:
         head = text[max(0, at - 64) : at]
         local = head[len(head.rstrip(LOCAL_CHARACTERS)) :].lstrip("._%+-")
         domain = DOMAIN.match(text, at)
-        if (local and domain and text[at - len(local) - 1 : at - len(local)] not in ("/", ":", "@")) or (
-            local and domain and text[:at].endswith("mailto:" + local)
-        ):
-            if not MACHINES.search(local + domain[0]):
+        if local and domain and not MACHINES.search(local + domain[0]):
+            before = text[max(0, at - len(local) - len("mailto:")) : at - len(local)]
+            if before == "mailto:" or before[-1:] not in ("/", ":", "@"):
                 yield Found("email", at - len(local), domain.end())
         at = text.find("@", at + 1)

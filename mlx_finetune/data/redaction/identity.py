@@ -9,22 +9,24 @@ NEUTRAL_HOME, NEUTRAL_USER = "/home/user", "user"
 # Accounts that say nothing of a person: what a system, an image or a service calls itself.
 GENERIC = frozenset(
     """admin administrator agent alpine ansible app arch azureuser bitnami bot build builder centos ci circleci cloud code coder
-    codespace daemon debian default demo deploy dev developer devuser docker ec2-user fedora git github gitlab gitpod go guest home
-    host jenkins jovyan kali linux local localhost mac macos me mysql nginx nobody node none oracle owner pi podman postgres
-    public python rocky root ruby runner runneradmin rust sandbox server service share shared ssh student sudo system systemd temp
-    test tester tmp travis ubuntu unknown user username vagrant visitor vscode windows worker workspace www www-data""".split()
+    codespace daemon debian default demo deploy dev developer devuser docker ec2-user fedora git github gitlab gitpod go guest
+    home host jenkins jovyan kali linux local localhost mac macos me mysql nginx nobody node none oracle owner pi podman
+    postgres public python rocky root ruby runner runneradmin rust sandbox server service share shared ssh student sudo system
+    systemd temp test tester tmp travis ubuntu unknown user username vagrant visitor vscode windows worker workspace www
+    www-data""".split()
 )
 # Names that are words as well: replaced only where they can be nothing else.
 WORDS = frozenset(
     """abbey alpha amber angel april ash art arthur august autumn basil bay beau bill blue bob brook brown bud carol case chance
     charity chase chat chip christian chuck clay cliff crystal dale dan data daisy dash dawn dean diamond don doc docs drew duke
-    earl eve faith file fox frank gene ginger glen grace grant gray green guy hank harmony harry heath heather holly honey hope hunter iris
-    ivy jack jade jasmine jay jean jewel job john joy june junior justice king lance lane law lee liberty lily link log long love
-    luna main marina mark mars master matt maven max may mercy merry mike miles min model mod name nick noble norm nova oak olive opal
-    page paris park parker pat pearl peg penny pepper perl phoenix piper pool porter precious price prince rain ralph ray red reed rex
-    rich river rob robin rocky rod rose rosemary ruby run rusty sage sandy scout shell sierra silver sky skip sky sol sonny spike star
-    sterling stone story strong sue summer sunny tab taylor terry tim tom tony train trip troy true van victor vim violet ward warren
-    wave web west will willow win wing wood work young zen token secret password key email cookie""".split()
+    earl eve faith file fox frank gene ginger glen grace grant gray green guy hank harmony harry heath heather holly honey hope
+    hunter iris ivy jack jade jasmine jay jean jewel job john joy june junior justice king lance lane law lee liberty lily link
+    log long love luna main marina mark mars master matt maven max may mercy merry mike miles min model mod name nick noble norm
+    nova oak olive opal page paris park parker pat pearl peg penny pepper perl phoenix piper pool porter precious price prince
+    rain ralph ray red reed rex rich river rob robin rocky rod rose rosemary ruby run rusty sage sandy scout shell sierra silver
+    sky skip sky sol sonny spike star sterling stone story strong sue summer sunny tab taylor terry tim tom tony train trip troy
+    true van victor vim violet ward warren wave web west will willow win wing wood work young zen token secret password key
+    email cookie""".split()
 )
 SHORTEST = 3
 TEMPORARY = re.compile(r"(?:/private)?/(?:tmp|var/(?:tmp|folders))(?:/|$)")

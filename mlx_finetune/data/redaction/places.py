@@ -13,7 +13,8 @@ LONGEST_BLOCK = 20_000  # characters of a key block; the longest keys take a qua
 URL = re.compile(r"""://(?P<user>[^\s:/?#@'"<>\\`]{0,100})(?::(?P<secret>[^\s/?'"<>\\`]{1,300}))?@(?=[\w\[.$%{-])""")
 AUTHORIZATION = re.compile(
     r"""authorization\\{0,3}["']?\]?\s{0,3}[:=,]\s{0,3}\\{0,3}["']?
-    (?:(?P<scheme>bearer|basic|token|apikey|api-key|bot|key|negotiate|splunk)[ =]{1,3}(?:token=)?)?\\{0,3}["']?(?P<secret>[\w+/=.~:-]{8,2000})(?!\()""",
+    (?:(?P<scheme>bearer|basic|token|apikey|api-key|bot|key|negotiate|splunk)[ =]{1,3}(?:token=)?)?
+    \\{0,3}["']?(?P<secret>[\w+/=.~:-]{8,2000})(?!\()""",
     re.IGNORECASE | re.VERBOSE,
 )
 BEARER = re.compile(r"(?:bearer|basic)[ ]{1,3}(?P<secret>[\w+/=.~-]{8,2000})(?!\()", re.IGNORECASE)
@@ -60,7 +61,8 @@ PUTTY = re.compile(r"Private-Lines: \d{1,4}(?:\s|\\n){1,9}(?P<secret>[A-Za-z0-9+
 MANIFEST = re.compile(r"""["']?kind["']?:\s{0,9}["']?Secret\b""")
 MANIFEST_MARKS = ("\n---", "kind: Secret", 'kind": "Secret', 'kind: "Secret')  # where a manifest's neighbours begin
 DATA = re.compile(
-    r"""^(?P<indent>[ \t]*)["']?(?P<field>data|stringData)["']?:[ \t]*\{?[ \t]*\n(?P<rows>(?:(?P=indent)[ \t]+[^\n]*(?:\n|\Z)){1,100})""",
+    r"""^(?P<indent>[ \t]*)["']?(?P<field>data|stringData)["']?:[ \t]*\{?[ \t]*\n"""
+    r"""(?P<rows>(?:(?P=indent)[ \t]+[^\n]*(?:\n|\Z)){1,100})""",
     re.MULTILINE,
 )
 ROW = re.compile(r"""^[ \t]+["']?[\w.-]{1,100}["']?:[ \t]*["']?(?P<secret>[^\s"',]{4,4000})["']?,?[ \t]*$""", re.MULTILINE)

@@ -28,7 +28,8 @@ MARKS = (
 BRACKETS = re.compile(r"^<.*>$|<[A-Za-z_ -]+>|^\[[A-Z_]")
 # A value that a program or a shell fills in: $HOME, ${HOME}, $(cat x), `cat x`, {{ x }}, {x}, %(x)s, %s, %HOME%, !vault, @file.
 TEMPLATE = re.compile(
-    r"\$\{|\$\([a-z]|`|\{\{|\{[A-Za-z_!.\[\]()'\"]*\}|%\(\w+\)|^\$\w+$|^\$[A-Z_]+\b|^%[sdrv]$|^%\w+%$|^@[\w./-]+$|^!\w+(?: |$)|^&?\w+->"
+    r"\$\{|\$\([a-z]|`|\{\{|\{[A-Za-z_!.\[\]()'\"]*\}|%\(\w+\)|^\$\w+$|^\$[A-Z_]+\b"
+    r"|^%[sdrv]$|^%\w+%$|^@[\w./-]+$|^!\w+(?: |$)|^&?\w+->"
 )
 TEMPLATE_SIGNS = "$`{%@!>"
 REFERENCE = re.compile(  # where a secret is kept or what it hashes to, not what it is
@@ -110,7 +111,7 @@ def is_opaque(value: str) -> bool:
 
 
 def is_wordy(value: str) -> bool:
-    """Whether most neighbours in it are neighbours in words too; a digit beside a letter, or a capital behind a small one, is not."""
+    """Whether most neighbours in it are neighbours in words; a digit beside a letter, or a capital behind a small one, is not."""
     value = value[:64]
     alike = sum(pair in NEIGHBOURS for pair in pairwise(value))
     return alike >= 0.5 * sum(a.isalnum() and b.isalnum() and not (a.isdigit() and b.isdigit()) for a, b in pairwise(value))
