@@ -19,7 +19,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 Model = Annotated[str, typer.Option("--model", help="Base model: a Hugging Face folder, or a hub id such as org/name.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to make; must not exist.")]
-ENGINE, MAX_LENGTH, VALID_FRACTION = default("engine"), str(default("max_length")), default("valid_fraction")
+ENGINE, MAX_LENGTH = default("engine"), str(default("max_length"))
 EngineName = Annotated[str, typer.Option("--engine", help="auto, mlx or torch.")]
 RunEngine = Annotated[str, typer.Option("--engine", help="auto, mlx or torch. Default: the one of the run.")]
 Checkpoint = Annotated[str, typer.Option("--checkpoint", help="best, latest, or a name such as step-000100.")]
@@ -29,6 +29,11 @@ SETTINGS = "Settings, for --set and for the config file:\n\n" + "\n\n".join(
     for name in FIELDS
     if name not in ("model", "data", "out")
 )
+
+
+def _help(name: str) -> str:
+    """What the setting says of itself."""
+    return f"{RunConfig.model_fields[name].description}."
 
 
 def _show_version(value: bool) -> None:
@@ -55,13 +60,20 @@ def prepare(
     model: Model,
     out: Out = Path("dataset"),
     max_length: Annotated[str, typer.Option(help="Tokens in one window, such as 8192 or 8k.")] = MAX_LENGTH,
-    valid_fraction: Annotated[float, typer.Option(help="Share of the gptme conversations held out.")] = VALID_FRACTION,
+    valid_fraction: Annotated[float, typer.Option(help=_help("valid_fraction"))] = default("valid_fraction"),
+    validation_by: Annotated[str, typer.Option(help=_help("validation_by"))] = default("validation_by"),
+    test_fraction: Annotated[float, typer.Option(help=_help("test_fraction"))] = default("test_fraction"),
+    openassistant_share: Annotated[float, typer.Option(help=_help("openassistant_share"))] = default("openassistant_share"),
+    openassistant_valid_fraction: Annotated[float, typer.Option(help=_help("openassistant_valid_fraction"))] = default(
+        "openassistant_valid_fraction"
+    ),
     as_json: Json = False,
 ) -> None:
-    """Render and tokenize conversations for one model: windows, loss masks, training and validation."""
+    """Render and tokenize conversations for one model: mixture, split, windows, loss masks."""
+    settings = {name: value for name, value in locals().items() if name in FIELDS and name not in ("model", "out")}
     from mlx_finetune.commands import prepare_command
 
-    prepare_command(collected, model, out, {"max_length": max_length, "valid_fraction": valid_fraction}, as_json)
+    prepare_command(collected, model, out, settings, as_json)
 
 
 @app.command(epilog=SETTINGS)

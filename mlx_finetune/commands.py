@@ -41,24 +41,30 @@ def prepare_command(collected: Sequence[Path], model: str, out: Path, settings: 
 
 def show_dataset(info: dict[str, Any]) -> None:
     """What became of the conversations, as a table."""
-    train, valid = info["train"], info["valid"]
+    splits = {"training": info["train"], "held out": info["valid"]} | ({"test": info["test"]} if info["examples"]["test"] else {})
     names = {
         "examples": "examples",
         "tokens": "tokens",
         "learned_tokens": "learned tokens",
         "learned_turns": "learned turns",
         "served_as_trained": "of them after exactly what is served",
+        "placeholder_tokens": "tokens in place of secrets, not learned",
         "turns_too_long": "turns too long for a window, not learned",
         "messages_shortened": "long messages shortened where only read",
         "messages_left_out": "messages only read that no window had room for",
     }
-    rows = [("conversations", str(sum(train["conversations"].values())), str(sum(valid["conversations"].values())))]
-    rows += [(text, str(train[name]), str(valid[name])) for name, text in names.items()]
-    table("prepared", rows, ("", "training", "held out"))
-    for split in (train, valid):
-        for reason, count in split["turns_refused"].items():
+    rows = [("conversations", *(f"{sum(each['conversations'].values()):,}" for each in splits.values()))]
+    for source in info["train"]["learned_tokens_by_source"]:
+        counts = (each["learned_tokens_by_source"].get(source, 0) for each in splits.values())
+        rows.append((f"learned tokens of {source}", *(f"{count:,}" for count in counts)))
+    rows += [(text, *(f"{each[name]:,}" for each in splits.values())) for name, text in names.items()]
+    table("prepared", rows, ("", *splits))
+    for each in splits.values():
+        for reason, count in each["turns_refused"].items():
             if count:
                 print(f"not learned: {count} turns ({reason})")
+    for reason, count in info["left_out"].items():
+        print(f"left out: {count} conversations ({reason})")
     if not info["examples"]["valid"]:
         print("nothing is held out: that takes two or more gptme conversations")
 

@@ -145,7 +145,7 @@ def write_rendered(conversations: Iterable[Conversation], template: ChatTemplate
         table.writerow(["text"])
         for conversation in conversations:
             try:
-                text = template.render(template.as_learned(conversation.messages))
+                text = template.render(template.as_learned(conversation.messages), tools=conversation.tools)
             except Refused as refused:
                 raise UserError(f"{conversation.name}: {refused}", hint="collect without --model") from refused
             table.writerow([text])
