@@ -13,6 +13,7 @@ from mlx_finetune.terminal import table
 CHARACTERS_A_TOKEN = 3.6  # of gptme logs with SmolLM2's tokenizer; only for a rough count before a model is chosen
 ROLES = ("system", "user", "assistant", "tool")
 SHOWN = 5
+SERVED = 2  # sets of options that are shown
 WIDTH = 100
 
 
@@ -32,13 +33,16 @@ def show_collection(summary: Mapping[str, Any]) -> None:
     if summary["recoveries"]:
         print(f"turns that recover from an error: {summary['recoveries']:,}")
     _counts("tool formats", summary["formats"])
+    _counts("system prompts", summary["system_prompts"])
     if summary["secrets"]:
         distinct = summary["distinct_secrets"]
         secrets = [(kind, f"{count:,}", f"{distinct.get(kind, 0):,}") for kind, count in summary["secrets"].items()]
         table("secrets replaced, by kind", secrets, ("kind", "places", "different"))
         print("no rule finds every secret: look at what you share\n")
-    for options, count in list(summary["served_by"].items())[:SHOWN]:
+    for options, count in list(summary["served_by"].items())[:SERVED]:
         print(f"the same prompt is served by: gptme {options}   ({count:,} conversations)")
+    if len(summary["served_by"]) > SERVED:
+        print(f"and by {len(summary['served_by']) - SERVED} other sets of options: see served_by in collect.json")
     for bad in summary["bad_lines"][:SHOWN]:
         print(f"skipped: {bad['file']}:{bad['line']}: {bad['reason']}")
     if summary["bad_line_count"] > SHOWN:

@@ -151,6 +151,9 @@ def _counts(conversation: Conversation) -> Counter[str]:
             counts["recoveries"] += message.reason == "recovers"
         elif message.role == "assistant":
             counts[f"context: {message.reason or 'weight 0'}"] += 1
+    if prompt := conversation.meta.get("system"):
+        why = conversation.meta.get("system_not_exact")
+        counts[f"prompt: {prompt}" + (f", {why}" if why else "")] += 1
     if served_by := conversation.meta.get("served_by"):
         counts[f"served by: {' '.join(served_by)}"] += 1
     counts[f"format: {conversation.meta.get('tool_format') or conversation.meta.get('format') or 'no tool calls'}"] += 1

@@ -45,6 +45,7 @@ def summarise(units: Sequence[Unit], decision: Decision, everything: Sequence[Ke
         "secrets": _of(counts, "secret: "),
         "distinct_secrets": dict(distinct),
         "formats": _of(counts, "format: "),
+        "system_prompts": _of(counts, "prompt: "),
         "served_by": _of(counts, "served by: "),
         "characters": {source: _of(each, "characters: ") for source, each in by_source.items()},
         "bad_line_count": len(bad_lines) + sum(unit.more_bad_lines for unit in units),
