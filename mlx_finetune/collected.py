@@ -55,13 +55,10 @@ def _counts(title: str, counts: Mapping[str, int]) -> None:
 
 
 def show_hits(hits: Sequence[Hit]) -> None:
-    """Where secrets stand; never the secrets."""
-    if hits:
-        table(
-            "secrets found",
-            [(hit.kind, f"{_one_line(hit.file)}:{hit.line}", str(hit.count)) for hit in hits],
-            ("kind", "place", "times"),
-        )
+    """Where secrets stand, a line each as compilers write it; never the secrets."""
+    for hit in hits:
+        times = f" ({hit.count} times)" if hit.count > 1 else ""
+        print(f"{_printable(hit.file)}:{hit.line}: {hit.kind}{times}")
     print(f"{sum(hit.count for hit in hits):,} secrets found; no rule finds every secret")
 
 
@@ -85,8 +82,13 @@ def _first(messages: Sequence[Mapping[str, Any]], role: str) -> str:
     return _one_line(next((m["content"] for m in messages if m["role"] == role), ""))
 
 
+def _printable(text: str) -> str:
+    """What a terminal shows as it stands: no control characters, which could move its cursor."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)
+
+
 def _one_line(text: str) -> str:
-    line = " ".join("".join(sign if sign.isprintable() else " " for sign in text[: 4 * WIDTH]).split())
+    line = " ".join(_printable(text[: 4 * WIDTH]).split())
     return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
 
 

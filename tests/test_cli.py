@@ -68,11 +68,15 @@ def test_the_whole_road_by_its_verbs(made: Path, cli: Callable[..., Answer], tmp
         "openassistant.jsonl",
         "rejected.jsonl",
         "collect.json",
+        "tags.yaml",
+        "index.ndjson",
     }
     assert (made / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     status, out, err = cli("evaluate", made / "run", "--json")
     found = json.loads(out)
-    assert status == 0 and found["base"]["by_source"].keys() == {"gptme"} == found["tuned"]["by_source"].keys()
+    assert (
+        status == 0 and found["base"]["by_source"].keys() == {"gptme"} == found["tuned"]["by_source"].keys()
+    )  # the tree is too long here
     assert "next: mlx-finetune fuse" in err
     status, out, err = cli("fuse", made / "run", "--out", tmp_path / "tuned", "--json")
     assert status == 0 and json.loads(out)["verified"]["largest_difference"] < 1e-3
@@ -98,6 +102,58 @@ def test_collect_with_a_model_also_writes_what_gptmes_first_collector_wrote(
     assert all(line["text"].startswith("<|im_start|>system\n") and "<|im_start|>assistant\n" in line["text"] for line in lines)
 
 
+def write_secret_log(folder: Path) -> tuple[Path, str]:
+    """A logs folder with a token in the third line of its only log, and the token."""
+    token = "ghp_" + "aB3x" * 9
+    rows = [
+        ("user", "push it"),
+        ("assistant", "```shell\ngit remote -v\n```"),
+        ("system", f"origin https://me:{token}@github.example/a.git"),
+    ]
+    (folder / "2026-06-03-a-log").mkdir(parents=True)
+    lines = "".join(json.dumps({"role": role, "content": content}) + "\n" for role, content in rows)
+    write(folder / "2026-06-03-a-log" / "conversation.jsonl", lines)
+    return folder, token
+
+
+def test_scan_only_names_kind_file_and_line_never_the_value_and_writes_nothing(cli: Callable[..., Answer], tmp_path: Path) -> None:
+    logs, token = write_secret_log(tmp_path / "logs")
+    before = snapshot(tmp_path)
+    status, out, err = cli("collect", logs, "--scan-only", "--json")
+    place = str(logs / "2026-06-03-a-log" / "conversation.jsonl")
+    assert (status, json.loads(out)) == (0, {"secrets": [{"kind": "github_token", "file": place, "line": 3, "count": 1}]})
+    status, out, more = cli("collect", logs, "--scan-only")
+    assert status == 0 and "conversation.jsonl:3" in out.replace("\n", "") and "github_token" in out
+    assert token not in out + err + more and snapshot(tmp_path) == before
+
+
+def test_show_prints_what_was_kept_and_rejected_in_one_line_each(cli: Callable[..., Answer], tmp_path: Path) -> None:
+    logs, token = write_secret_log(tmp_path / "logs")
+    log = tmp_path / "logs" / "test-\x1b[31m" / "conversation.jsonl"
+    log.parent.mkdir()
+    write(log, json.dumps({"role": "user", "content": "\x1b[2J"}) + "\n")
+    status, out, err = cli("collect", logs, "--show", "--out", "c")
+    assert status == 0 and "2026-06-03-a-log" in out and "asked: push it" in out
+    assert "a temporary or test log of gptme" in out and "\x1b" not in out and token not in out + err
+
+
+def test_a_second_collect_with_nothing_new_changes_nothing_and_update_adds_what_is_new(
+    cli: Callable[..., Answer], tmp_path: Path
+) -> None:
+    logs, _ = write_secret_log(tmp_path / "logs")
+    assert cli("collect", logs, "--out", "c")[0] == 0
+    before = snapshot(tmp_path)
+    status, out, err = cli("collect", logs, "--out", "c")
+    assert status == 0 and "nothing is new" in err and snapshot(tmp_path) == before
+    write_secret_log(tmp_path / "more")
+    (tmp_path / "more" / "2026-06-03-a-log").rename(tmp_path / "logs" / "2026-06-04-b")
+    write(tmp_path / "logs" / "2026-06-04-b" / "config.toml", '[chat]\nname = "Another"\n')
+    status, out, err = cli("collect", logs, "--out", "c")
+    assert status == 2 and "hint: --update" in err
+    status, out, err = cli("collect", logs, "--out", "c", "--update", "--json")
+    assert status == 0 and json.loads(out)["found"] == {"gptme": 2}
+
+
 def test_a_dry_run_writes_nothing_and_shows_the_settings(
     made: Path, tiny_llama: Path, cli: Callable[..., Answer], tmp_path: Path
 ) -> None:
@@ -120,6 +176,35 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = {
     "OpenAssistant file that is not JSON": (
         lambda t, m, d: ["collect", "--no-gptme", "--openassistant", write(t / "x.jsonl", "{}\nnot json\n"), "--out", t / "o"],
         "x.jsonl:",
+    ),
+    "no such time": (lambda t, m, d: ["collect", LOGS, "--since", "June", "--out", t / "o"], "--since 'June': no such time"),
+    "no such format": (lambda t, m, d: ["collect", LOGS, "--format", "yaml", "--out", t / "o"], "--format 'yaml' is not one of"),
+    "no such system prompt": (
+        lambda t, m, d: ["collect", LOGS, "--system", "full", "--out", t / "o"],
+        "--system 'full' is not one of",
+    ),
+    "recovery weight out of range": (
+        lambda t, m, d: ["collect", LOGS, "--recovery-weight", "-1", "--out", t / "o"],
+        "--recovery-weight -1.0 is not from",
+    ),
+    "similarity out of range": (
+        lambda t, m, d: ["collect", LOGS, "--near-duplicates", "7", "--out", t / "o"],
+        "--near-duplicates 7.0",
+    ),
+    "quality out of range": (lambda t, m, d: ["collect", LOGS, "--min-quality", "7", "--out", t / "o"], "--min-quality 7.0"),
+    "tags file missing": (
+        lambda t, m, d: ["collect", LOGS, "--tags", t / "tags.yaml", "--out", t / "o"],
+        "tags.yaml: No such file",
+    ),
+    "pattern that is none": (lambda t, m, d: ["collect", LOGS, "--allow", "re:(", "--out", t / "o"], "re:("),
+    "chat file of no known shape": (
+        lambda t, m, d: ["collect", "--no-gptme", "--chat", write(t / "x.jsonl", '{"a": 1}\n'), "--out", t / "o"],
+        "x.jsonl",
+    ),
+    "a logs folder with --no-gptme": (lambda t, m, d: ["collect", LOGS, "--no-gptme", "--out", t / "o"], "--no-gptme"),
+    "collected before with other options": (
+        lambda t, m, d: ["collect", LOGS, "--system", "none", "--update", "--out", d / "collected"],
+        "exists already, collected with another",
     ),
     "nothing to read": (lambda t, m, d: ["collect", "--no-gptme", "--out", t / "o"], "nothing to read"),
     "collected folder missing": (

@@ -220,7 +220,11 @@ def _find(text: str, field: str, rules: Rules) -> list[Found]:
         found.append(Found(kind, 0, len(text)))
     if rules.emails:
         found += emails_in(text)
-    return [one for one in _merged(found) if not _allowed(text[one.start : one.end], text, one, rules.allow)] if found else []
+    if not found:
+        return []
+    placed = [match.span() for match in PLACEHOLDER.finditer(text)]  # https://[REDACTED:url_token:1]@ holds no user and password
+    found = [one for one in found if not any(start <= one.start and one.end <= end for start, end in placed)]
+    return [one for one in _merged(found) if not _allowed(text[one.start : one.end], text, one, rules.allow)]
 
 
 def _secrets(text: str) -> list[Found]:

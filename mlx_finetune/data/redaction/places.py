@@ -25,11 +25,13 @@ BASIC_PAIR = re.compile(
     r"""(?:auth|BasicAuth|basic_auth)\s{0,3}=?\s{0,3}\(\s{0,9}["'][^"'\n]{1,100}["'],\s{0,9}["'](?P<secret>[^"'\n]{1,200})["']"""
 )
 PGPASS = re.compile(r"(?:\\n|^)?[\w.*-]{1,100}:(?:\d{1,5}|\*):[\w*.-]{1,80}:[\w*.-]{1,80}:(?P<secret>[^\s:]{3,200})(?:\s|\\n|\Z)")
-ARGUMENT = r"""["']?(?P<secret>[^\s"'|;&<>\\]{3,200})"""
+QUOTE = r"""(?:(?P<quote>["'])(?=[^\n]{3,200}?(?P=quote))|["']?)"""
+SECRET = r"""(?P<secret>(?(quote)(?:(?!(?P=quote))(?:[^\n\\]|\\[^\n])){3,200}|[^\s"'|;&<>\\]{3,200}))"""
+ARGUMENT = QUOTE + SECRET
 COMMANDS = [  # what leads to it, and the command line from there on
     (
         "curl, wget",
-        rf"(?:curl|wget)\b[^\n]{{0,500}}?\s(?:-u|--user|--proxy-user|-U|-a)[ =]{{1,3}}[\"']?[\w.@%+-]{{1,80}}:{ARGUMENT}",
+        rf"(?:curl|wget)\b[^\n]{{0,500}}?\s(?:-u|--user|--proxy-user|-U|-a)[ =]{{1,3}}{QUOTE}[\w.@%+-]{{1,80}}:[\"']?{SECRET}",
     ),
     ("sshpass", rf"sshpass\s+-p\s{{0,3}}{ARGUMENT}"),
     ("mysql, mariadb", rf"(?:mysql|mariadb)[\w-]{{0,12}}[ \t][^\n|;]{{0,200}}?(?<=\s)-p{ARGUMENT}"),
@@ -39,10 +41,10 @@ COMMANDS = [  # what leads to it, and the command line from there on
     ),
     ("redis-cli", rf"redis-cli\b[^\n|;]{{0,200}}?\s-a\s{{1,3}}{ARGUMENT}"),
     ("ldap", rf"ldap\w+\b[^\n|;]{{0,300}}?\s-w\s{{1,3}}{ARGUMENT}"),
-    ("smbclient", rf"smbclient\b[^\n|;]{{0,200}}?\s-U\s{{0,3}}[\"']?[\w\\.-]{{1,80}}%{ARGUMENT}"),
+    ("smbclient", rf"smbclient\b[^\n|;]{{0,200}}?\s-U\s{{0,3}}{QUOTE}[\w\\.-]{{1,80}}%{SECRET}"),
     ("openssl", rf"openssl\b[^\n|;]{{0,300}}?\spass:{ARGUMENT}"),
     ("echo", rf"echo (?:-n )?{ARGUMENT}[\"']?[ ]{{0,3}}\|[ ]{{0,3}}(?:sudo[^\n|]{{0,40}} -S\b|[^\n|]{{0,200}}--password-stdin)"),
-    ("echo", r"echo (?:-n )?[\"']?[\w.-]{1,60}:(?P<secret>[^\s\"'|]{3,200})[\"']?[ ]{0,3}\|[ ]{0,3}(?:sudo )?chpasswd"),
+    ("echo", rf"echo (?:-n )?{QUOTE}[\w.-]{{1,60}}:{SECRET}[\"']?[ ]{{0,3}}\|[ ]{{0,3}}(?:sudo )?chpasswd"),
     (
         "machine",
         rf"machine\s{{1,9}}\S{{1,200}}\s{{1,9}}(?:(?:login|account)\s{{1,9}}\S{{1,100}}\s{{1,9}}){{0,2}}password\s{{1,9}}{ARGUMENT}",
