@@ -7,6 +7,7 @@ results are those of gptme 0.19 to 0.35.1 (tools/shell.py, hooks/cli_confirm.py,
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from mlx_finetune.data.conventions import modernise, ran_legacy
@@ -65,7 +66,7 @@ class _Turn:
     frame: str  # the same without the output of programs, in which anything may stand
     users: tuple[str, ...]
 
-    @property
+    @cached_property
     def failed(self) -> bool:
         return bool(FAILED.search(self.results))
 

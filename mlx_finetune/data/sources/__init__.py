@@ -58,4 +58,8 @@ def gather(items: Iterable[Item]) -> Read:
 
 def printable(text: str) -> str:
     """The text with "?" for each lone surrogate, which JSON may hold (\\ud83d cut from its pair) and UTF-8 cannot."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", errors="replace").decode("utf-8")
+    return text

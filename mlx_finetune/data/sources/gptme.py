@@ -224,9 +224,18 @@ def _list(value: Any) -> list[Any]:
 
 def _time(entries: Sequence[Entry], path: Path) -> str:
     """When the last message was written, in UTC. gptme writes most times naive, in local time; logs of 2023 have none."""
-    times = [moment for entry in entries if (moment := _moment(entry.timestamp))]
+    last: dict[str, str] = {}  # of those of one offset the greatest text is the latest
+    for entry in entries:
+        offset = entry.timestamp[-6:] if entry.timestamp[-6:-5] in ("+", "-") else ""
+        if _moment_like(entry.timestamp) and entry.timestamp > last.get(offset, ""):
+            last[offset] = entry.timestamp
+    times = [moment for timestamp in last.values() if (moment := _moment(timestamp))]
     latest = max(times) if times else datetime.fromtimestamp(path.lstat().st_mtime, UTC)
     return latest.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _moment_like(timestamp: str) -> bool:
+    return timestamp[:4].isdigit() and timestamp[4:5] == "-" and timestamp[10:11] in ("T", " ")
 
 
 def _moment(timestamp: str) -> datetime | None:

@@ -58,8 +58,8 @@ def json_object(line: Line) -> dict | None:
     """
     if line.raw is None:
         raise ValueError(f"longer than {LONGEST_LINE // 2**20} MB")
-    text = line.raw.decode("utf-8", errors="replace").strip()
-    if not text:
+    text = line.raw.decode("utf-8", errors="replace")
+    if text.isspace():
         return None
     try:
         row = json.loads(text)
