@@ -15,6 +15,7 @@ from mlx_finetune.files import read_json, write_json
 
 VERSION = 2  # 2: a test split, validation by time, a share of OpenAssistant
 SPLITS = ("train", "valid", "test")
+EXAMPLES_IN_MEMORY = 100  # before they are written: windows may be long
 
 
 class ExampleStore:
@@ -119,7 +120,7 @@ def _write_examples(path: Path, examples: Iterable[Example], digest: Any) -> int
     columns = {"length": Value("int32"), "learned": Value("float64"), "source": Value("string"), "conversation": Value("string")}
     lists = {"turns": List(Value("int32")), "tokens": List(Value("int32")), "weights": List(Value("float32"))}
     count = 0  # stays 0 where there are none
-    with ArrowWriter(features=Features(columns | lists), path=str(path)) as writer:
+    with ArrowWriter(features=Features(columns | lists), path=str(path), writer_batch_size=EXAMPLES_IN_MEMORY) as writer:
         for e in examples:
             count += 1
             digest.update(path.name.encode() + e.tokens.tobytes() + e.weights.tobytes())

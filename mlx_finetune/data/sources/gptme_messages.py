@@ -46,20 +46,20 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
     files, hashes, metadata = row.get("files") or [], row.get("file_hashes") or {}, row.get("metadata") or {}
     if not isinstance(files, list) or not isinstance(hashes, dict) or not isinstance(metadata, dict):
         raise ValueError("files is not a list, or file_hashes or metadata is not an object")
-    special = {key: row.get(key) for key in ("call_id", "ephemeral_ttl")} | {"resume_key": metadata.get("resume_key")}
-    generation = metadata.get("prompt_generation")
+    model, generation, call_id = metadata.get("model"), metadata.get("prompt_generation"), row.get("call_id")
+    special = (("call_id", call_id), ("ephemeral_ttl", row.get("ephemeral_ttl")), ("resume_key", metadata.get("resume_key")))
     return Entry(
         role=cast(Role, row["role"]),
         content=printable(row["content"]),
         timestamp=str(row.get("timestamp") or ""),
-        call_id=printable(row["call_id"]) if isinstance(row.get("call_id"), str) else None,
+        call_id=printable(call_id) if isinstance(call_id, str) else None,
         pinned=bool(row.get("pinned")),
         ui_only=bool(row.get("ui_only")),
-        files=tuple(str(file) for file in files),
-        file_hashes={str(file): str(digest) for file, digest in hashes.items()},
-        model=printable(metadata["model"]) if isinstance(metadata.get("model"), str) else None,
+        files=tuple(map(str, files)),
+        file_hashes={str(file): str(digest) for file, digest in hashes.items()} if hashes else {},
+        model=printable(model) if isinstance(model, str) else None,
         generation=generation if isinstance(generation, str) else None,
-        not_reproduced=tuple(name for name, value in special.items() if value is not None),
+        not_reproduced=tuple(name for name, value in special if value is not None),
     )
 
 
