@@ -42,7 +42,7 @@ PHRASE = re.compile(r"\b(api|access|secret|private|licen[cs]e|account|encryption
 
 QUOTE = r"""\\{0,3}["'`]"""
 BINDING = re.compile(
-    rf"""[A-Za-z0-9_.-]{{0,{LONGEST_NAME}}}(?P<close>{QUOTE})?\]?
+    rf"""[A-Za-z0-9_.-]{{0,{LONGEST_NAME}}}+(?P<close>{QUOTE})?\]?
     (?:(?P<annotated>[ \t]{{0,9}}:[ \t]{{0,9}}[A-Za-z][\w.\[\], |]{{0,40}}?[ \t]{{0,9}}=[ \t]{{0,9}}(?={QUOTE}))
       |(?P<equals>[ \t]{{0,40}}(?::=|=>|={{1,3}}|!=)[ \t]{{0,40}})
       |(?P<colon>[ \t]{{0,40}}:(?!:)(?:\*\*)?[ \t]{{0,40}}(?:[|>][-+]?[ \t]{{0,9}}\n[ \t]{{1,40}})?)

@@ -19,6 +19,7 @@ AUTHORIZATION = re.compile(
 )
 BEARER = re.compile(r"(?:bearer|basic)[ ]{1,3}(?P<secret>[\w+/=.~-]{8,2000})(?!\()", re.IGNORECASE)
 COOKIES = re.compile(r"""cookie\\{0,3}["']?\s{0,3}[:=]\s{0,3}(?P<cookies>[^\n"'\\]{1,2000})""", re.IGNORECASE)
+NEXT_COOKIES = re.compile(r"""cookie\\{0,3}["']?\s{0,3}[:=]""", re.IGNORECASE)
 SESSION = re.compile(r"sess|sid|auth|token|jwt|remember|login|identity|connect", re.IGNORECASE)
 SIGNATURE = re.compile(r"(?:x-(?:amz|goog)-signature|[?&]sig)=(?P<secret>[A-Za-z0-9%+/=]{30,600})", re.IGNORECASE)
 BASIC_PAIR = re.compile(
@@ -113,7 +114,7 @@ def _bearer(text: str, position: int) -> Iterator[Found]:
 def _cookie(text: str, position: int) -> Iterator[Found]:
     cookies = COOKIES.match(text, position)
     at = cookies.start("cookies") if cookies else 0
-    for cookie in cookies["cookies"].split(";") if cookies else ():
+    for cookie in NEXT_COOKIES.split(cookies["cookies"], 1)[0].split(";") if cookies else ():
         name, _, value = cookie.partition("=")
         start = at + len(name) + 1
         at += len(cookie) + 1
