@@ -10,11 +10,11 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from mlx_finetune.data.clusters import Clusters
 from mlx_finetune.data.conversation import Conversation, Message
 from mlx_finetune.data.minhash import BINS, Neighbours, bands_of, jaccard, may_reach, shingles, signature
 
@@ -140,7 +140,7 @@ def decide(prints: Sequence[Fingerprint], shingles: Callable[[int], np.ndarray],
     order.sort(key=lambda i: prints[i].time, reverse=True)
     order.sort(key=lambda i: (-prints[i].learned, -len(prints[i].turns), _rank(prints[i].source)))
     best = [prints[i] for i in order]  # from here on a conversation is its place in this order
-    clusters, taught = _Clusters(best), _Taught(best)
+    clusters, taught = _clusters(best), _Taught(best)
     near = None if threshold is None else _Near(best, lambda i: shingles(order[i]), threshold, clusters)
     dropped, context = {}, {}
     for i in range(len(best)):
@@ -152,7 +152,7 @@ def decide(prints: Sequence[Fingerprint], shingles: Callable[[int], np.ndarray],
             dropped[order[i]] = reason
         elif elsewhere := taught.teach(i):
             context[order[i]] = elsewhere
-    labels = dict(zip(order, clusters.labels(), strict=True))
+    labels = dict(zip(order, _labels(best, clusters), strict=True))
     return Decision(dropped, context, [labels[i] for i in range(len(prints))])
 
 
@@ -164,42 +164,26 @@ def _tie(one: Fingerprint) -> tuple[Any, ...]:
     return one.name, one.source, one.group, one.exact, one.chain.tobytes(), one.learnable.tobytes()
 
 
-class _Clusters:
-    """Who belongs together; starts with the sources' own groups, equal texts, and equal first turns (so every fork)."""
+def _clusters(prints: Sequence[Fingerprint]) -> Clusters:
+    """Who belongs together by the sources' own groups, equal texts, and equal first turns (so every fork)."""
+    clusters = Clusters(len(prints))
+    first: dict[tuple[Any, ...], int] = {}
+    for i, one in enumerate(prints):
+        clusters.join(i, first.setdefault(("exact", one.exact), i))
+        if one.group:
+            clusters.join(i, first.setdefault((one.source, one.group), i))
+        if len(one.chain):
+            clusters.join(i, first.setdefault(("turn", int(one.chain[0])), i))
+    return clusters
 
-    def __init__(self, prints: Sequence[Fingerprint]) -> None:
-        self._prints = prints
-        self._parent = list(range(len(prints)))
-        first: dict[tuple[Any, ...], int] = {}
-        for i, one in enumerate(prints):
-            self.join(i, first.setdefault(("exact", one.exact), i))
-            if one.group:
-                self.join(i, first.setdefault((one.source, one.group), i))
-            if len(one.chain):
-                self.join(i, first.setdefault(("turn", int(one.chain[0])), i))
 
-    def _root(self, i: int) -> int:
-        while self._parent[i] != i:
-            self._parent[i] = self._parent[self._parent[i]]
-            i = self._parent[i]
-        return i
-
-    def join(self, i: int, j: int) -> None:
-        """The two belong together from now on."""
-        i, j = sorted((self._root(i), self._root(j)))
-        self._parent[j] = i
-
-    def together(self, i: int, j: int) -> bool:
-        """Whether they belong together so far."""
-        return self._root(i) == self._root(j)
-
-    def labels(self) -> list[str]:
-        """For each the group of the earliest in its cluster; one whose time is not known counts as late."""
-        earliest: dict[int, tuple[bool, str, str, str]] = {}
-        for i, one in enumerate(self._prints):
-            root, key = self._root(i), (not one.time, one.time, one.name, one.group or one.name)
-            earliest[root] = min(earliest.get(root, key), key)
-        return [earliest[self._root(i)][3] for i in range(len(self._prints))]
+def _labels(prints: Sequence[Fingerprint], clusters: Clusters) -> list[str]:
+    """For each the group of the earliest in its cluster; one whose time is not known counts as late."""
+    earliest: dict[int, tuple[bool, str, str, str]] = {}
+    for i, one in enumerate(prints):
+        root, key = clusters.root(i), (not one.time, one.time, one.name, one.group or one.name)
+        earliest[root] = min(earliest.get(root, key), key)
+    return [earliest[clusters.root(i)][3] for i in range(len(prints))]
 
 
 class _Taught:
@@ -244,7 +228,7 @@ class _Near:
     """Near-duplicates among those placed so far."""
 
     def __init__(
-        self, prints: Sequence[Fingerprint], read: Callable[[int], np.ndarray], threshold: float, clusters: _Clusters
+        self, prints: Sequence[Fingerprint], read: Callable[[int], np.ndarray], threshold: float, clusters: Clusters
     ) -> None:
         self._prints, self._threshold, self._clusters = prints, threshold, clusters
         self._read, self._held = read, 0
@@ -258,23 +242,29 @@ class _Near:
         """The reason to drop it, if there is one; those dropped still bring others into their cluster."""
         if self._prints[i].shingles < FEW_SHINGLES:
             return ""
-        j, similarity = next(self._near(i, self._kept, apart=False), (i, 0.0)) if droppable else (i, 0.0)
+        kept = self._kept.like(i, self._threshold)
+        j, similarity = next(self._near(i, *self._teaching_alike(i, *kept)), (i, 0.0)) if droppable else (i, 0.0)
         self._clusters.join(i, j)
         goes = j != i or not droppable
-        for other, _ in chain(self._near(i, self._kept, apart=True) if goes else (), self._near(i, self._dropped, apart=True)):
-            self._clusters.join(i, other)
+        for likely in ([kept[0]] if goes else []) + [self._dropped.like(i, self._threshold)[0]]:
+            for other, _ in self._near(i, likely):
+                self._clusters.join(i, other)
         (self._dropped if goes else self._kept).add(i)
         return f"near-duplicate of {self._prints[j].name} ({similarity:.2f})" if j != i else ""
 
-    def _near(self, i: int, among: Neighbours, apart: bool) -> Iterator[tuple[int, float]]:
-        """Those near to it with how near, the likeliest first; `apart`: only of other clusters."""
-        likely, estimates = among.like(i, self._threshold)
-        shared = np.zeros(len(likely), np.int64)
-        if not apart:  # those of other clusters begin otherwise
-            shared[:] = [self._shared(i, j) for j in likely.tolist()]
+    def _teaching_alike(self, i: int, likely: np.ndarray, estimates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Those that may be alike in what follows the turns that both begin with, and how many shingles those have."""
+        shared = np.array([self._shared(i, j) for j in likely.tolist()], np.int64)
+        if shared.any():
             size = self._prints[i].shingles
             fits = may_reach(self._threshold, estimates, size, self._sizes[likely], shared) & (size - shared >= FEW_SHINGLES)
             likely, shared = likely[fits], shared[fits]
+        return likely, shared
+
+    def _near(self, i: int, likely: np.ndarray, shared: np.ndarray | None = None) -> Iterator[tuple[int, float]]:
+        """Those near to it with how near, the likeliest first; without `shared` only of other clusters: they begin otherwise."""
+        apart = shared is None
+        shared = np.zeros(len(likely), np.int64) if shared is None else shared
         compared = 0
         for j, common in zip(likely.tolist(), shared.tolist(), strict=True):
             if apart and self._clusters.together(i, j):

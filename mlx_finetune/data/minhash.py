@@ -170,9 +170,10 @@ class Neighbours:
             return np.zeros(0, np.int64), np.zeros(0)
         places = self._start[buckets][:, None] + self._slots
         every = np.sort(self._members[places[self._slots < self._filled[buckets][:, None]]])
-        first = np.flatnonzero(np.diff(every, prepend=-1))
-        met, bands = every[first], np.diff(first, append=len(every))
+        first = np.append(0, np.flatnonzero(every[1:] != every[:-1]) + 1)
+        met = every[first]
         if len(met) > MOST_MET:
+            bands = np.diff(first, append=len(every))
             met = met[np.argsort(-bands, kind="stable")[:MOST_MET]]
         estimates = np.count_nonzero(self._signatures[met] == self._signatures[i], axis=1) / BINS
         likely = np.flatnonzero(may_reach(threshold, estimates, int(self._sizes[i]), self._sizes[met]))

@@ -7,23 +7,23 @@ known kind of key nor stands where secrets stand is not found.
 import hashlib
 import re
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import PurePath
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 from mlx_finetune.data.conversation import Conversation
 from mlx_finetune.data.redaction import Found
+from mlx_finetune.data.redaction.bare import bare_secrets
 from mlx_finetune.data.redaction.emails import emails_in
 from mlx_finetune.data.redaction.identity import homes_to_hide, identity_edits, user_to_hide
 from mlx_finetune.data.redaction.literals import Literals
 from mlx_finetune.data.redaction.names import LONGEST_VALUE, kind_of_name, kind_of_value
 from mlx_finetune.data.redaction.places import rules as secret_rules
-from mlx_finetune.data.redaction.strings import rewritten
-from mlx_finetune.data.redaction.values import is_opaque
+from mlx_finetune.data.redaction.strings import rewritten, texts_of
 from mlx_finetune.data.redaction.vendors import Rule
 from mlx_finetune.errors import UserError
 
@@ -31,11 +31,9 @@ __all__ = ["PLACEHOLDER", "Found", "Ledger", "Name", "Rules", "find", "redact_co
 
 PLACEHOLDER = re.compile(r"\[REDACTED:[a-z][a-z0-9_]*:[0-9]+\]")
 PATTERN_PREFIX = "re:"
-KEY_LINE = re.compile(r"[A-Za-z0-9+/=]{40,}")
 REMEMBERED = 2**16  # digests of texts without a secret; some ten megabytes
 LONG_ENOUGH = 1000  # characters from which a digest is cheaper than a search
 GENERAL_KINDS = frozenset("aws_secret_key api_key authorization basic_auth cookie credential email password secret token".split())
-HEAD = 8  # characters by which a known secret is looked up; shorter ones are not taken out where they stand bare
 
 Name = Callable[[str, str], str]  # (kind, value) -> the placeholder
 
@@ -117,12 +115,12 @@ class Ledger:
 
 def find(text: str, rules: Rules) -> list[Found]:
     """Secrets in the text (and e-mail addresses where the rules say so), from left to right, none overlapping another."""
-    return _find(text, "", rules)
+    return _find([(text, "")], rules)[0]
 
 
 def redact_text(text: str, rules: Rules, name: Name) -> str:
     """The text with placeholders, and without the person's home and name."""
-    return _redacted(text, find(text, rules), {}, rules, name)
+    return _redacted(text, [_Edit.of(text, one) for one in find(text, rules)], rules, name)
 
 
 def redact_conversation(conversation: Conversation, rules: Rules, name: Name) -> Conversation:
@@ -131,62 +129,33 @@ def redact_conversation(conversation: Conversation, rules: Rules, name: Name) ->
     JSON is decoded, its strings redacted, and only those that change are written anew. A secret found in one place is taken
     out wherever it stands bare in the conversation.
     """
+    texts = list(texts_of(conversation))
+    edits = [[_Edit.of(text, one) for one in found] for (text, _), found in zip(texts, _find(texts, rules), strict=True)]
     known: dict[str, str] = {}  # value -> kind
+    for edit in chain.from_iterable(edits):
+        known.setdefault(edit.value, edit.kind)
+    if known:
+        bare: defaultdict[int, list[_Edit]] = defaultdict(list)
+        for index, start, end, value in bare_secrets([text for text, _ in texts], known):
+            bare[index].append(_Edit(start, end, value, known[value]))
+        edits = [_beside([edit._replace(kind=known[edit.value]) for edit in of], bare[i]) for i, of in enumerate(edits)]
+    new = {}
+    for (text, field), of in zip(texts, edits, strict=True):
+        if of or rules.homes or rules.user:
+            new[text, field] = _redacted(text, of, rules, name)
+    changed = any(text != after for (text, _), after in new.items())
+    return rewritten(conversation, lambda text, field: new.get((text, field), text)) if changed else conversation
 
-    def look(text: str, field: str) -> str:
-        for one in _find(text, field, rules):
-            known.setdefault(text[one.start : one.end], one.kind)
+
+def _redacted(text: str, edits: list["_Edit"], rules: Rules, name: Name) -> str:
+    """Secrets first; then, where none is, the person."""
+    if person := identity_edits(text, rules.homes, rules.user):
+        edits = _beside(edits, [_Edit(*edit) for edit in person])
+    if not edits:
         return text
-
-    def redact(text: str, field: str) -> str:
-        found = _find(text, field, rules) if known else []
-        return _redacted(text, found, known, rules, name, bare)
-
-    rewritten(conversation, look)
-    bare = _Bare(known, rules) if known else None
-    return rewritten(conversation, redact) if known or rules.homes or rules.user else conversation
-
-
-class _Bare:
-    """Finds known secrets where nothing around them says what they are, also as a URL writes them, and lines of known keys."""
-
-    def __init__(self, known: Mapping[str, str], rules: Rules) -> None:
-        self._values: dict[str, str] = {}  # form -> the secret
-        for value, kind in known.items():
-            lines = KEY_LINE.findall(value) if kind == "private_key" else ()
-            for form in (value, quote(value, safe=""), *lines):
-                if len(form) >= HEAD and is_opaque(form):
-                    self._values.setdefault(form, value)
-        self._lengths = sorted(set(map(len, self._values)), reverse=True)
-        self._heads = Literals({form[:HEAD]: None for form in self._values})
-
-    def __call__(self, text: str) -> Iterator[tuple[int, int, str]]:
-        """Start, end and the secret."""
-        for start, _ in self._heads.hits(text):
-            for length in self._lengths:
-                value = self._values.get(text[start : start + length])
-                if value is not None and _stands_alone(text, start, start + length):
-                    yield start, start + length, value
-                    break
-
-
-def _stands_alone(text: str, start: int, end: int) -> bool:
-    """No letter or digit on either side, but for the letter of an escape before it."""
-    return not text[end : end + 1].isalnum() and (not text[start - 1 : start].isalnum() or text[start - 2 : start - 1] == "\\")
-
-
-def _redacted(
-    text: str, found: Iterable[Found], known: Mapping[str, str], rules: Rules, name: Name, bare: _Bare | None = None
-) -> str:
-    """Secrets first; then, where none is, known ones that stand bare, then the person."""
-    edits = [_Edit(one.start, one.end, text[one.start : one.end], one.kind) for one in found]
-    if bare:
-        edits = _beside(edits, [_Edit(start, end, value, known[value]) for start, end, value in bare(text)])
-    if rules.homes or rules.user:
-        edits = _beside(edits, [_Edit(*edit) for edit in identity_edits(text, rules.homes, rules.user)])
     parts, end = [], 0
     for edit in edits:
-        parts += [text[end : edit.start], name(known.get(edit.value, edit.kind), edit.value) if edit.kind else edit.value]
+        parts += [text[end : edit.start], name(edit.kind, edit.value) if edit.kind else edit.value]
         end = edit.end
     return "".join([*parts, text[end:]])
 
@@ -198,6 +167,11 @@ class _Edit(NamedTuple):
     end: int
     value: str
     kind: str = ""
+
+    @classmethod
+    def of(cls, text: str, found: Found) -> "_Edit":
+        """For a secret in the text."""
+        return cls(found.start, found.end, text[found.start : found.end], found.kind)
 
 
 def _beside(taken: list[_Edit], more: Iterable[_Edit]) -> list[_Edit]:
@@ -212,39 +186,47 @@ def _beside(taken: list[_Edit], more: Iterable[_Edit]) -> list[_Edit]:
     return sorted(kept)
 
 
-def _find(text: str, field: str, rules: Rules) -> list[Found]:
-    """Also the text itself, where the field that it stands in promises a secret."""
-    found = list(_secrets(text))
-    kind = kind_of_name(field) if field and len(text) <= LONGEST_VALUE else None
-    if kind and (kind := kind_of_value(kind, text, literal=True)):
-        found.append(Found(kind, 0, len(text)))
-    if rules.emails:
-        found += emails_in(text)
-    if not found:
-        return []
-    placed = [match.span() for match in PLACEHOLDER.finditer(text)]  # https://[REDACTED:url_token:1]@ holds no user and password
+def _find(texts: Sequence[tuple[str, str]], rules: Rules) -> list[list[Found]]:
+    """In each text, also the text itself, where the field that it stands in promises a secret."""
+    every = _secrets([text for text, _ in texts])
+    for (text, field), found in zip(texts, every, strict=True):
+        kind = kind_of_name(field) if field and len(text) <= LONGEST_VALUE else None
+        if kind and (kind := kind_of_value(kind, text, literal=True)):
+            found.append(Found(kind, 0, len(text)))
+        if rules.emails:
+            found += emails_in(text)
+    return [_settled(text, found, rules) if found else found for (text, _), found in zip(texts, every, strict=True)]
+
+
+def _settled(text: str, found: Iterable[Found], rules: Rules) -> list[Found]:
+    """Merged, without what is allowed and what is a placeholder already: https://[REDACTED:url_token:1]@ has no password."""
+    placed = [match.span() for match in PLACEHOLDER.finditer(text)]
     found = [one for one in found if not any(start <= one.start and one.end <= end for start, end in placed)]
     return [one for one in _merged(found) if not _allowed(text[one.start : one.end], text, one, rules.allow)]
 
 
-def _secrets(text: str) -> list[Found]:
-    """Every hit of every rule; nothing is searched where the same long text was searched in vain before."""
-    digest = _digest(text) if len(text) >= LONG_ENOUGH else b""
-    if digest in _CLEAN:
-        return []
-    found: list[Found] = []
-    ends: dict[Rule, int] = {}  # of what a rule found last: within it there is nothing more for it to find
-    for position, rules in _literals().hits(text):
+def _secrets(texts: Sequence[str]) -> list[list[Found]]:
+    """Every hit of every rule in each text; nothing is searched where the same long text was searched in vain before."""
+    digests = [_digest(text) if len(text) >= LONG_ENOUGH else b"" for text in texts]
+    every: list[list[Found]] = [[] for _ in texts]
+    searched = [index for index, digest in enumerate(digests) if digest not in _CLEAN]
+    last = -1
+    ends: dict[Rule, int] = {}  # of what a rule found last in this text: within it there is nothing more for it to find
+    for number, position, rules in _literals().hits([texts[index] for index in searched]):
+        index = searched[number]
+        if index != last:
+            last, ends = index, {}
         for rule in rules:
             if position >= ends.get(rule, 0):
-                for one in rule(text, position):
-                    found.append(one)
+                for one in rule(texts[index], position):
+                    every[index].append(one)
                     ends[rule] = one.end
-    if digest and not found:
-        if len(_CLEAN) >= REMEMBERED:
-            _CLEAN.clear()
-        _CLEAN.add(digest)
-    return found
+    for index in searched:
+        if digests[index] and not every[index]:
+            if len(_CLEAN) >= REMEMBERED:
+                _CLEAN.clear()
+            _CLEAN.add(digests[index])
+    return every
 
 
 _CLEAN: set[bytes] = set()  # of this process: digests of long texts without a secret

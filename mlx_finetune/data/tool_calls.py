@@ -43,7 +43,7 @@ PARAMETERS = {  # of a native call: what stands behind the fence, and in the blo
     "mcp": ("", "command"),
 }
 FORMER_TAGS = {"bash": "shell", "sh": "shell", "terminal": "shell", "python": "ipython"}  # what older versions ran, and as what
-OPENING = re.compile(rf"`{{3,}}[^\S\n]*(?:{'|'.join(sorted(DEFAULT_TOOLS))}|py)\b")
+OPENING = re.compile(rf"```[^\S\n]*(?:{'|'.join(sorted(DEFAULT_TOOLS))}|py)\b")
 MAY_CLOSE = re.compile(r"^.*(?:```|</think).*$", re.MULTILINE)
 MOST_READ_AGAIN = 2_000_000  # characters of one turn
 TOOL_USE = re.compile(r"^[ \t]*<(?:tool-use|function_calls)>", re.MULTILINE)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import PurePosixPath, PureWindowsPath
 
 NEUTRAL_HOME, NEUTRAL_USER = "/home/user", "user"
@@ -68,15 +69,22 @@ def name_of(home: str) -> str:
 
 def identity_edits(text: str, homes: tuple[str, ...], user: str) -> list[tuple[int, int, str]]:
     """Where the person shows (start, end) and what to put there, from left to right."""
+    names = [name for name in _names_of(homes, user) if name in text]
+    if not names:  # a home ends with its name
+        return []
     edits = [edit for home in homes for edit in _whole_homes(text, home)]
-    for name in dict.fromkeys((*map(name_of, homes), *((user,) if user else ()))):
-        if name in text:
-            edits += _names(text, name, everywhere=name == user)
+    for name in names:
+        edits += _names(text, name, everywhere=name == user)
     kept: list[tuple[int, int, str]] = []
     for edit in sorted(edits, key=lambda one: (one[0], -one[1])):
         if not kept or edit[0] >= kept[-1][1]:
             kept.append(edit)
     return kept
+
+
+@lru_cache(maxsize=64)
+def _names_of(homes: tuple[str, ...], user: str) -> tuple[str, ...]:
+    return tuple(name for name in dict.fromkeys((*map(name_of, homes), user)) if name)
 
 
 def _whole_homes(text: str, home: str) -> Iterator[tuple[int, int, str]]:
