@@ -65,8 +65,10 @@ def show_dataset(info: dict[str, Any]) -> None:
                 print(f"not learned: {count} turns ({reason})")
     for reason, count in info["left_out"].items():
         print(f"left out: {count} conversations ({reason})")
+    if info["openassistant_share_reached"]:
+        print(f"OpenAssistant: {100 * info['openassistant_share_reached']:.1f} % of the learned tokens")
     if not info["examples"]["valid"]:
-        print("nothing is held out: that takes two or more gptme conversations")
+        print("nothing is held out: that takes two or more conversations and a valid_fraction")
 
 
 def train_command(
@@ -131,7 +133,7 @@ def evaluate_command(run: Path, checkpoint: str, engine: str, as_json: bool) -> 
 
     def show() -> None:
         rows = [(s, f"{b:.4f}", f"{comparison.tuned.by_source[s]:.4f}") for s, b in comparison.base.by_source.items()]
-        rows.append(("all", f"{comparison.base.loss:.4f}", f"{comparison.tuned.loss:.4f}"))
+        rows.append(("the loss (OpenAssistant apart)", f"{comparison.base.loss:.4f}", f"{comparison.tuned.loss:.4f}"))
         title = f"held-out loss, nats a token, {comparison.base.tokens} learned tokens, {comparison.checkpoint}"
         table(title, rows, ("source", "base", "tuned"))
 

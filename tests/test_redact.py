@@ -262,3 +262,12 @@ def test_what_is_stored_of_the_rules_does_not_name_the_person() -> None:
     stored = KIM.to_json()
     assert "kim" not in json.dumps(stored)
     assert stored["personal"] and stored != Rules().to_json()
+
+
+def test_a_home_without_a_name_ends_the_search() -> None:
+    assert redacted("a /home/kim", Rules(homes=("/srv/",), user="kim")) == "a /home/user"
+    assert redacted("no path", Rules(homes=("/",))) == "no path"
+
+
+def test_a_secret_as_a_key_of_meta_is_redacted_too() -> None:
+    assert cleaned(talk("hi", meta={secret(): 1, "kim": 2}), KIM).meta == {"[REDACTED:github_token:1]": 1, "user": 2}

@@ -118,17 +118,19 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _conversation(line, f"{path}:{number}")
+                    yield conversation_of_line(line, f"{path}:{number}")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", hint="mlx-finetune collect makes such files") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error.reason}", hint="mlx-finetune collect makes such files") from error
 
 
-def _conversation(line: str, place: str) -> Conversation:
+def conversation_of_line(line: str, place: str) -> Conversation:
+    """The conversation on one line of a file; raises UserError where it is none. `place` says where it stands."""
     try:
         row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()
+        if "\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{place}: half a character (a lone surrogate)", hint="write a ? in place of its \\ud...") from error
     except (ValueError, RecursionError) as error:  # ValueError: more digits than Python reads

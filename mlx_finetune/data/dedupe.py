@@ -20,6 +20,7 @@ from mlx_finetune.data.minhash import BINS, Neighbours, bands_of, jaccard, may_r
 
 SOURCES = ("gptme", "chat", "openassistant")  # of conversations that are as good that of the first source is kept
 FEW_SHINGLES = 10  # with fewer of its own a conversation is a duplicate only of an equal one
+CHARACTERS = 6  # in a word, and the blank behind it
 MOST_KEPT, MOST_DROPPED = 64, 8  # conversations that one bucket remembers
 MOST_COMPARED = 8  # exact comparisons of one conversation with those kept, and as many with those dropped
 REMEMBERED = 2**22  # shingles in memory, 32 MB
@@ -40,7 +41,7 @@ class Fingerprint:
     chain: np.ndarray  # uint64 [assistant turns]: of everything up to and including the turn, without the system prompt
     turns: np.ndarray  # int32 [assistant turns]: their places in the conversation
     learnable: np.ndarray  # bool [assistant turns]
-    seen: np.ndarray  # int32 [assistant turns]: shingles up to and including the turn
+    seen: np.ndarray  # int32 [assistant turns]: shingles up to and including the turn; about, where they are not counted
     signature: np.ndarray  # uint32 [128], zeros where near-duplicates are not looked for
 
     @property
@@ -94,7 +95,7 @@ def fingerprint(conversation: Conversation, near: bool = True) -> Fingerprint:
         if message.role == "assistant":
             hashes.append(int.from_bytes(so_far.digest(), "little"))
             turns.append(place)
-    values, seen = shingles(_texts(messages)) if near else (np.zeros(0, np.uint64), np.zeros(len(messages), np.int32))
+    values, seen = shingles(_texts(messages)) if near else (np.zeros(0, np.uint64), _about(messages))
     spoken = [message.role for message in messages if message.role in ("user", "assistant")]
     return Fingerprint(
         name=conversation.name,
@@ -113,6 +114,11 @@ def fingerprint(conversation: Conversation, near: bool = True) -> Fingerprint:
 
 def _folded(text: str) -> str:
     return " ".join(text.split()).casefold()
+
+
+def _about(messages: Sequence[Message]) -> np.ndarray:
+    """What `shingles` counts, taken from the length alone."""
+    return np.cumsum([len(text.strip()) // CHARACTERS for text in _texts(messages)], dtype=np.int32)
 
 
 def _texts(messages: Sequence[Message]) -> Iterator[str]:
@@ -165,15 +171,16 @@ def _tie(one: Fingerprint) -> tuple[Any, ...]:
 
 
 def _clusters(prints: Sequence[Fingerprint]) -> Clusters:
-    """Who belongs together by the sources' own groups, equal texts, and equal first turns (so every fork)."""
+    """Who belongs together by the sources' own groups, equal texts, and the beginnings of forks; a greeting alone is none."""
     clusters = Clusters(len(prints))
     first: dict[tuple[Any, ...], int] = {}
     for i, one in enumerate(prints):
         clusters.join(i, first.setdefault(("exact", one.exact), i))
         if one.group:
             clusters.join(i, first.setdefault((one.source, one.group), i))
-        if len(one.chain):
-            clusters.join(i, first.setdefault(("turn", int(one.chain[0])), i))
+        begun = int(np.searchsorted(one.seen, FEW_SHINGLES))
+        if begun < len(one.chain):
+            clusters.join(i, first.setdefault(("turn", int(one.chain[begun])), i))
     return clusters
 
 
@@ -236,7 +243,8 @@ class _Near:
         signatures = np.array([one.signature for one in prints], np.uint32).reshape(-1, BINS)
         self._sizes = np.array([one.shingles for one in prints], np.int64)
         bands = bands_of(signatures)
-        self._kept, self._dropped = (Neighbours(signatures, self._sizes, bands, most) for most in (MOST_KEPT, MOST_DROPPED))
+        self._kept, self._dropped = (Neighbours(signatures, self._sizes, bands, most) for most in (CHARACTERS = 6  # in a word, and the blank behind it
+MOST_KEPT, MOST_DROPPED))
 
     def place(self, i: int, droppable: bool) -> str:
         """The reason to drop it, if there is one; those dropped still bring others into their cluster."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mlx_finetune.data.conversation import Conversation, _conversation
+from mlx_finetune.data.conversation import Conversation, conversation_of_line
 from mlx_finetune.errors import UserError
 
 HINT = "mlx-finetune collect makes such files"
@@ -84,6 +84,6 @@ def seconds(time: object) -> float:
 
 def _parse(line: bytes, place: str) -> Conversation:
     try:
-        return _conversation(line.decode("utf-8"), place)
+        return conversation_of_line(line.decode("utf-8"), place)
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: not UTF-8 text: {error.reason}", hint=HINT) from error
