@@ -3,19 +3,22 @@
 Each table below was compared with gptme 0.35.1 itself; where gptme is installed, it still is, with made-up texts besides.
 """
 
+import importlib.util
 import json
-import logging
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from log_rows import flat, said
 
-from mlx_finetune.data.conversation import Message, ToolCall
 from mlx_finetune.data.fences import blocks
 from mlx_finetune.data.native import arguments_of, native_calls
-from mlx_finetune.data.tool_calls import ALIASES, DEFAULT_TOOLS, calls_in, fingerprint, format_of, to_native
+from mlx_finetune.data.tool_calls import DEFAULT_TOOLS, calls_in, fingerprint, format_of, to_native
 
 PATCH = "<<<<<<< ORIGINAL\na\n=======\nb\n>>>>>>> UPDATED"
 MARKDOWN: dict[str, tuple[str, list[tuple[str, str, str]]]] = {
@@ -204,88 +207,6 @@ def test_a_conversation_has_the_format_of_most_of_its_calls(texts: list[str], to
     assert format_of(texts) == tool_format
 
 
-def said(role: str, content: str, call_id: str = "") -> Message:
-    return Message(role, content, tool_call_id=call_id)  # type: ignore[arg-type]
-
-
-def flat(messages: tuple[Message, ...]) -> list[tuple[str, str, list[tuple[str, str, str]], str]]:
-    return [(m.role, m.content, [(c.id, c.name, c.arguments) for c in m.tool_calls], m.tool_call_id) for m in messages]
-
-
-def test_native_messages_are_those_of_openais_format() -> None:
-    log = [
-        said("system", "You are gptme"),
-        said("user", "hi"),
-        said("assistant", 'I look.\n@shell(a): {"command": "echo é"}\n@shell(b): {}'),
-        said("system", "time is short"),
-        said("system", "é", "a"),
-        said("system", "more", "a"),
-        said("system", "b", "b"),
-        said("assistant", '\n@complete(c): {"x": "y",}'),
-        said("system", "lost", "z"),
-        said("user", "stop"),
-    ]
-    assert flat(to_native(log)) == [
-        ("system", "You are gptme", [], ""),
-        ("user", "hi", [], ""),
-        ("assistant", "I look.\n", [("a", "shell", '{"command": "echo \\u00e9"}'), ("b", "shell", "{}")], ""),
-        ("tool", "é\n\nmore", [], "a"),
-        ("tool", "b", [], "b"),
-        ("system", "time is short", [], ""),
-        ("assistant", "", [("c", "complete", '{"x": "y"}')], ""),
-        ("user", "lost", [], ""),  # no turn made that call
-        ("user", "stop", [], ""),  # the call c has no result: none is made up
-    ]
-
-
-def test_native_messages_keep_their_weights_and_what_is_native_stays_native() -> None:
-    log = [Message("assistant", "@shell(a): {}", 0.0, "declined"), said("system", "no", "a")]
-    once = to_native(log)
-    assert (once[0].weight, once[0].reason) == (0.0, "declined")
-    assert to_native(once) == once
-    assert once[0].tool_calls == (ToolCall("a", "shell", "{}"),)
-
-
-def test_text_around_native_calls_is_cut_as_gptme_cuts_it() -> None:
-    def sent(text: str) -> str:
-        return to_native([said("assistant", text)])[0].content
-
-    assert sent("Just text.\n") == "Just text.\n"
-    assert sent("A\n@shell(a): {} rest of the line\nB\n@shell(b): {}\nafter") == "A\nB\n"
-    assert sent("A\n```shell\nls\n```\nafter") == "A\n```shell\nls\n```\n"  # a block that runs ends what is sent
-    assert sent("A\n```python\nls\n```\nafter") == "A\n```python\nls\n```\nafter"
-
-
-def test_names_of_mcp_tools_are_sent_as_openai_allows_them() -> None:
-    (message,) = to_native([said("assistant", "@my server.look(a): {}")])
-    assert message.tool_calls[0].name == "my_server_look_b7bf8cdaabc2"
-
-
-@pytest.mark.parametrize("name", ["tool__2026-06-18-climbing-orange-robot", "tool_parallel_calls__2026-07-16-swimming-happy-seal"])
-def test_a_tool_format_log_becomes_the_recorded_requests_message_for_message(shared: Path, name: str) -> None:
-    """From the first user message on; what stands before is the reader's (sources/gptme.py), and no call is in it."""
-    lines = (shared / "data" / "gptme-logs" / name.split("__")[1] / "conversation.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in lines.splitlines()]
-    log = [said(row["role"], row["content"], row.get("call_id") or "") for row in rows]
-    log = log[[message.role for message in log].index("user") :]
-    turns = [place for place, message in enumerate(log) if message.role == "assistant"]
-    requests = json.loads((shared / "data" / "gptme-requests" / f"{name}.json").read_text(encoding="utf-8"))
-    assert len(requests) == len(turns)
-    for request, turn in zip(requests, turns, strict=True):
-        messages = request["body"]["messages"]
-        first = [message["role"] for message in messages].index("user")
-        sent = [
-            (
-                message["role"],
-                "".join(part["text"] for part in message.get("content") or ()),
-                [(c["id"], c["function"]["name"], c["function"]["arguments"]) for c in message.get("tool_calls") or ()],
-                message.get("tool_call_id", ""),
-            )
-            for message in messages[first:]
-        ]
-        assert flat(to_native(log[:turn])) == sent
-
-
 @pytest.mark.parametrize(
     "unit",
     [
@@ -309,24 +230,8 @@ def test_reading_takes_time_in_proportion_to_the_text(unit: str) -> None:
 
 PIECES = [
     *("```", "````", "```shell", "```ipython", "```save a.py", "```python", "```text", "``````shell", "```<think>", "   ```"),
-    *(
-        "``` ",
-        "text",
-        "",
-        "it's",
-        'x = """',
-        "'''",
-        "cat <<EOF",
-        "EOF",
-        "x << 2",
-        "# it's",
-        "abc \\",
-        "'",
-        '"',
-        "$'a",
-        "$((",
-        "```py",
-    ),
+    *("``` ", "text", "", "it's", 'x = """', "'''", "cat <<EOF", "EOF", "x << 2", "# it's", "abc \\"),
+    *("'", '"', "$'a", "$((", "```py"),
     *("<think>", "</think>", "<thinking>", "</thinking>", "```shell\nls\n```", "&amp;", "<save args='a'>", "</save>"),
     *('@shell(a): {"command": "ls"}', "@foo(b): {}", "@shell(c): {'a': 1,}", "<tool-use>", "</tool-use>", "<shell>", "</shell>"),
     *("<tool-use><shell>ls</shell></tool-use>", "<function_calls>", "</function_calls>", '<invoke name="shell">', "</invoke>"),
@@ -352,48 +257,28 @@ def test_blocks_lie_one_behind_the_other_and_hold_what_the_text_holds() -> None:
     assert found > 300
 
 
-def test_gptme_itself_finds_and_sends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gptme", reason="gptme is not installed: its parser is compared only where it is")
-    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.setenv(name, str(tmp_path))
-    from gptme.llm.llm_openai import _handle_tools, _merge_tool_results_with_same_call_id
-    from gptme.tools import get_available_tools, init_tools
-    from gptme.tools.base import ToolUse
-
-    tools = [tool.name for tool in get_available_tools() if tool.execute and tool.is_available]
-    init_tools(tools)
-    logging.disable(logging.CRITICAL)
-
-    def theirs(text: str, tool_format: str) -> list[Any]:
-        found: list[Any] = []
-        for use in ToolUse.iter_from_content(text, tool_format_override=tool_format):  # type: ignore[arg-type]
-            name, argument = ALIASES.get(use.tool, use.tool), " ".join(use.args or [])
-            if use.is_runnable and use.call_id:
-                found.append((name, use.call_id, use.kwargs))
-            elif use.is_runnable:
-                is_file = use._format == "markdown" and name in ("save", "append", "patch")
-                found.append((name, argument.partition(" ")[2] if is_file else argument, use.content))
-        return found
-
-    def sent(messages: list[Message]) -> list[Any]:
-        rows: list[dict[str, Any]] = [{"role": m.role, "content": [{"type": "text", "text": m.content}]} for m in messages]
-        for row, message in zip(rows, messages, strict=True):
-            row |= {"call_id": message.tool_call_id} if message.tool_call_id else {}
-        result = []
-        for row in _merge_tool_results_with_same_call_id(_handle_tools(rows)):
-            content = row.get("content") or ""
-            text = content if isinstance(content, str) else "".join(part["text"] for part in content)
-            calls = [(c["id"], c["function"]["name"], c["function"]["arguments"]) for c in row.get("tool_calls", ())]
-            result.append((row["role"], text, calls, row.get("tool_call_id", "")))
-        return result
-
+def test_gptme_itself_finds_and_sends_the_same(tmp_path: Path) -> None:
+    """In the interpreter that GPTME_PYTHON names, or in this one."""
+    python = os.environ.get("GPTME_PYTHON") or (sys.executable if importlib.util.find_spec("gptme") else "")
+    if not python:
+        pytest.skip("gptme is not installed, and GPTME_PYTHON names no interpreter that has it: it cannot be compared")
     random = np.random.default_rng(0)
-    loaded = frozenset(tools)
     texts = [text for table in (MARKDOWN, XML, NATIVE) for text, _ in table.values() if "\ud83d" not in text]
-    for text in [*texts, *(made_up(random) for _ in range(2000))]:
-        assert theirs(text, "markdown") == markdown_and_xml(text, "markdown", loaded)
-        assert theirs(text, "xml") == markdown_and_xml(text, "xml", loaded)
-        assert theirs(text, "tool") == markdown_and_xml(text, "tool", loaded) + native(text, loaded)
-        log = [said("assistant", text), said("system", "1", "a"), said("system", "notice"), said("system", "2", "b")]
-        assert sent(log) == flat(to_native(log))
-    logging.disable(logging.NOTSET)
+    texts += [made_up(random) for _ in range(2000)]
+    after = (said("system", "1", "a"), said("system", "notice"), said("system", "2", "b"))
+    logs = [(said("assistant", text), *after) for text in texts]
+    rows = [
+        [{"role": m.role, "content": m.content} | ({"call_id": m.tool_call_id} if m.tool_call_id else {}) for m in log]
+        for log in logs
+    ]
+    names = ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME")
+    environment = {**os.environ, **dict.fromkeys(names, str(tmp_path)), "GPTME_TIKTOKEN_TIMEOUT": "0"}
+    command = [python, str(Path(__file__).with_name("gptme_oracle.py"))]
+    asked = json.dumps(list(zip(texts, rows, strict=True)))
+    answer = subprocess.run(command, input=asked, capture_output=True, text=True, check=True, env=environment)
+    tools, answers = json.loads(answer.stdout.splitlines()[-1])
+    loaded = frozenset(tools)
+    for text, log, theirs in zip(texts, logs, answers, strict=True):
+        ours = [*(markdown_and_xml(text, kind, loaded) for kind in ("markdown", "xml", "tool")), flat(to_native(log))]
+        ours[2] += native(text, loaded)
+        assert json.loads(json.dumps(ours)) == theirs, text

@@ -20,6 +20,7 @@ from mlx_finetune.data.minhash import BINS, Neighbours, bands_of, jaccard, may_r
 
 SOURCES = ("gptme", "chat", "openassistant")  # of conversations that are as good that of the first source is kept
 FEW_SHINGLES = 10  # with fewer of its own a conversation is a duplicate only of an equal one
+GREETING = 8  # with fewer shingles a shared beginning makes no fork
 CHARACTERS = 6  # in a word, and the blank behind it
 MOST_KEPT, MOST_DROPPED = 64, 8  # conversations that one bucket remembers
 MOST_COMPARED = 8  # exact comparisons of one conversation with those kept, and as many with those dropped
@@ -43,11 +44,6 @@ class Fingerprint:
     learnable: np.ndarray  # bool [assistant turns]
     seen: np.ndarray  # int32 [assistant turns]: shingles up to and including the turn; about, where they are not counted
     signature: np.ndarray  # uint32 [128], zeros where near-duplicates are not looked for
-
-    @property
-    def learned(self) -> int:
-        """How many turns it would teach alone."""
-        return int(self.learnable.sum())
 
     def to_json(self) -> list[Any]:
         """Compact; `from_json` gives it back."""
@@ -95,7 +91,11 @@ def fingerprint(conversation: Conversation, near: bool = True) -> Fingerprint:
         if message.role == "assistant":
             hashes.append(int.from_bytes(so_far.digest(), "little"))
             turns.append(place)
-    values, seen = shingles(_texts(messages)) if near else (np.zeros(0, np.uint64), _about(messages))
+    if near:
+        values, seen = shingles(_texts(messages))
+    else:
+        lengths = [len(text.strip()) // CHARACTERS for text in _texts(messages)]
+        values, seen = np.zeros(0, np.uint64), np.cumsum(lengths, dtype=np.int32)
     spoken = [message.role for message in messages if message.role in ("user", "assistant")]
     return Fingerprint(
         name=conversation.name,
@@ -114,11 +114,6 @@ def fingerprint(conversation: Conversation, near: bool = True) -> Fingerprint:
 
 def _folded(text: str) -> str:
     return " ".join(text.split()).casefold()
-
-
-def _about(messages: Sequence[Message]) -> np.ndarray:
-    """What `shingles` counts, taken from the length alone."""
-    return np.cumsum([len(text.strip()) // CHARACTERS for text in _texts(messages)], dtype=np.int32)
 
 
 def _texts(messages: Sequence[Message]) -> Iterator[str]:
@@ -144,7 +139,8 @@ def decide(prints: Sequence[Fingerprint], shingles: Callable[[int], np.ndarray],
     assert threshold is None or 0 < threshold <= 1, threshold
     order = sorted(range(len(prints)), key=lambda i: _tie(prints[i]))
     order.sort(key=lambda i: prints[i].time, reverse=True)
-    order.sort(key=lambda i: (-prints[i].learned, -len(prints[i].turns), _rank(prints[i].source)))
+    rank = {source: place for place, source in enumerate(SOURCES)}
+    order.sort(key=lambda i: (-int(prints[i].learnable.sum()), -len(prints[i].turns), rank.get(prints[i].source, len(rank))))
     best = [prints[i] for i in order]  # from here on a conversation is its place in this order
     clusters, taught = _clusters(best), _Taught(best)
     near = None if threshold is None else _Near(best, lambda i: shingles(order[i]), threshold, clusters)
@@ -162,10 +158,6 @@ def decide(prints: Sequence[Fingerprint], shingles: Callable[[int], np.ndarray],
     return Decision(dropped, context, [labels[i] for i in range(len(prints))])
 
 
-def _rank(source: str) -> int:
-    return SOURCES.index(source) if source in SOURCES else len(SOURCES)
-
-
 def _tie(one: Fingerprint) -> tuple[Any, ...]:
     return one.name, one.source, one.group, one.exact, one.chain.tobytes(), one.learnable.tobytes()
 
@@ -178,7 +170,7 @@ def _clusters(prints: Sequence[Fingerprint]) -> Clusters:
         clusters.join(i, first.setdefault(("exact", one.exact), i))
         if one.group:
             clusters.join(i, first.setdefault((one.source, one.group), i))
-        begun = int(np.searchsorted(one.seen, FEW_SHINGLES))
+        begun = int(np.searchsorted(one.seen, GREETING))
         if begun < len(one.chain):
             clusters.join(i, first.setdefault(("turn", int(one.chain[begun])), i))
     return clusters
@@ -243,8 +235,7 @@ class _Near:
         signatures = np.array([one.signature for one in prints], np.uint32).reshape(-1, BINS)
         self._sizes = np.array([one.shingles for one in prints], np.int64)
         bands = bands_of(signatures)
-        self._kept, self._dropped = (Neighbours(signatures, self._sizes, bands, most) for most in (CHARACTERS = 6  # in a word, and the blank behind it
-MOST_KEPT, MOST_DROPPED))
+        self._kept, self._dropped = (Neighbours(signatures, self._sizes, bands, most) for most in (MOST_KEPT, MOST_DROPPED))
 
     def place(self, i: int, droppable: bool) -> str:
         """The reason to drop it, if there is one; those dropped still bring others into their cluster."""
