@@ -66,7 +66,7 @@ def test_what_ran_is_told_by_its_result(name: str) -> None:
     assert runnable(text) == [] or turn.meant[0] == "tmux"
     assert [call.tool for call in legacy_calls(text)] == [turn.meant[0]]
     assert ran_legacy(text, turn.result)
-    assert ran_legacy(text, "Some notice.\n\n" + turn.result)
+    assert ran_legacy(text, turn.result + "\n\nSome notice.")
 
 
 @pytest.mark.parametrize("result", ["", " \n", DECLINED, "You have 3 unread mails.", "Ran command: `pwd`", "Saved to other.txt"])
@@ -208,8 +208,8 @@ def plain(line: str) -> bool:
 def test_a_megabyte_is_read_in_seconds(unit: str) -> None:
     text = unit * (2**20 // len(unit))
     begin = time.process_time()
-    for result in (LS_RAN, "An error occurred: x", text):
+    for result in ("An error occurred: x", text):
         ran_legacy(text, result)
         modernise(text, result)
     modernise(text)
-    assert time.process_time() - begin < 20  # 0.1 to 5 s measured; hours where it is quadratic
+    assert time.process_time() - begin < 20  # 0.1 to 4 s measured; hours where it is quadratic
