@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import secrets
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -192,14 +193,23 @@ class _Reader:
                 if (kind, digest) not in self._numbers:
                     self.distinct[kind] += 1
                     self._numbers[(kind, digest)] = self.distinct[kind]
-            head, body = (number_secrets(text, one.secrets, self._numbers) for text in (one.head, one.body))
-            raw = body[1:].encode()
+            head, raw = one.head, one.body
+            if one.secrets:
+                head = number_secrets(head, one.secrets, self._numbers)
+                raw = number_secrets(raw.decode(), one.secrets, self._numbers).encode()
             self._spool.write(raw)
             kept.append(
-                Kept(one.name, one.source, head, (self._path, self._end, len(raw)), one.print, one.counts, bool(one.secrets))
+                Kept(
+                    one.name, one.source, head, (self._path, self._end, len(raw)), one.print, _shared(one.counts), bool(one.secrets)
+                )
             )
             self._end += len(raw)
         return Unit(result.name, result.stamp, tuple(kept), result.rejected, result.bad_lines, result.more_bad_lines)
+
+
+def _shared(counts: Mapping[str, int]) -> Counter[str]:
+    """The same counts, with names that all conversations have in common in memory."""
+    return Counter({sys.intern(name): count for name, count in counts.items()})
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ INDEX = "index.ndjson"  # no .jsonl: it holds no conversations
 Place = tuple[Path, int, int]  # file, first byte and bytes of the second half of a line
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Kept:
     """One conversation whose text lies on the disk. `head` and the text at `place` are the two halves of its line."""
 
@@ -31,7 +31,7 @@ class Kept:
     secrets: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unit:
     """All that came of one log or one file. `stamp` changes when the file does; empty where that cannot be known."""
 

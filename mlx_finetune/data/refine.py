@@ -47,12 +47,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Refined:
-    """A conversation ready to be written. `head` and `body` are the two halves of its line, as JSON text."""
+    """A conversation ready to be written. `head` and `body` are the two halves of its line: JSON, the body in UTF-8."""
 
     name: str
     source: str
     head: str
-    body: str
+    body: bytes
     print: Fingerprint
     counts: Counter[str]  # what the report adds up: "turns", "context: declined ...", "characters: user", "secret: jwt" ...
     secrets: tuple[tuple[str, bytes], ...]  # kind and keyed digest, in the order of the numbers between OPEN and CLOSE
@@ -135,7 +135,7 @@ def _refined(conversation: Conversation, settings: Settings, names: _Names) -> R
         conversation.name,
         conversation.source,
         json.dumps(row, ensure_ascii=False),
-        json.dumps(body, ensure_ascii=False),
+        json.dumps(body, ensure_ascii=False)[1:].encode(),
         print_,
         _counts(conversation) + names.counts,
         tuple(names.numbers),

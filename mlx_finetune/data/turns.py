@@ -36,7 +36,8 @@ FAILED = re.compile(
     re.MULTILINE,
 )
 READ_ONLY = re.compile(r"\A\s*Ran allowlisted command: ")
-APOLOGY = re.compile(r"\bI(?:'m| am)? (?:deeply |sincerely |very |so )?(?:apologi[sz]e|sorry)\b|\bmy apologies\b", re.IGNORECASE)
+# In a text of small letters.
+APOLOGY = re.compile(r"\bi(?:'m| am)? (?:deeply |sincerely |very |so )?(?:apologi[sz]e|sorry)\b|\bmy apologies\b")
 WAITS = re.compile(r"\A\s*(?:output|wait|jobs|kill|inspect-pane|list-sessions|sleep)\b")  # asks what another process does
 WITHOUT_DIGITS = dict.fromkeys(range(ord("0"), ord("9") + 1))
 SAME_TEXT = 20  # characters; shorter answers ("Done.") may well be given twice
@@ -102,10 +103,15 @@ def reason_to_reject_turns(messages: Sequence[Message]) -> str | None:
     repeated = sum(message.reason == "repeats an earlier turn" for message in turns)
     if repeated >= max(STUCK_TURNS, STUCK_SHARE * len(turns)):
         return "goes in circles: repeats its own turns"
-    apologies = sum(bool(APOLOGY.search(message.content)) for message in turns)
+    apologies = sum(_apologises(message.content) for message in turns)
     if apologies >= max(APOLOGIES, APOLOGY_SHARE * len(turns)):
         return "apologises in most of its turns"
     return None
+
+
+def _apologises(text: str) -> bool:
+    folded = text.lower()
+    return ("apolog" in folded or "sorry" in folded) and bool(APOLOGY.search(folded))
 
 
 def calls_of(message: Message, tool_format: str) -> list[Call]:

@@ -29,15 +29,25 @@ TAKEN_BACK = ("main-undo-", "main-edit-")  # branches in which gptme keeps what 
 FOLDER_HINT = "pass the folder that holds gptme's conversations, or set GPTME_LOGS_HOME to it"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Log:
-    """One conversation on the disk. `folder` is where its other files lie; None for a `.log` file of 2023."""
+    """One conversation on the disk: small, for a person may have tens of thousands."""
 
     name: str
-    path: Path
-    folder: Path | None
-    size: int  # bytes of `path`
+    place: str  # its file of messages
+    in_folder: bool  # with others of its own; a `.log` file of 2023 stands alone
+    size: int  # bytes of that file
     stamp: str  # changes when one of its files does
+
+    @property
+    def path(self) -> Path:
+        """The file of messages."""
+        return Path(self.place)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its other files lie."""
+        return self.path.parent if self.in_folder else None
 
 
 def default_logs_folder(environment: Mapping[str, str], home: Path, platform: str) -> Path:
@@ -101,7 +111,7 @@ def _log(entry: os.DirEntry[str]) -> Log | None:
     if entry.is_file(follow_symlinks=False):
         status = entry.stat(follow_symlinks=False)
         stamp = f"{status.st_size}:{status.st_mtime_ns}"
-        return Log(path.stem, path, None, status.st_size, stamp) if path.suffix == ".log" else None
+        return Log(path.stem, entry.path, False, status.st_size, stamp) if path.suffix == ".log" else None
     if entry.is_symlink():
         if (path / "conversation.jsonl").exists():
             raise OSError(0, "a link, not followed", entry.path)
@@ -114,7 +124,8 @@ def _log(entry: os.DirEntry[str]) -> Log | None:
         return None
     parts = [main, *(path / name for name in ("config.toml", "files") if name in names), *branches_of(path)]
     stamps = [(part.name, status.st_size, status.st_mtime_ns) for part in parts for status in (part.lstat(),)]
-    return Log(entry.name, main, path, main.lstat().st_size, repr(stamps))
+    stamp = hashlib.blake2b(repr(stamps).encode("utf-8", errors="replace"), digest_size=12).hexdigest()
+    return Log(entry.name, str(main), True, stamps[0][1], stamp)
 
 
 def branches_of(folder: Path) -> list[Path]:
