@@ -73,8 +73,13 @@ class Conversation:
     @cached_property
     def id(self) -> str:
         """16 hexadecimal digits of the content: equal conversations have equal ids on every machine."""
-        content = [(m.role, m.content, *([c.to_json() for c in m.tool_calls],) * bool(m.tool_calls)) for m in self.messages]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        digest = hashlib.sha256()
+        for message in self.messages:
+            calls = json.dumps([call.to_json() for call in message.tool_calls]) if message.tool_calls else ""
+            for part in (message.role, message.content, calls):
+                raw = part.encode("utf-8", errors="surrogatepass")
+                digest.update(b"%d:" % len(raw) + raw)
+        return digest.hexdigest()[:16]
 
     @property
     def name(self) -> str:

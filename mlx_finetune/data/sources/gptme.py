@@ -18,7 +18,7 @@ from typing import Any
 from mlx_finetune.data.conversation import Conversation, Message
 from mlx_finetune.data.sources import BadLine, Item, Rejected, printable
 from mlx_finetune.data.sources.gptme_messages import Entry, as_sent, entry_of
-from mlx_finetune.data.sources.log_files import json_object, lines_of, open_regular
+from mlx_finetune.data.sources.log_files import LONGEST_LINE, json_object, lines_at_once, lines_of, open_regular
 from mlx_finetune.data.tool_calls import format_of
 from mlx_finetune.errors import UserError
 
@@ -180,9 +180,10 @@ def _read_entries(path: Path) -> tuple[list[Entry], list[Item]]:
     entries: list[Entry] = []
     bad_lines: list[Item] = []
     with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > LARGEST_LOG:
+        size = os.fstat(file.fileno()).st_size
+        if size > LARGEST_LOG:
             raise OSError(0, f"larger than {LARGEST_LOG // 2**20} MB", str(path))
-        for line in lines_of(file):
+        for line in lines_at_once(file) if size <= LONGEST_LINE else lines_of(file):
             try:
                 row = json_object(line)
                 if row is not None:
@@ -196,7 +197,7 @@ def _chat_config(path: Path) -> tuple[dict[str, Any], list[Item]]:
     """config.toml's [chat]; a log need not have one, and a broken one costs only what it says."""
     try:
         with open_regular(path) as file:
-            chat = tomllib.loads(file.read(LARGEST_CONFIG).decode()).get("chat")
+            chat = tomllib.loads(file.read(min(os.fstat(file.fileno()).st_size, LARGEST_CONFIG)).decode()).get("chat")
     except FileNotFoundError:
         return {}, []
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

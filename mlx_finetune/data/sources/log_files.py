@@ -50,6 +50,11 @@ def lines_of(file: IO[bytes], longest: int = LONGEST_LINE) -> Iterator[Line]:
             yield Line(number, raw)
 
 
+def lines_at_once(file: IO[bytes]) -> Iterator[Line]:
+    """Every line of a file that is small enough to be held whole."""
+    return (Line(number, raw) for number, raw in enumerate(file.read().split(b"\n"), 1) if raw)
+
+
 def json_object(line: Line) -> dict | None:
     """The object on the line; None for a blank line.
 
@@ -59,7 +64,7 @@ def json_object(line: Line) -> dict | None:
     if line.raw is None:
         raise ValueError(f"longer than {LONGEST_LINE // 2**20} MB")
     text = line.raw.decode("utf-8", errors="replace")
-    if text.isspace():
+    if not text or text.isspace():
         return None
     try:
         row = json.loads(text)
