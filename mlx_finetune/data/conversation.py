@@ -46,13 +46,16 @@ class Message:
 
     def to_json(self) -> dict[str, Any]:
         """Only what says something: a weight that is not 1, a reason, calls."""
+        plain = {"role": self.role, "content": self.content}
+        if self.weight == 1 and not (self.reason or self.tool_calls or self.tool_call_id):
+            return plain
         more = {
             "weight": None if self.weight == 1 else self.weight,
             "reason": self.reason,
             "tool_calls": [call.to_json() for call in self.tool_calls],
             "tool_call_id": self.tool_call_id,
         }
-        return {"role": self.role, "content": self.content} | {k: v for k, v in more.items() if v not in (None, "", [])}
+        return plain | {k: v for k, v in more.items() if v not in (None, "", [])}
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,10 @@ def judge(messages: Sequence[Message], tool_format: str, rules: TurnRules) -> tu
         reason = reason or ("repeats an earlier turn" if turn.place in repeats else "")
         recovered = failed_before and bool(turn.calls) and not turn.failed
         weight = 0.0 if reason else rules.recovery_weight if recovered else 1.0
-        judged[turn.place] = replace(message, weight=message.weight * weight, reason=reason or ("recovers" if recovered else ""))
+        reason = reason or ("recovers" if recovered else "")
+        if reason or weight != 1:
+            message = replace(message, weight=message.weight * weight, reason=reason)
+        judged[turn.place] = message
         failed_before = turn.failed if turn.calls else failed_before
     return tuple(judged)
 
@@ -177,20 +180,24 @@ def _repeats(turns: Iterable[_Turn]) -> frozenset[int]:
     repeats = set()
     for turn in turns:
         key: Any = turn.key or (turn.text.strip() if len(turn.text.strip()) >= SAME_TEXT else None)
-        result = turn.results.translate(WITHOUT_DIGITS)  # times and counts differ each time
         waits = bool(turn.calls) and all(WAITS.search(call.content) for call in turn.calls)
         writes = bool(turn.calls) and not READ_ONLY.search(turn.results) and not _wrote_nothing(turn)
         before = seen.get(key) if key and not waits else None
-        again = before is not None and before[0] == calls and before[2] == result
+        again = before is not None and before[0] == calls and _alike(before[2], turn.results)
         if before and again and (before[1] == people or before[3] >= 2 or not turn.calls):
             repeats.add(turn.place)
         elif writes and not again:
             calls += 1
         if key:
             times = before[3] + 1 if before and again else 1
-            seen[key] = (calls, people, result, times)
+            seen[key] = (calls, people, turn.results, times)
         people += any(not HARNESS.search(text) for text in turn.users)
     return frozenset(repeats)
+
+
+def _alike(one: str, other: str) -> bool:
+    """Equal but for times and counts, which differ each time."""
+    return one.translate(WITHOUT_DIGITS) == other.translate(WITHOUT_DIGITS)
 
 
 def _wrote_nothing(turn: _Turn) -> bool:

@@ -7,9 +7,9 @@ Source: gptme 0.35.1, logmanager/manager.py (`_message_from_json_line`, `_active
 import codecs
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
 
 from mlx_finetune.data.conversation import Role
 from mlx_finetune.data.sources import printable
@@ -17,12 +17,12 @@ from mlx_finetune.data.sources.log_files import open_regular
 
 ROLES = ("system", "user", "assistant")
 CACHE_BOUNDARY = "# System Prompt Cache Boundary\n"  # the message with this heading is never merged
+NO_HASHES: Mapping[str, str] = MappingProxyType({})
 LARGEST_FILE = 100_000  # characters of one attached file that gptme sends
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One message of a log, with what decides how it is sent."""
+class Entry(NamedTuple):
+    """One message of a log, with what decides how it is sent. (A tuple, for there are very many.)"""
 
     role: Role
     content: str
@@ -31,7 +31,7 @@ class Entry:
     pinned: bool = False
     ui_only: bool = False
     files: tuple[str, ...] = ()
-    file_hashes: Mapping[str, str] = field(default_factory=dict)
+    file_hashes: Mapping[str, str] = NO_HASHES
     model: str | None = None
     generation: str | None = None  # of the system prompt, where it was replaced during the conversation
     not_reproduced: tuple[str, ...] = ()  # what makes gptme send it otherwise than it stands here
@@ -56,7 +56,7 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
         pinned=bool(row.get("pinned")),
         ui_only=bool(row.get("ui_only")),
         files=tuple(map(str, files)),
-        file_hashes={str(file): str(digest) for file, digest in hashes.items()} if hashes else {},
+        file_hashes={str(file): str(digest) for file, digest in hashes.items()} if hashes else NO_HASHES,
         model=printable(model) if isinstance(model, str) else None,
         generation=generation if isinstance(generation, str) else None,
         not_reproduced=tuple(name for name, value in special if value is not None),
@@ -79,7 +79,7 @@ def _newest_prompt(entries: list[Entry]) -> list[Entry]:
     first = next(i for i, entry in enumerate(entries) if entry.generation == newest)
     earlier_turns = any(entry.role == "assistant" for entry in entries[:first])
     note = ("prompt_generation",) if earlier_turns else ()  # those were sent after another prompt
-    prompt = [replace(e, not_reproduced=e.not_reproduced + note) for e in entries if e.generation == newest]
+    prompt = [e._replace(not_reproduced=e.not_reproduced + note) for e in entries if e.generation == newest]
     return prompt + history
 
 
@@ -89,8 +89,7 @@ def _merge(entries: Sequence[Entry]) -> list[Entry]:
     for entry in entries:
         if merged and _mergeable(merged[-1], entry):
             before = merged.pop()
-            entry = replace(
-                before,
+            entry = before._replace(
                 content=f"{before.content}\n\n{entry.content}",
                 files=before.files + entry.files,
                 file_hashes={**before.file_hashes, **entry.file_hashes},
@@ -119,7 +118,7 @@ def _inline_files(entry: Entry, folder: Path | None, workspace: str) -> Entry:
             shown = printable(_shown_path(file, workspace))
             blocks[shown] = f"````{shown}\n{text}\n````"
     content = "\n\n".join([entry.content, *blocks.values()])
-    return replace(entry, content=content, not_reproduced=(*entry.not_reproduced, *missing))
+    return entry._replace(content=content, not_reproduced=(*entry.not_reproduced, *missing))
 
 
 def _stored_text(folder: Path | None, digest: str, suffix: str) -> str | None:
