@@ -3,7 +3,9 @@
     .venv/bin/python benchmarks/collect.py [--megabytes 1000]
 
 The history is the genuine logs of ../shared (or the embedded sample), repeated with variations: other numbers, names and words
-in every message, another working directory and date in every prompt; one conversation in twenty is a near-duplicate of another.
+in every message, another working directory, and one conversation in twenty a near-duplicate of another. gptme's core prompt is
+the same in all logs of one version, as in a person's own history; with --vary-prompts no two prompts are equal (harder: nothing
+is read twice).
 The yardstick, measured in the same run, only parses every line as JSON and writes it again.
 """
 
@@ -47,7 +49,7 @@ def varied(text: str, rng: random.Random, share: float) -> str:
     return WORD.sub(other, text)
 
 
-def make_history(folder: Path, size: int, seed: int = 0) -> int:
+def make_history(folder: Path, size: int, vary_prompts: bool, seed: int = 0) -> int:
     """Logs of about `size` bytes; gives back the exact number of bytes of conversation.jsonl files."""
     rng = random.Random(seed)
     source = SHARED if SHARED.is_dir() else ROOT / "mlx_finetune" / "sample" / "gptme-logs"
@@ -64,8 +66,9 @@ def make_history(folder: Path, size: int, seed: int = 0) -> int:
         target.mkdir(parents=True)
         lines = []
         for row in rows:
-            prompt = row.get("pinned") or near
-            text = varied(row["content"], rng, 0.002 if prompt else VARIED)
+            little = row.get("pinned") or near
+            share = 0.0 if row.get("pinned") and not vary_prompts else 0.002 if little else VARIED
+            text = varied(row["content"], rng, share)
             lines.append(json.dumps(row | {"content": text.replace("/home/dev/", f"/home/dev/w{copy}/")}))
         raw = ("\n".join(lines) + "\n").encode()
         (target / "conversation.jsonl").write_bytes(raw)
@@ -103,15 +106,17 @@ def main() -> None:
     """Prints and stores the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1000)
+    parser.add_argument("--vary-prompts", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = make_history(folder / "logs", arguments.megabytes * 10**6)
+        size = make_history(folder / "logs", arguments.megabytes * 10**6, arguments.vary_prompts)
         verb = [sys.executable, "-m", "mlx_finetune.cli", "collect", str(folder / "logs"), "--json"]
         result: dict[str, Any] = {
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
             "megabytes": round(size / 1e6),
+            "every_prompt_differs": arguments.vary_prompts,
             "conversations": len(list((folder / "logs").iterdir())),
         }
         seconds = yardstick(folder / "logs", folder / "yardstick.jsonl")
