@@ -8,11 +8,12 @@ import csv
 import json
 import os
 import secrets
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from mlx_finetune.data.collection import (
     Bodies,
     Kept,
     Place,
+    Secret,
     Unit,
     earlier_summary,
     file_stamps,
-    joined,
     read_index,
     stamps_digest,
     write_index,
@@ -36,7 +37,7 @@ from mlx_finetune.data.conversation import Conversation, conversation_of, read_c
 from mlx_finetune.data.dedupe import Decision, decide, shingles_of
 from mlx_finetune.data.provenance import Refused
 from mlx_finetune.data.refine import Settings
-from mlx_finetune.data.refining import Advance, FileSource, number_secrets, refine_file, refine_logs
+from mlx_finetune.data.refining import Advance, FileSource, Work, number_secrets, refine_file, refine_logs
 from mlx_finetune.data.sources import gptme as gptme_source
 from mlx_finetune.data.sources.openassistant import Options
 from mlx_finetune.data.summary import summarise
@@ -101,13 +102,13 @@ def collect(
         return earlier | {"unchanged": True}
     if earlier and not update:
         raise UserError(f"{out} exists already, and there is something new to collect", hint="--update adds what is new to it")
-    with atomic_folder(out, replace_old=bool(earlier)) as folder, (folder / SPOOL).open("wb") as spool:
+    with atomic_folder(out, replace_old=bool(earlier)) as folder:
+        (folder / SPOOL).mkdir()
         known = {unit.name: unit for unit in read_index(out)} if earlier else {}
-        reader = _Reader(spool, settings, known)
+        reader = _Reader(Work(settings, secrets.token_bytes(32), str(folder / SPOOL)), known)
         units = [Unit("", "", (), tuple(skipped))] if skipped else []
         units += list(reader.read(logs, files, advance))
-        spool.flush()
-        written = _write(folder, units, settings)
+        written = _write(folder, units, settings, reader.numbers)
         summary = summarise(units, written.decision, written.everything, reader.distinct)
         summary |= asked | {"version": VERSION, "state": state}
         if not written.places:
@@ -154,62 +155,44 @@ def write_rendered(conversations: Iterable[Conversation], template: ChatTemplate
 
 
 class _Reader:
-    """Refines what is new, takes over what is known, and puts every text aside."""
+    """Refines what is new, takes over what is known, and numbers the secrets."""
 
-    def __init__(self, spool: Any, settings: Settings, known: Mapping[str, Unit]) -> None:
-        self._spool, self._settings, self._known = spool, settings, known
-        self._path, self._end = Path(spool.name), 0
-        self._numbers: dict[tuple[str, bytes], int] = {}
+    def __init__(self, work: Work, known: Mapping[str, Unit]) -> None:
+        self._work, self._known = work, known
+        self.numbers: dict[Secret, int] = {}
         self.distinct: Counter[str] = Counter()  # secrets by kind
-        self._key = secrets.token_bytes(32)  # digests of secrets mean nothing after this run
 
     def read(self, logs: Sequence[gptme_source.Log], files: Sequence[FileSource], advance: Advance) -> Iterator[Unit]:
         """Every unit in order; `advance` is told of bytes."""
         total = sum(log.size for log in logs) + sum(one.size for one in files)
         done = 0
-        fresh = [log for log in logs if not self._is_known(log.name, log.stamp)]
-        refined = refine_logs(fresh, self._settings, self._key)
+        refined = refine_logs([log for log in logs if not self._is_known(log.name, log.stamp)], self._work)
         for log in logs:
-            yield self._known[log.name] if self._is_known(log.name, log.stamp) else self._put_aside(next(refined))
+            yield self._known[log.name] if self._is_known(log.name, log.stamp) else self._numbered(next(refined))
             done += log.size
             advance(done, total)
         for one in files:
-            if self._is_known(one.name, one.stamp):
-                yield self._known[one.name]
-            else:
-                advance(done, total, one.name)
-                parts = [self._put_aside(part) for part in refine_file(one, self._settings, self._key)]
-                yield joined(parts, one.name, one.stamp)
+            advance(done, total, one.name)
+            yield self._known[one.name] if self._is_known(one.name, one.stamp) else self._numbered(refine_file(one, self._work))
             done += one.size
             advance(done, total)
 
     def _is_known(self, name: str, stamp: str) -> bool:
         return bool(stamp) and name in self._known and self._known[name].stamp == stamp
 
-    def _put_aside(self, result: Any) -> Unit:
-        kept = []
-        for one in result.refined:
-            for kind, digest in one.secrets:
-                if (kind, digest) not in self._numbers:
-                    self.distinct[kind] += 1
-                    self._numbers[(kind, digest)] = self.distinct[kind]
-            head, raw = one.head, one.body
-            if one.secrets:
-                head = number_secrets(head, one.secrets, self._numbers)
-                raw = number_secrets(raw.decode(), one.secrets, self._numbers).encode()
-            self._spool.write(raw)
-            kept.append(
-                Kept(
-                    one.name, one.source, head, (self._path, self._end, len(raw)), one.print, _shared(one.counts), bool(one.secrets)
-                )
-            )
-            self._end += len(raw)
-        return Unit(result.name, result.stamp, tuple(kept), result.rejected, result.bad_lines, result.more_bad_lines)
+    def _numbered(self, unit: Unit) -> Unit:
+        """Each secret that is new has the next number of its kind."""
+        for secret in (secret for kept in unit.kept for secret in kept.secrets):
+            if secret not in self.numbers:
+                self.distinct[secret[0]] += 1
+                self.numbers[secret] = self.distinct[secret[0]]
+        return replace(unit, kept=tuple(self._slim(kept) for kept in unit.kept))
 
-
-def _shared(counts: Mapping[str, int]) -> Counter[str]:
-    """The same counts, with names that all conversations have in common in memory."""
-    return Counter({sys.intern(name): count for name, count in counts.items()})
+    def _slim(self, kept: Kept) -> Kept:
+        """With its secrets numbered in the head, and the names of its counts shared with all others in memory."""
+        head = number_secrets(kept.head, kept.secrets, self.numbers) if kept.secrets else kept.head
+        counts = Counter({sys.intern(name): count for name, count in kept.counts.items()})
+        return replace(kept, head=head, counts=counts, place=(sys.intern(kept.place[0]), *kept.place[1:]))
 
 
 @dataclass(frozen=True)
@@ -222,7 +205,7 @@ class _Written:
     changed: frozenset[int]
 
 
-def _write(folder: Path, units: Sequence[Unit], settings: Settings) -> _Written:
+def _write(folder: Path, units: Sequence[Unit], settings: Settings, numbers: Mapping[Secret, int]) -> _Written:
     """The files of conversations, once duplicates are decided on."""
     everything = [kept for unit in units for kept in unit.kept]
     bodies = Bodies()
@@ -235,12 +218,14 @@ def _write(folder: Path, units: Sequence[Unit], settings: Settings) -> _Written:
                 if kept.source != source or i in decision.dropped:
                     continue
                 body = bodies.read(kept.place)
+                if kept.secrets:
+                    body = number_secrets(body.decode(), kept.secrets, numbers).encode()
                 if i in decision.context:
                     body = _as_context(body, decision.context[i])
                 head = json.loads(kept.head) | {"group": decision.groups[i]}
                 start = json.dumps(head, ensure_ascii=False)[:-1].encode() + b", "
                 file.write(start + body + b"\n")
-                places[i] = (path, end + len(start), len(body))
+                places[i] = (str(path), end + len(start), len(body))
                 end += len(start) + len(body) + 1
             file.flush()
             os.fsync(file.fileno())
@@ -276,7 +261,7 @@ def _finish(folder: Path, units: Sequence[Unit], written: _Written, summary: dic
         file.writelines(_tag_lines(written, rejected))
     unchanged = {id(written.everything[i]): place for i, place in written.places.items() if i not in written.changed}
     write_index(folder / INDEX, units, unchanged)
-    (folder / SPOOL).unlink()
+    shutil.rmtree(folder / SPOOL)
     names = [path.name for path in folder.iterdir() if path.suffix == ".jsonl" or path.name == INDEX]
     summary["files"] = file_stamps(folder, sorted(names))
     write_json(folder / "collect.json", summary)

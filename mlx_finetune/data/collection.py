@@ -15,12 +15,16 @@ from mlx_finetune.files import atomic_file, read_json
 
 VERSION = 2
 INDEX = "index.ndjson"  # no .jsonl: it holds no conversations
-Place = tuple[Path, int, int]  # file, first byte and bytes of the second half of a line
+Place = tuple[str, int, int]  # file, first byte and bytes of the second half of a line
+Secret = tuple[str, bytes]  # kind and keyed digest
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One conversation whose text lies on the disk. `head` and the text at `place` are the two halves of its line."""
+    """One conversation whose text lies on the disk. `head` and the text at `place` are the two halves of its line.
+
+    `secrets` stand in the text under their places in this tuple, until the whole collection gives them their numbers.
+    """
 
     name: str
     source: str
@@ -28,7 +32,7 @@ class Kept:
     place: Place
     print: Fingerprint
     counts: Counter[str]
-    secrets: bool
+    secrets: tuple[Secret, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,30 +47,17 @@ class Unit:
     more_bad_lines: int = 0  # beyond those that are named
 
 
-def joined(parts: Iterable[Unit], name: str, stamp: str) -> Unit:
-    """The parts of one file as one unit."""
-    every = list(parts)
-    return Unit(
-        name,
-        stamp,
-        tuple(kept for part in every for kept in part.kept),
-        tuple(one for part in every for one in part.rejected),
-        tuple(bad for part in every for bad in part.bad_lines),
-        sum(part.more_bad_lines for part in every),
-    )
-
-
 class Bodies:
     """Reads second halves of lines; each file stays open for the next one."""
 
     def __init__(self) -> None:
-        self._files: dict[Path, IO[bytes]] = {}
+        self._files: dict[str, IO[bytes]] = {}
 
     def read(self, place: Place) -> bytes:
         """The bytes at `place`."""
         path, start, length = place
         if path not in self._files:
-            self._files[path] = path.open("rb")
+            self._files[path] = Path(path).open("rb")  # noqa: SIM115  closed by `close`
         self._files[path].seek(start)
         return self._files[path].read(length)
 
@@ -128,10 +119,9 @@ def _unit(row: dict[str, Any], folder: Path) -> Unit:
             one["name"],
             one["source"],
             one["head"],
-            (folder / f"{one['source']}.jsonl", one["start"], one["length"]),
+            (str(folder / f"{one['source']}.jsonl"), one["start"], one["length"]),
             Fingerprint.from_json(one["print"]),
             Counter(one["counts"]),
-            secrets=False,
         )
         for one in row["kept"]
     )
