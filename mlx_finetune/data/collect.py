@@ -222,8 +222,7 @@ def _write(folder: Path, units: Sequence[Unit], settings: Settings, numbers: Map
                     body = number_secrets(body.decode(), kept.secrets, numbers).encode()
                 if i in decision.context:
                     body = _as_context(body, decision.context[i])
-                head = json.loads(kept.head) | {"group": decision.groups[i]}
-                start = json.dumps(head, ensure_ascii=False)[:-1].encode() + b", "
+                start = _in_group(kept, decision.groups[i])[:-1].encode() + b", "
                 file.write(start + body + b"\n")
                 places[i] = (str(path), end + len(start), len(body))
                 end += len(start) + len(body) + 1
@@ -231,6 +230,11 @@ def _write(folder: Path, units: Sequence[Unit], settings: Settings, numbers: Map
             os.fsync(file.fileno())
     bodies.close()
     return _Written(everything, decision, places, frozenset(decision.context))
+
+
+def _in_group(kept: Kept, group: str) -> str:
+    """The first half of its line, with its cluster as the group."""
+    return kept.head if group == kept.print.group else json.dumps(json.loads(kept.head) | {"group": group}, ensure_ascii=False)
 
 
 def _shingles(kept: Kept, bodies: Bodies) -> np.ndarray:
@@ -271,7 +275,7 @@ def _tag_lines(written: _Written, rejected: Iterable[tuple[str, str, str]]) -> I
     yield "# Edit and pass with --tags: keep, drop, or a weight such as 2.5 (2.5 times the loss of its turns).\n"
     for i in written.places:
         kept = written.everything[i]
-        title = json.loads(kept.head)["meta"].get("title") or ""
+        title = json.loads(kept.head)["meta"]["title"] if '"title": ' in kept.head else ""
         if kept.name.isprintable():
             yield f"{json.dumps(kept.name, ensure_ascii=False)}: keep  # {_printable(title)} ({kept.counts['turns']} turns)\n"
     for name, _, reason in rejected:

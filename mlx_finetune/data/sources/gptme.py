@@ -107,25 +107,29 @@ def find_logs(folder: Path) -> tuple[list[Log], list[Rejected]]:
 
 def _log(entry: os.DirEntry[str]) -> Log | None:
     """Raises OSError where the entry is a log that cannot be read, or a link to one."""
-    path = Path(entry.path)
     if entry.is_file(follow_symlinks=False):
         status = entry.stat(follow_symlinks=False)
+        stem, dot, suffix = entry.name.rpartition(".")
         stamp = f"{status.st_size}:{status.st_mtime_ns}"
-        return Log(path.stem, entry.path, False, status.st_size, stamp) if path.suffix == ".log" else None
+        return Log(stem, entry.path, False, status.st_size, stamp) if dot and suffix == "log" else None
     if entry.is_symlink():
-        if (path / "conversation.jsonl").exists():
+        if (Path(entry.path) / "conversation.jsonl").exists():
             raise OSError(0, "a link, not followed", entry.path)
         return None
     if not entry.is_dir(follow_symlinks=False):
         return None
-    names = {inside.name for inside in path.iterdir()}
-    main = next((path / name for name in ("lossless.jsonl", "conversation.jsonl") if name in names), None)
+    with os.scandir(entry.path) as inside:
+        files = {one.name: one for one in inside}
+    main = files.get("lossless.jsonl") or files.get("conversation.jsonl")
     if main is None:
         return None
-    parts = [main, *(path / name for name in ("config.toml", "files") if name in names), *branches_of(path)]
-    stamps = [(part.name, status.st_size, status.st_mtime_ns) for part in parts for status in (part.lstat(),)]
+    parts = [main, *(files[name] for name in ("config.toml", "files") if name in files)]
+    stamps = [(one.name, status.st_size, status.st_mtime_ns) for one in parts for status in (one.stat(follow_symlinks=False),)]
+    for branch in branches_of(Path(entry.path)) if "branches" in files else ():
+        status = branch.lstat()
+        stamps.append((branch.name, status.st_size, status.st_mtime_ns))
     stamp = hashlib.blake2b(repr(stamps).encode("utf-8", errors="replace"), digest_size=12).hexdigest()
-    return Log(entry.name, str(main), True, stamps[0][1], stamp)
+    return Log(entry.name, main.path, True, stamps[0][1], stamp)
 
 
 def branches_of(folder: Path) -> list[Path]:
