@@ -39,7 +39,11 @@ PATH = re.compile(r"[^\s{}<>|*?\"'`:]+")
 COMMAND_LINE = re.compile(r"(terminal|python): (\S[^\r\n]*)")
 OLD_TMUX = re.compile(r"\s*(?:new_session|send_keys|inspect_pane|kill_session|list_sessions)\b")
 NO_ID = re.compile(r"^@(\w+):\s*(?=\{)", re.MULTILINE)
-MAY_HOLD = re.compile(r"^(?:```|terminal: |python: |@\w+:)|<python|\r", re.MULTILINE)
+# What most turns do not hold, and then nothing more is looked for: a fence that is neither bare nor of today's commonest tools...
+MAY_HOLD = re.compile(
+    r"^(?:`{3,}(?!(?:shell|ipython|(?:save|append|patch) [^\n]*)?[ \t]*$)|[ \t]*// save:|terminal: |python: |@\w+:)|<python|\r",
+    re.MULTILINE,
+)
 RENAMED = {"todoread": "read", "todowrite": "write"}
 MOST_RESULTS = 100  # of one tool after one turn
 MOST_BLOCKS = 1000  # of one turn that are looked at
@@ -90,7 +94,7 @@ def legacy_calls(text: str) -> list[LegacyCall]:
 
 def ran_legacy(text: str, result: str) -> bool:
     """Whether a legacy call of this turn ran, by the tool results that follow the turn. One that was declined did not run."""
-    return bool(_that_ran(text, legacy_calls(text), result))
+    return bool(result.strip()) and bool(_that_ran(text, legacy_calls(text), result))
 
 
 def modernise(text: str, result: str | None = None) -> str:
