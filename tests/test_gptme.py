@@ -209,6 +209,26 @@ def test_a_broken_config_costs_only_the_title(tmp_path: Path) -> None:
     assert [(line.path.name, line.line) for line in read.bad_lines] == [("config.toml", 0)]
 
 
+@pytest.mark.parametrize(
+    ("config", "title"),
+    [
+        ('[chat]\nname = "A title"\n\n[env]\nname = "B"\n', "A title"),
+        ('top = 1\n[mcp]\nname = "B"\n[chat]\nname = "A title" # said so\ntools = ["a", "b"]\n', "A title"),
+        ('[chat]\nmodel = """\nname = "B"\n"""\nname = "A title"\n', "A title"),
+        ('[chat]\ntools = [\n  "a",\n]\nname = "A title"\n', "A title"),
+        ('chat = {name = "A title"}\n', "A title"),
+        ('["chat"]\nname = "A title"\n', "A title"),
+        ('[chat.more]\nname = "B"\n', None),
+        ('[[chat]]\nname = "B"\n', None),
+    ],
+)
+def test_a_config_is_read_as_toml_whatever_its_layout(tmp_path: Path, config: str, title: str | None) -> None:
+    write_log(tmp_path, "log", said("user", "a"))
+    (tmp_path / "log" / "config.toml").write_text(config)
+    read = read_all(tmp_path)
+    assert read.conversations[0].meta.get("title") == title and not read.bad_lines
+
+
 def test_a_log_that_cannot_be_opened_is_rejected_and_the_rest_read(tmp_path: Path) -> None:
     write_log(tmp_path, "good", said("user", "a"))
     (tmp_path / "odd" / "conversation.jsonl").mkdir(parents=True)

@@ -8,10 +8,12 @@ the person compacted it by hand. Views, events and checkpoints are second copies
 import errno
 import hashlib
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from mlx_finetune.errors import UserError
 SOURCE = "gptme"
 LARGEST_LOG = 128 * 2**20  # bytes of one log; beyond, it is no conversation
 LARGEST_CONFIG = 2**20
+TABLE = re.compile(r"\[[\w.-]+\]")  # the head of a table in a config
 TAKEN_BACK = ("main-undo-", "main-edit-")  # branches in which gptme keeps what /undo and /edit took out
 FOLDER_HINT = "pass the folder that holds gptme's conversations, or set GPTME_LOGS_HOME to it"
 
@@ -191,7 +194,8 @@ def _read_entries(path: Path) -> tuple[list[Entry], list[Item]]:
             try:
                 row = json_object(line)
                 if row is not None:
-                    entries.append(entry_of(row))
+                    halves = line.raw is not None and (b"\\ud" in line.raw or b"\\uD" in line.raw)  # of a character, maybe
+                    entries.append(entry_of(row, halves))
             except ValueError as error:
                 bad_lines.append(BadLine(path, line.number, str(error)))
     return entries, bad_lines
@@ -201,7 +205,10 @@ def _chat_config(path: Path) -> tuple[dict[str, Any], list[Item]]:
     """config.toml's [chat]; a log need not have one, and a broken one costs only what it says."""
     try:
         with open_regular(path) as file:
-            chat = tomllib.loads(file.read(min(os.fstat(file.fileno()).st_size, LARGEST_CONFIG)).decode()).get("chat")
+            text = file.read(min(os.fstat(file.fileno()).st_size, LARGEST_CONFIG)).decode()
+        chat = _chat_lines(text)
+        if chat is None:
+            chat = tomllib.loads(text).get("chat")
     except FileNotFoundError:
         return {}, []
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -209,6 +216,31 @@ def _chat_config(path: Path) -> tuple[dict[str, Any], list[Item]]:
     except OSError as error:
         return {}, [BadLine(path, 0, f"cannot be read: {error.strerror}")]
     return (chat if isinstance(chat, dict) else {}), []
+
+
+def _chat_lines(text: str) -> dict[str, Any] | None:
+    """[chat] where each of its lines is TOML of its own, as gptme writes it; else None. Most lines stand in every config."""
+    table = ""
+    chat: dict[str, Any] = {}
+    for line in text.splitlines():
+        if line.startswith("["):
+            if not TABLE.fullmatch(line):
+                return None
+            table = line
+        elif table in ("", "[chat]") and line:
+            value = _toml_line(line) if table else None
+            if value is None:
+                return None
+            chat |= value
+    return chat
+
+
+@lru_cache(maxsize=4096)
+def _toml_line(line: str) -> dict[str, Any] | None:
+    try:
+        return tomllib.loads(line)
+    except tomllib.TOMLDecodeError:
+        return None
 
 
 def _conversation(log: Log, branch: str, entries: Sequence[Entry], chat: Mapping[str, Any]) -> Conversation:

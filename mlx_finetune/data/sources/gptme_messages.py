@@ -37,8 +37,12 @@ class Entry(NamedTuple):
     not_reproduced: tuple[str, ...] = ()  # what makes gptme send it otherwise than it stands here
 
 
-def entry_of(row: Mapping[str, Any]) -> Entry:
-    """Raises ValueError with the reason where gptme's own reader would pass the row over, or the role is unknown."""
+def entry_of(row: Mapping[str, Any], halves: bool = True) -> Entry:
+    """One message as the log has it. `halves`: whether half characters may stand in its content, which UTF-8 cannot hold.
+
+    Raises:
+        ValueError: with the reason, where gptme's own reader would pass the row over, or the role is unknown.
+    """
     if row.get("role") not in ROLES:
         raise ValueError(f"role {row.get('role')!r:.40} is not one of {', '.join(ROLES)}")
     if not isinstance(row.get("content"), str):
@@ -50,7 +54,7 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
     special = (("call_id", call_id), ("ephemeral_ttl", row.get("ephemeral_ttl")), ("resume_key", metadata.get("resume_key")))
     return Entry(
         role=cast(Role, row["role"]),
-        content=printable(row["content"]),
+        content=printable(row["content"]) if halves else row["content"],
         timestamp=str(row.get("timestamp") or ""),
         call_id=printable(call_id) if isinstance(call_id, str) else None,
         pinned=bool(row.get("pinned")),
