@@ -17,12 +17,12 @@ from mlx_finetune.data.redact import Rules
 from mlx_finetune.data.refine import Settings
 from mlx_finetune.data.refining import FileSource
 from mlx_finetune.data.scan import Hit, scan_file, scan_log
-from mlx_finetune.data.select import Selection, read_tags
+from mlx_finetune.data.select import Selection
 from mlx_finetune.data.sources.gptme import default_logs_folder, find_logs
 from mlx_finetune.data.sources.openassistant import Options
+from mlx_finetune.data.tags import read_tags
 from mlx_finetune.data.turns import TurnRules
 from mlx_finetune.errors import UserError
-from mlx_finetune.files import refuse_existing
 from mlx_finetune.terminal import finish, progress, say
 
 CHOICES = {
@@ -80,15 +80,13 @@ def collect_command(options: CollectOptions) -> None:
     if options.scan_only:
         _scan(sources, settings.redaction or Rules(), options.as_json)
         return
-    if options.model and options.update:
-        raise UserError("--update with --model: the rendered files are made with a new collection", hint="choose another --out")
     template = load_template(options.model) if options.model else None
-    if template:
-        refuse_existing(options.out)
     with progress("collect") as advance:
         result = collect(sources, settings, options.out, advance, options.update, template)
     if result["unchanged"]:
         say(f"nothing is new: {options.out} stays as it is")
+    if changed := result.get("changed_options"):
+        say(f"other options than before ({', '.join(changed)}): everything was read again")
     if not options.redact:
         say("secrets were not removed: these files are as private as your logs")
 
@@ -131,19 +129,30 @@ def settings_of(options: CollectOptions) -> Settings:
         exclude=tuple(options.exclude or ()),
         tags=read_tags(options.tags) if options.tags else {},
     )
-    person = (Path.home(), getpass.getuser()) if options.personal else (Path("/"), "")
-    rules = Rules.for_person(
-        *person, tuple(options.home or ()), emails=options.emails, allow=tuple(options.allow or ()), personal=options.personal
-    )
     near = _between("--near-duplicates", options.near_duplicates, 0, 1)
     weight = _between("--recovery-weight", options.recovery_weight, LEAST_WEIGHT, MOST_WEIGHT)
     return Settings(
         selection=selection,
-        redaction=rules if options.redact else None,
+        redaction=_redaction(options),
         turns=TurnRules(options.modernise, weight),
         system=_choice("--system", options.system),
         tool_calls=_choice("--tool-calls", options.tool_calls),
         near_duplicates=near or None,
+    )
+
+
+def _redaction(options: CollectOptions) -> Rules | None:
+    """What is replaced; raises UserError where one option says nothing because of another."""
+    needs = {"--no-redact": ("--home", "--emails", "--allow"), "--no-personal": ("--home",)}
+    given = {"--home": options.home, "--emails": options.emails, "--allow": options.allow}
+    for off, on in (("--no-redact", options.redact), ("--no-personal", options.personal)):
+        if not on and (idle := [name for name in needs[off] if given[name]]):
+            raise UserError(f"{idle[0]} with {off} replaces nothing", hint=f"leave out {off} or {idle[0]}")
+    if not options.redact:
+        return None
+    person = (Path.home(), getpass.getuser()) if options.personal else (Path("/"), "")
+    return Rules.for_person(
+        *person, tuple(options.home or ()), emails=options.emails, allow=tuple(options.allow or ()), personal=options.personal
     )
 
 
@@ -181,7 +190,8 @@ def _moment(option: str, text: str, end: bool) -> str:
     if not text:
         return ""
     if age := re.fullmatch(r"(\d{1,4})([dwmy])", text):
-        moment = datetime.now(UTC) - timedelta(days=int(age[1]) * DAYS[age[2]])
+        today = datetime.now().astimezone().replace(hour=0, minute=0, second=0, microsecond=0)  # the same all day long
+        moment = (today - timedelta(days=int(age[1]) * DAYS[age[2]])).astimezone(UTC)
     else:
         try:
             moment = datetime.fromisoformat(text)

@@ -203,8 +203,21 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = {
     ),
     "a logs folder with --no-gptme": (lambda t, m, d: ["collect", LOGS, "--no-gptme", "--out", t / "o"], "--no-gptme"),
     "collected before with other options": (
-        lambda t, m, d: ["collect", LOGS, "--system", "none", "--update", "--out", d / "collected"],
-        "exists already, collected with another",
+        lambda t, m, d: ["collect", LOGS, "--openassistant", TREES, "--system", "none", "--out", d / "collected"],
+        "exists already, collected with another system",
+    ),
+    "collected before with another source": (
+        lambda t, m, d: ["collect", LOGS, "--update", "--out", d / "collected"],
+        "openassistant.trees.jsonl, which is not read now",
+    ),
+    "home that is no path": (lambda t, m, d: ["collect", LOGS, "--home", "kim", "--out", t / "o"], "--home 'kim'"),
+    "home with --no-personal": (
+        lambda t, m, d: ["collect", LOGS, "--no-personal", "--home", "/home/kim", "--out", t / "o"],
+        "--home with --no-personal",
+    ),
+    "e-mails with --no-redact": (
+        lambda t, m, d: ["collect", LOGS, "--no-redact", "--emails", "--out", t / "o"],
+        "--emails with --no-redact",
     ),
     "nothing to read": (lambda t, m, d: ["collect", "--no-gptme", "--out", t / "o"], "nothing to read"),
     "collected folder missing": (

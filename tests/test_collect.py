@@ -17,8 +17,9 @@ from mlx_finetune.data.collect import Sources, collect, write_rendered
 from mlx_finetune.data.conversation import Conversation, Message, Role, read_conversations
 from mlx_finetune.data.redact import Rules
 from mlx_finetune.data.refine import Settings
-from mlx_finetune.data.select import Selection, read_tags
+from mlx_finetune.data.select import Selection
 from mlx_finetune.data.sources.openassistant import EVERYTHING
+from mlx_finetune.data.tags import read_tags
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
 
@@ -243,19 +244,67 @@ def test_several_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pyte
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
 
 
-def test_the_tags_that_it_writes_can_be_edited_and_given_back(tmp_path: Path) -> None:
+def write_tagged_logs(logs: Path) -> None:
     for i in range(3):
-        write_log(tmp_path / "logs", f"2026-01-0{i}", ("user", f"task {i * 77}"), ("assistant", f"The answer is {i**5 * 31}."))
-    write_log(tmp_path / "logs", "test-x", ("user", "a test of gptme"), ("assistant", "It prints what it should print."))
+        write_log(logs, f"2026-01-0{i}", ("user", f"task {i * 77}"), ("assistant", f"The answer is {i**5 * 31}."))
+    write_log(logs, "test-x", ("user", "a test of gptme"), ("assistant", "It prints what it should print."))
+
+
+def weights(out: Path) -> dict[str, float]:
+    return {one.name: one.messages[-1].weight for one in read_conversations(out / "gptme.jsonl")}
+
+
+def test_the_tags_that_it_writes_can_be_edited_and_given_back(tmp_path: Path) -> None:
+    write_tagged_logs(tmp_path / "logs")
     gather(tmp_path / "out", tmp_path / "logs")
     tags = (tmp_path / "out" / "tags.yaml").read_text()
-    assert read_tags(tmp_path / "out" / "tags.yaml") == {f"2026-01-0{i}": "keep" for i in range(3)}
-    edited = tags.replace('"2026-01-00": keep', '"2026-01-00": drop').replace('"2026-01-01": keep', '"2026-01-01": 2.5')
+    assert '"2026-01-00": 1  # (1 turn)\n' in tags
+    assert read_tags(tmp_path / "out" / "tags.yaml") == {f"2026-01-0{i}": 1 for i in range(3)}
+    edited = tags.replace('"2026-01-00": 1', '"2026-01-00": drop').replace('"2026-01-01": 1', '"2026-01-01": 2.5')
     (tmp_path / "tags.yaml").write_text(edited.replace('# "test-x"', '"test-x"'))
     settings = Settings(selection=Selection(tags=read_tags(tmp_path / "tags.yaml")))
     gather(tmp_path / "tagged", tmp_path / "logs", settings=settings)
-    kept = {one.name: one.messages[-1].weight for one in read_conversations(tmp_path / "tagged" / "gptme.jsonl")}
-    assert kept == {"2026-01-01": 2.5, "2026-01-02": 1.0, "test-x": 1.0}
+    assert weights(tmp_path / "tagged") == {"2026-01-01": 2.5, "2026-01-02": 1.0, "test-x": 1.0}
+
+
+def test_tags_that_were_given_stand_in_the_next_file_and_mean_the_same(tmp_path: Path) -> None:
+    write_tagged_logs(tmp_path / "logs")
+    tags = {"*-02": "drop", "2026-01-01": 2.5, "2026-*": 0.5, "test-x": "keep", "*-00": 3.0}
+    for round_ in range(3):
+        settings = Settings(selection=Selection(tags=tags))
+        gather(tmp_path / str(round_), tmp_path / "logs", settings=settings)
+        assert weights(tmp_path / str(round_)) == {"2026-01-00": 3.0, "2026-01-01": 2.5, "2026-01-02": 0.5, "test-x": 1.0}
+        tags = read_tags(tmp_path / str(round_) / "tags.yaml")
+
+
+def test_edited_tags_are_applied_by_update_and_never_lost(tmp_path: Path) -> None:
+    write_tagged_logs(tmp_path / "logs")
+    gather(tmp_path / "out", tmp_path / "logs")
+    path = tmp_path / "out" / "tags.yaml"
+    path.write_text(path.read_text().replace('"2026-01-00": 1', '"2026-01-00": drop'))
+    for update in (False, True):
+        with pytest.raises(UserError, match=r"tags\.yaml was edited") as error:
+            gather(tmp_path / "out", tmp_path / "logs", update=update)
+        assert f"--tags {path} --update" in error.value.hint
+    edited = Settings(selection=Selection(tags=read_tags(path)))
+    result = gather(tmp_path / "out", tmp_path / "logs", settings=edited, update=True)
+    assert weights(tmp_path / "out").keys() == {"2026-01-01", "2026-01-02"} and result["changed_options"] == ["selection"]
+    assert '"2026-01-00": drop' in path.read_text()
+    assert gather(tmp_path / "out", tmp_path / "logs", settings=Settings(selection=Selection(tags=read_tags(path))))["unchanged"]
+
+
+def test_update_with_other_options_gives_what_a_new_collection_would(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    write_log(logs, "a", ("user", "list"), ("assistant", "```bash\nls\n```"), ("system", "Executed"), ("assistant", "Done so."))
+    tree = write_tree(tmp_path / "trees.jsonl", "hello?", "hi")
+    gather(tmp_path / "out", logs)
+    other = Settings(near_duplicates=None)
+    gather(tmp_path / "out", logs, tree, settings=other, update=True)
+    gather(tmp_path / "new", logs, tree, settings=other)
+    for name in ("gptme.jsonl", "openassistant.jsonl", "rejected.jsonl", "tags.yaml"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
+    with pytest.raises(UserError, match=r"holds .*trees.jsonl, which is not read now"):
+        gather(tmp_path / "out", logs, settings=other, update=True)
 
 
 def rendered(folder: Path) -> list[str]:

@@ -229,6 +229,18 @@ def test_other_homes_of_the_person_go_too() -> None:
     )
 
 
+@pytest.mark.parametrize("named", ["/home/dev", "/home/dev/", "/root", "/Users/admin", "/data/test"])
+def test_a_home_that_a_person_names_goes_whatever_it_is_called(named: str) -> None:
+    rules = Rules.for_person(Path("/home/kim"), "kim", more_homes=[named])
+    assert redacted(f"ls {named.rstrip('/')}/x", rules).replace("/Users/user", "/home/user") == "ls /home/user/x"
+
+
+@pytest.mark.parametrize("named", ["", "/", "kim", "~/x", "~kim"])
+def test_a_home_is_an_absolute_path(named: str) -> None:
+    with pytest.raises(UserError, match="absolute"):
+        Rules.for_person(Path("/home/kim"), "kim", more_homes=[named])
+
+
 def test_home_and_name_go_in_every_place_of_a_conversation() -> None:
     call = ToolCall("1", "shell", '{"command": "cd /home/kim"}')
     old = Conversation((Message("assistant", "in /home/kim", tool_calls=(call,)),), "own", "g", "own", {"workspace": "/home/kim/x"})

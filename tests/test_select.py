@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from mlx_finetune.data.conversation import Conversation, Message, ToolCall
-from mlx_finetune.data.select import Selection, read_tags, tools_used
+from mlx_finetune.data.select import Selection, tools_used
+from mlx_finetune.data.tags import read_tags
 from mlx_finetune.errors import UserError
 
 
@@ -41,6 +42,7 @@ def log(name: str = "2026-06-03-jumping-green-pelican", text: str = "```shell\nl
         (Selection(tags={"2026-06-03-jumping-green-pelican": "drop"}), "dropped by the tags file"),
         (Selection(tags={"*pelican": 0.0}), "dropped by the tags file"),
         (Selection(tags={"*pelican": "keep"}, models=("llama",)), None),  # named by hand: chosen
+        (Selection(tags={"*pelican": 2.0}, models=("llama",)), "another --from-model"),  # a weight chooses nothing
         (Selection(tags={"*": "drop", "2026-06-03-jumping-green-pelican": 2.0}), None),  # its own name wins
     ],
 )

@@ -21,13 +21,16 @@ import numpy as np
 
 from mlx_finetune.data.collection import (
     INDEX,
+    TAGS,
     VERSION,
     Bodies,
+    Earlier,
     Kept,
     Place,
     Secret,
     Unit,
-    earlier_summary,
+    digest_of,
+    earlier_collection,
     file_stamps,
     read_index,
     stamps_digest,
@@ -41,9 +44,10 @@ from mlx_finetune.data.refining import Advance, FileSource, Work, number_secrets
 from mlx_finetune.data.sources import gptme as gptme_source
 from mlx_finetune.data.sources.openassistant import Options
 from mlx_finetune.data.summary import summarise
+from mlx_finetune.data.tags import Line, Tag, tag_lines
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
-from mlx_finetune.files import atomic_file, atomic_folder, refuse_existing, write_json
+from mlx_finetune.files import atomic_file, atomic_folder, write_json
 
 SPOOL = ".spool"
 
@@ -79,12 +83,12 @@ def collect(
     update: bool = False,
     template: ChatTemplate | None = None,
 ) -> dict[str, Any]:
-    """Reads the sources into the new folder `out`; gives back its collect.json, with "unchanged" where nothing was new.
+    """Reads the sources into the new folder `out`; gives back its collect.json, and "unchanged" and "changed_options".
 
     It holds `gptme.jsonl`, `openassistant.jsonl` and `chat.jsonl` (each only where that source was read), `rejected.jsonl`,
     `tags.yaml` for a person to edit, and `collect.json`; with `template` also `train.csv` and `train.jsonl`. Where `out` is
-    such a folder of the same sources and settings, nothing is done if nothing is new; with `update` what is new is read and
-    the folder replaced by one that holds everything.
+    such a folder of the same sources and settings, nothing is done if nothing is new; with `update` what is new is read
+    (everything, where settings differ) and the folder replaced by one that holds all of it.
 
     Raises:
         UserError: `out` exists and is something else, a source cannot be read, there is no source, or no conversation is left.
@@ -94,17 +98,17 @@ def collect(
     files += [FileSource(name, "chat") for name in sources.chats]
     if not sources.logs and not files:
         raise UserError("nothing to collect: no source was named", hint="name a logs folder, or --openassistant or --chat FILE")
-    asked = json.loads(json.dumps({"sources": sources.to_json(), "settings": settings.to_json()}))
+    settings_asked = settings.to_json() | {"rendered_with": template.fingerprint if template else None}
+    asked = json.loads(json.dumps({"sources": sources.to_json(), "settings": settings_asked}))
     state = stamps_digest([*((log.name, log.stamp) for log in logs), *((one.name, one.stamp) for one in files)])
-    knowable = all(one.stamp for one in files)
-    earlier = _earlier(out, asked)
-    if earlier and earlier["state"] == state and knowable:
-        return earlier | {"unchanged": True}
+    earlier = earlier_collection(out, asked)
+    if earlier and not earlier.changed and earlier.summary["state"] == state and all(one.stamp for one in files):
+        return {**earlier.summary, "unchanged": True, "changed_options": []}
     if earlier and not update:
-        raise UserError(f"{out} exists already, and there is something new to collect", hint="--update adds what is new to it")
+        _refuse_without_update(out, earlier)
+    known = {unit.name: unit for unit in read_index(out)} if earlier and not set(earlier.changed) - {"rendered_with"} else {}
     with atomic_folder(out, replace_old=bool(earlier)) as folder:
         (folder / SPOOL).mkdir()
-        known = {unit.name: unit for unit in read_index(out)} if earlier else {}
         reader = _Reader(Work(settings, secrets.token_bytes(32), str(folder / SPOOL)), known)
         units = [Unit("", "", (), tuple(skipped))] if skipped else []
         units += list(reader.read(logs, files, advance))
@@ -116,23 +120,15 @@ def collect(
         if template:
             kept = (folder / f"{source}.jsonl" for source in summary["conversations"])
             write_rendered((one for path in kept for one in read_conversations(path)), template, folder)
-        _finish(folder, units, written, summary)
-    return summary | {"unchanged": False}
+        _finish(folder, units, written, summary, settings.selection.tags)
+    return summary | {"unchanged": False, "changed_options": list(earlier.changed) if earlier else []}
 
 
-def _earlier(out: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """collect.json of an earlier run with the same sources and settings; anything else at `out` is refused."""
-    if not out.exists() and not out.is_symlink():
-        return None
-    earlier = earlier_summary(out)
-    if earlier is None:
-        refuse_existing(out)
-    assert earlier is not None
-    for part in ("sources", "settings"):
-        if changed := [name for name, value in asked[part].items() if earlier[part].get(name) != value]:
-            hint = "choose another --out, or move the old one away"
-            raise UserError(f"{out} exists already, collected with another {changed[0].replace('_', ' ')}", hint=hint)
-    return earlier
+def _refuse_without_update(out: Path, earlier: Earlier) -> None:
+    if earlier.changed:
+        hint = "--update collects everything anew with these options; or choose another --out"
+        raise UserError(f"{out} exists already, collected with another {earlier.changed[0].replace('_', ' ')}", hint=hint)
+    raise UserError(f"{out} exists already, and there is something new to collect", hint="--update adds what is new to it")
 
 
 def write_rendered(conversations: Iterable[Conversation], template: ChatTemplate, folder: Path) -> None:
@@ -253,7 +249,7 @@ def _as_context(body: bytes, turns: Iterable[int]) -> bytes:
     return json.dumps(row, ensure_ascii=False)[1:].encode()
 
 
-def _finish(folder: Path, units: Sequence[Unit], written: _Written, summary: dict[str, Any]) -> None:
+def _finish(folder: Path, units: Sequence[Unit], written: _Written, summary: dict[str, Any], tags: Mapping[str, Tag]) -> None:
     rejected = [(one.id, one.source, one.reason) for unit in units for one in unit.rejected]
     rejected += [
         (written.everything[i].name, written.everything[i].source, why) for i, why in sorted(written.decision.dropped.items())
@@ -261,8 +257,9 @@ def _finish(folder: Path, units: Sequence[Unit], written: _Written, summary: dic
     with atomic_file(folder / "rejected.jsonl") as file:
         rows = ({"id": name, "source": source, "reason": why} for name, source, why in rejected)
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with atomic_file(folder / "tags.yaml") as file:
-        file.writelines(_tag_lines(written, rejected))
+    with atomic_file(folder / TAGS) as file:
+        file.writelines(tag_lines(_tagged(written, rejected), tags))
+    summary["tags"] = digest_of(folder / TAGS)
     unchanged = {id(written.everything[i]): place for i, place in written.places.items() if i not in written.changed}
     write_index(folder / INDEX, units, unchanged)
     shutil.rmtree(folder / SPOOL)
@@ -271,20 +268,15 @@ def _finish(folder: Path, units: Sequence[Unit], written: _Written, summary: dic
     write_json(folder / "collect.json", summary)
 
 
-def _tag_lines(written: _Written, rejected: Iterable[tuple[str, str, str]]) -> Iterator[str]:
-    yield "# Edit and pass with --tags: keep, drop, or a weight such as 2.5 (2.5 times the loss of its turns).\n"
+def _tagged(written: _Written, rejected: Iterable[tuple[str, str, str]]) -> Iterator[Line]:
     for i in written.places:
         kept = written.everything[i]
-        title = json.loads(kept.head)["meta"]["title"] if '"title": ' in kept.head else ""
-        if kept.name.isprintable():
-            yield f"{json.dumps(kept.name, ensure_ascii=False)}: keep  # {_printable(title)} ({kept.counts['turns']} turns)\n"
+        head = json.loads(kept.head)
+        turns = kept.counts["turns"]
+        note = f"{head['meta'].get('title') or ''} ({turns} turn{'s' if turns != 1 else ''})".lstrip()
+        yield Line((kept.name, head["id"], kept.print.group), note)
     for name, _, reason in rejected:
-        if name.isprintable():
-            yield f"# {json.dumps(name, ensure_ascii=False)}: keep  # rejected: {_printable(reason)}\n"
-
-
-def _printable(text: str) -> str:
-    return "".join(sign for sign in text if sign.isprintable())
+        yield Line((name,), "", reason)
 
 
 def _refuse_nothing_left(summary: Mapping[str, Any], out: Path) -> None:

@@ -10,10 +10,12 @@ from typing import IO, Any
 
 from mlx_finetune.data.dedupe import Fingerprint
 from mlx_finetune.data.sources import BadLine, Rejected
+from mlx_finetune.data.tags import read_tags
 from mlx_finetune.errors import UserError
-from mlx_finetune.files import atomic_file, read_json
+from mlx_finetune.files import atomic_file, read_json, refuse_existing
 
 VERSION = 2
+TAGS = "tags.yaml"
 INDEX = "index.ndjson"  # no .jsonl: it holds no conversations
 Place = tuple[str, int, int]  # file, first byte and bytes of the second half of a line
 Secret = tuple[str, bytes]  # kind and keyed digest
@@ -130,7 +132,52 @@ def _unit(row: dict[str, Any], folder: Path) -> Unit:
     return Unit(row["unit"], row["stamp"], kept, rejected, bad_lines, row["more_bad_lines"])
 
 
-def earlier_summary(folder: Path) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Earlier:
+    """collect.json of an earlier run at the same place, and what was asked otherwise then: names of settings."""
+
+    summary: Mapping[str, Any]
+    changed: tuple[str, ...]
+
+
+def earlier_collection(folder: Path, asked: Mapping[str, Any]) -> Earlier | None:
+    """What an earlier run left at `folder`; None where nothing is there.
+
+    Raises:
+        UserError: something else is there, it was edited, or it holds a source that is not asked for now.
+    """
+    if not folder.exists() and not folder.is_symlink():
+        return None
+    summary = _earlier_summary(folder)
+    if summary is None:
+        refuse_existing(folder)
+    assert summary is not None
+    _refuse_lost_tags(folder, summary, asked["settings"]["selection"]["tags"])
+    for part, value in summary["sources"].items():
+        now = asked["sources"].get(part)
+        if part == "openassistant_options" or value in (now, None):
+            continue
+        lost = [one for one in value if one not in now] if isinstance(value, list) else [value]
+        if lost:
+            hint = "name it again, choose another --out, or move the old one away"
+            raise UserError(f"{folder} exists already, and holds {lost[0]}, which is not read now", hint=hint)
+    then = summary["settings"] | {"openassistant": summary["sources"].get("openassistant_options")}
+    now = asked["settings"] | {"openassistant": asked["sources"].get("openassistant_options")}
+    return Earlier(summary, tuple(name for name, value in now.items() if then.get(name) != value))
+
+
+def _refuse_lost_tags(folder: Path, summary: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
+    path = folder / TAGS
+    if path.is_file() and summary.get("tags") != digest_of(path) and read_tags(path) != tags:
+        raise UserError(f"{path} was edited, which says nothing by itself", hint=f"apply it with --tags {path} --update")
+
+
+def digest_of(path: Path) -> str:
+    """Tells one content of a small file from another."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _earlier_summary(folder: Path) -> dict[str, Any] | None:
     """collect.json of a whole collection of this version whose files are as they were written; else None."""
     if not (folder / "collect.json").is_file() or not (folder / INDEX).is_file():
         return None

@@ -19,7 +19,7 @@ from mlx_finetune.data.conversation import Conversation
 from mlx_finetune.data.redaction import Found
 from mlx_finetune.data.redaction.bare import bare_secrets
 from mlx_finetune.data.redaction.emails import emails_in
-from mlx_finetune.data.redaction.identity import homes_to_hide, identity_edits, user_to_hide
+from mlx_finetune.data.redaction.identity import homes_to_hide, identity_edits, named_homes, user_to_hide
 from mlx_finetune.data.redaction.literals import Literals
 from mlx_finetune.data.redaction.names import LONGEST_VALUE, kind_of_name, kind_of_value
 from mlx_finetune.data.redaction.places import rules as secret_rules
@@ -69,13 +69,15 @@ class Rules:
         allow: Iterable[str] = (),
         personal: bool = True,
     ) -> "Rules":
-        """The rules for whoever collects; `personal` False leaves home and name. Accounts such as root hide nothing anyway.
+        """The rules for whoever collects; `personal` False leaves home and name.
+
+        A home and user such as root say nothing of a person and stay; `more_homes`, which a person names, go whatever they are.
 
         Raises:
-            UserError: something behind `re:` is no regular expression.
+            UserError: something behind `re:` is no regular expression, or one of `more_homes` no absolute path.
         """
         allowed = tuple(allow)
-        homes = homes_to_hide([str(home), *map(str, more_homes)]) if personal else ()
+        homes = tuple(dict.fromkeys(homes_to_hide([str(home)]) + named_homes(map(str, more_homes)))) if personal else ()
         hidden = user_to_hide(user) if personal else ""
         kept = tuple(one for one in homes if one not in allowed)
         return cls(emails, kept, "" if hidden in allowed else hidden, allowed)

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import PurePosixPath, PureWindowsPath
 
+from mlx_finetune.errors import UserError
+
 NEUTRAL_HOME, NEUTRAL_USER = "/home/user", "user"
 
 # Accounts that say nothing of a person: what a system, an image or a service calls itself.
@@ -54,6 +56,21 @@ def homes_to_hide(homes: Iterable[str]) -> tuple[str, ...]:
         name = name_of(path)
         if len(name) > 1 and name.lower() not in GENERIC and not TEMPORARY.match(path) and path.count("/") + path.count("\\") > 1:
             kept.append(path)
+    return tuple(dict.fromkeys(kept))
+
+
+def named_homes(homes: Iterable[str]) -> tuple[str, ...]:
+    """Those that a person named, as they are: also /root and /home/dev.
+
+    Raises:
+        UserError: it is no absolute path to a folder.
+    """
+    kept = []
+    for home in homes:
+        path = home.rstrip("/\\")
+        if not (PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()) or not name_of(path):
+            raise UserError(f"--home {home!r:.200}: no absolute path", hint="write it as it stands in the logs: --home /Users/kim")
+        kept.append(path)
     return tuple(dict.fromkeys(kept))
 
 
