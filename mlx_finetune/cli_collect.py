@@ -22,7 +22,9 @@ def collect(
     ] = None,
     gptme: Annotated[bool, typer.Option(help="Read gptme logs at all.", rich_help_panel=READ)] = True,
     out: Annotated[Path, typer.Option(help="Folder to make; must not exist.")] = Path("collected"),
-    update: Annotated[bool, typer.Option("--update", help="Add what is new to the collection in --out.")] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Add what is new to the collection in --out; with other options, make it anew.")
+    ] = False,
     since: Annotated[str, typer.Option(help="Only conversations since then: 2026-06-01, or 30d.", rich_help_panel=CHOOSE)] = "",
     until: Annotated[str, typer.Option(help="Only conversations before the end of that day.", rich_help_panel=CHOOSE)] = "",
     tool: Annotated[

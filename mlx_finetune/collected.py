@@ -40,9 +40,9 @@ def show_collection(summary: Mapping[str, Any]) -> None:
         table("secrets replaced, by kind", secrets, ("kind", "places", "different"))
         print("no rule finds every secret: look at what you share\n")
     for options, count in list(summary["served_by"].items())[:SERVED]:
-        print(f"the same prompt is served by: gptme {options}   ({count:,} conversations)")
+        print(f"{count:,} system prompts are what this serves: gptme {options}")
     if len(summary["served_by"]) > SERVED:
-        print(f"and by {len(summary['served_by']) - SERVED} other sets of options: see served_by in collect.json")
+        print(f"and {len(summary['served_by']) - SERVED} other sets of options serve the others: see served_by in collect.json")
     for bad in summary["bad_lines"][:SHOWN]:
         print(f"skipped: {bad['file']}:{bad['line']}: {bad['reason']}")
     if summary["bad_line_count"] > SHOWN:
