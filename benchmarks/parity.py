@@ -27,9 +27,10 @@ from tiny_models import make_tiny
 
 from mlx_finetune.config import RunConfig, make_config
 from mlx_finetune.data.batches import Batch, examples_at
-from mlx_finetune.data.collect import collect
+from mlx_finetune.data.collect import Sources, collect
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.data.prepare import prepare
+from mlx_finetune.data.refine import Settings
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.engines import open_engine
 from mlx_finetune.training.metrics import read_metrics
@@ -59,7 +60,7 @@ def measure(folder: Path) -> dict[str, Any]:
     """All figures, in a scratch folder."""
     model = make_tiny("llama", folder / "model", tokenizer=True)
     sample = Path(str(files("mlx_finetune") / "sample"))
-    collect(sample / "gptme-logs", [sample / "openassistant.trees.jsonl"], folder / "collected")
+    collect(Sources(sample / "gptme-logs", (str(sample / "openassistant.trees.jsonl"),)), Settings(), folder / "collected")
     prepare([folder / "collected"], ChatTemplate.load(model), make_config({"max_length": 512}, ""), folder / "data", {})
     straight = {engine: train(model, folder, engine, "straight") for engine in ENGINES}
     differences = {"engine against engine, 20 steps": distance(straight["mlx"], straight["torch"])}
@@ -99,7 +100,7 @@ def resume(run: Path, copy: Path, engine: str) -> Path:
 def distance(one: Path, other: Path) -> float:
     """Largest difference of a loss, training or held out, at any step."""
     losses = [[row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (one, other)]
-    return float(np.abs(np.subtract(*losses)).max())
+    return float(np.ptp(np.array(losses), axis=0).max())
 
 
 def tensors(run: Path) -> dict[str, bytes]:
@@ -117,7 +118,7 @@ def accumulation(data: Path, model: Path, engine: str) -> float:
         opened = open_engine(settings(model, data.parent, engine, "x"), model)
         results = [opened.step(batches, 1e-3, seed=step) for step in range(2)]
         measured.append([number for result in results for number in (result.loss, result.grad_norm)])
-    return float(np.abs(np.subtract(*measured)).max())
+    return float(np.ptp(np.array(measured), axis=0).max())
 
 
 def epochs(dataset: Dataset) -> dict[str, Any]:
