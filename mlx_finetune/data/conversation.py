@@ -76,13 +76,13 @@ class Conversation:
     @cached_property
     def id(self) -> str:
         """16 hexadecimal digits of the content: equal conversations have equal ids on every machine."""
-        digest = hashlib.sha256()
+        parts: list[bytes] = []
         for message in self.messages:
             calls = json.dumps([call.to_json() for call in message.tool_calls]) if message.tool_calls else ""
             for part in (message.role, message.content, calls):
                 raw = part.encode("utf-8", errors="surrogatepass")
-                digest.update(b"%d:" % len(raw) + raw)
-        return digest.hexdigest()[:16]
+                parts += [b"%d:" % len(raw), raw]
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
     @property
     def name(self) -> str:

@@ -84,6 +84,8 @@ def blocks(text: str) -> Iterator[Block]:
 
 def _visible(text: str) -> int | None:
     """Where the message begins behind its thinking; None where the thinking does not end."""
+    if "think" not in text:
+        return 0
     joined = None  # the end of thinking that began right behind a fence: no thinking for gptme
     for tag in ("thinking", "think"):
         close = text.find(f"</{tag}>")

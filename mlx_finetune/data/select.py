@@ -36,7 +36,7 @@ class Selection:
 
     def tag(self, conversation: Conversation) -> Tag | None:
         """What the tags file says of it; its own name wins over a pattern, a later line over an earlier one."""
-        return tag_of(names_of(conversation), self.tags)
+        return tag_of(names_of(conversation), self.tags) if self.tags else None
 
     def reason_to_leave(self, conversation: Conversation) -> str | None:
         """Why it was not asked for; None where it was."""

@@ -31,10 +31,10 @@ CUT_OFF = re.compile(r"^(?:Potential markdown codeblock cut-off detected|Stopped
 FAILED = re.compile(
     r"^(?:Return code: [1-9-]|Traceback \(most recent call last\)|Error during execution|Error executing tool"
     r"|Exception during execution|Command denied|Command timed out|Save aborted|File not found:|Tool '[^'\n]*' is not available"
-    r"|(?:=+ )?(?:\d+ passed, )?[1-9]\d* (?:failed|errors?)\b|(?:FAILED|ERROR) \S+::|make: \*\*\*|[A-Za-z.]*Error: )"
-    r"|command not found|No such file or directory|Patch failed|chunk not (?:found|unique)",
+    r"|(?:=+ )?(?:\d+ passed, )?[1-9]\d* (?:failed|errors?)\b|(?:FAILED|ERROR) \S+::|make: \*\*\*|[A-Za-z.]*Error: )",
     re.MULTILINE,
 )
+FAILED_ANYWHERE = ("command not found", "No such file or directory", "Patch failed", "chunk not found", "chunk not unique")
 READ_ONLY = re.compile(r"\A\s*Ran allowlisted command: ")
 # In a text of small letters.
 APOLOGY = re.compile(r"\bi(?:'m| am)? (?:deeply |sincerely |very |so )?(?:apologi[sz]e|sorry)\b|\bmy apologies\b")
@@ -69,7 +69,7 @@ class _Turn:
 
     @cached_property
     def failed(self) -> bool:
-        return bool(FAILED.search(self.results))
+        return any(text in self.results for text in FAILED_ANYWHERE) or bool(FAILED.search(self.results))
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -138,17 +138,20 @@ def _outside_fences(text: str) -> tuple[str, bool]:
     """The lines outside of code blocks, and whether the last block is still open."""
     if "```" not in text:
         return text, False
-    outside, fence = [], ""
-    for line in text.split("\n"):
-        marks = line.strip()
-        ticks = len(marks) - len(marks.lstrip("`"))
-        if not fence and ticks >= 3 and "`" not in marks[ticks:]:
-            fence = marks[:ticks]
+    outside, fence, end, line = [], "", 0, 0
+    while (at := text.find("```", line)) >= 0:
+        start = text.rfind("\n", line, at) + 1 or line
+        stop = text.find("\n", at)
+        line = stop + 1 if stop >= 0 else len(text)
+        if text[start:at].strip():
+            continue
+        marks = text[at : stop if stop >= 0 else len(text)].rstrip()
+        if not fence and "`" not in marks.lstrip("`"):
+            outside.append(text[end:start])
+            fence = marks[: len(marks) - len(marks.lstrip("`"))]
         elif fence and marks == fence:
-            fence = ""
-        elif not fence:
-            outside.append(line)
-    return "\n".join(outside), bool(fence)
+            fence, end = "", line
+    return "".join(outside) + ("" if fence else text[end:]), bool(fence)
 
 
 def _reason(turn: _Turn, modern: bool) -> str:
