@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from chats import RAISES, template_of
@@ -139,6 +139,55 @@ def test_the_same_secret_has_the_same_placeholder_in_every_conversation(tmp_path
     assert found["a"] == found["d"] == ["[REDACTED:github_token:1]"] * 2
     assert found["b"] == found["c"] == ["[REDACTED:github_token:2]"] * 2
     assert summary["secrets"] == {"github_token": 8} and summary["distinct_secrets"] == {"github_token": 2}
+
+
+@pytest.mark.parametrize("tool_calls", ["text", "native"])
+def test_a_secret_within_a_native_call_has_its_placeholder_too(tmp_path: Path, tool_calls: Literal["text", "native"]) -> None:
+    call = f'@shell(call-1): {{"command": "export GITHUB_TOKEN={GITHUB} && echo \\u00e9"}}'
+    write_log(
+        tmp_path / "logs", "one", ("user", "log in"), ("assistant", call), ("system", f"Ran with {GITHUB}"), ("assistant", "Done.")
+    )
+    (tmp_path / "logs" / "one" / "config.toml").write_text('[chat]\ntool_format = "tool"\n')
+    gather(tmp_path / "out", tmp_path / "logs", settings=Settings(tool_calls=tool_calls))
+    raw = (tmp_path / "out" / "gptme.jsonl").read_text()
+    assert raw.count("[REDACTED:github_token:1]") == 2 and raw.count("REDACTED") == 2 and GITHUB not in raw
+    (kept,) = read_conversations(tmp_path / "out" / "gptme.jsonl")
+    turn = kept.messages[1]
+    arguments = turn.tool_calls[0].arguments if tool_calls == "native" else turn.content.partition(": ")[2]
+    assert json.loads(arguments) == {"command": "export GITHUB_TOKEN=[REDACTED:github_token:1] && echo \u00e9"}
+
+
+def test_a_secret_has_one_placeholder_under_whichever_kind_it_stands(tmp_path: Path) -> None:
+    token = "9fQ2kLx7Rt0ZpW4s"
+    write_log(tmp_path / "logs", "a", ("user", f"API_TOKEN={token}"), ("assistant", "It is set, and the service answers now."))
+    write_log(tmp_path / "logs", "b", ("user", f"curl -u joe:{token} x"), ("assistant", "The page is there; nothing else came."))
+    summary = gather(tmp_path / "out", tmp_path / "logs")
+    found = {name: re.findall(r"\[REDACTED:\w+:\d+\]", " ".join(contents)) for name, contents in texts(tmp_path / "out").items()}
+    assert found["a"] == found["b"] and len(found["a"]) == 1
+    assert sum(summary["distinct_secrets"].values()) == 1
+
+
+def test_no_output_file_says_who_the_person_is_or_holds_a_secret_in_a_name(tmp_path: Path) -> None:
+    home = tmp_path / "home" / "kim"
+    rules = Rules.for_person(home, "kim")
+    write_log(home / "logs", f"2026-01-01-kim-{GITHUB}", ("user", "list"), ("assistant", "There is nothing in this folder."))
+    write_log(home / "logs", f"test-{GITHUB}", ("user", "list"), ("assistant", "There is nothing."))
+    write_log(home / "logs", "2026-01-02", extra=json.dumps({"role": GITHUB, "content": "x"}) + "\n")
+    row = {
+        "id": f"of kim {GITHUB}",
+        "license": GITHUB,
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+    }
+    bad = {"messages": [{"role": GITHUB * 3, "content": "q"}]}
+    (home / "chat.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(bad) + "\n")
+    sources = Sources(home / "logs", (), (str(home / "chat.jsonl"),))
+    settings = Settings(redaction=rules)
+    collect(sources, settings, tmp_path / "out")
+    for path in (tmp_path / "out").iterdir():
+        assert GITHUB[:20] not in path.read_text() and "kim" not in path.read_text(), path
+    assert collect(sources, settings, tmp_path / "out")["unchanged"]
+    tags = read_tags(tmp_path / "out" / "tags.yaml")
+    assert set(tags) == {"2026-01-01-user-[REDACTED:github_token:1]", "of user [REDACTED:github_token:1]"}
 
 
 def test_an_equal_conversation_is_kept_once_whatever_its_source(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,13 +162,16 @@ def test_the_key_of_a_dictionary_tells_what_its_value_is() -> None:
     assert meta == {"db": [{"password": "[REDACTED:password:1]", "n": [1, None, True]}], "name": "log"}
 
 
-def test_meta_and_schemas_are_redacted_but_not_the_name_of_the_log() -> None:
+def test_meta_schemas_names_and_ids_are_redacted() -> None:
     value = secret()
     tools = ({"type": "function", "function": {"name": "f", "description": f"use {value}", value: {"default": [value]}}},)
     old = talk("hi", meta={"title": f"about {value}", "name": value, "id": value, "depth": {"a": (1, 2.5)}}, tools=tools)
+    called = Message("assistant", "", reason=f"see {value}", tool_calls=(ToolCall(value, "f", "{}"),), tool_call_id=value)
+    old = replace(old, group=value, license=value, messages=(*old.messages, called))
     new = cleaned(old)
     assert new.meta["title"] == "about [REDACTED:github_token:1]"
-    assert (new.meta["name"], new.meta["id"], new.group) == (value, value, "log")
+    assert value not in repr(new)
+    assert new.messages[-1].tool_calls[0].id == new.messages[-1].tool_call_id == new.group == "[REDACTED:github_token:1]"
     assert value not in json.dumps(new.tools)
 
 
@@ -258,7 +262,7 @@ def test_what_is_allowed_stays() -> None:
     )
 
 
-@pytest.mark.parametrize("pattern", ["re:(", "re:[a", "re:a{99999999999}", "re:*"])
+@pytest.mark.parametrize("pattern", ["re:", "re:x*", "re:(", "re:[a", "re:a{99999999999}", "re:*"])
 def test_a_bad_expression_is_the_users_mistake(pattern: str) -> None:
     with pytest.raises(UserError, match="allow"):
         Rules(allow=(pattern,))

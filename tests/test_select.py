@@ -1,12 +1,17 @@
 """What a person chooses to learn from, by option and by the file of tags."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlx_finetune.data.conversation import Conversation, Message, ToolCall
+from mlx_finetune.data.redact import Rules
+from mlx_finetune.data.refine import Refined, Settings, refine
 from mlx_finetune.data.select import Selection, tools_used
+from mlx_finetune.data.sources import Rejected
 from mlx_finetune.data.tags import read_tags
 from mlx_finetune.errors import UserError
 
@@ -50,8 +55,18 @@ def test_a_conversation_is_left_for_the_option_that_did_not_ask_for_it(selection
     assert selection.reason_to_leave(log()) == (reason and f"not selected: {reason}")
 
 
-def test_an_id_excludes_as_a_name_does() -> None:
-    assert Selection(exclude=(log().id,)).reason_to_leave(log()) == "not selected: --exclude"
+@pytest.mark.parametrize("text", ["in /home/kim", "with ghp_" + "0aZ9" * 9, "plain"])
+def test_the_id_that_was_written_excludes_and_tags(text: str) -> None:
+    rules = Rules.for_person(Path("/home/kim"), "kim")
+    for settings in (Settings(redaction=rules), Settings(redaction=rules, system="none")):
+        written = refine(log(text=text), settings, b"key")
+        assert isinstance(written, Refined)
+        name = json.loads(written.head)["id"]
+        for exclude in (name, name[:8] + "*"):
+            chosen = replace(settings, selection=Selection(exclude=(exclude,)))
+            assert refine(log(text=text), chosen, b"another") == Rejected(log().name, "gptme", "not selected: --exclude")
+        dropped = refine(log(text=text), replace(settings, selection=Selection(tags={name: "drop"})), b"key")
+        assert isinstance(dropped, Rejected)
 
 
 def test_what_has_no_time_is_outside_every_time_that_was_asked_for() -> None:

@@ -27,11 +27,11 @@ from mlx_finetune.data.collection import (
     Earlier,
     Kept,
     Place,
-    Secret,
     Unit,
     digest_of,
     earlier_collection,
     file_stamps,
+    key_of,
     read_index,
     stamps_digest,
     write_index,
@@ -39,8 +39,10 @@ from mlx_finetune.data.collection import (
 from mlx_finetune.data.conversation import Conversation, conversation_of, read_conversations
 from mlx_finetune.data.dedupe import Decision, decide, shingles_of
 from mlx_finetune.data.provenance import Refused
-from mlx_finetune.data.refine import Settings
+from mlx_finetune.data.redact import Rules
+from mlx_finetune.data.refine import Settings, lifted_by_keep, without_secrets
 from mlx_finetune.data.refining import Advance, FileSource, Work, number_secrets, refine_file, refine_logs
+from mlx_finetune.data.select import DROPPED
 from mlx_finetune.data.sources import gptme as gptme_source
 from mlx_finetune.data.sources.openassistant import Options
 from mlx_finetune.data.summary import summarise
@@ -61,13 +63,17 @@ class Sources:
     chats: tuple[str, ...] = ()
     openassistant_options: Options = field(default_factory=Options)
 
-    def to_json(self) -> dict[str, Any]:
-        """As it stands in collect.json."""
+    def to_json(self, redaction: Rules | None) -> dict[str, Any]:
+        """As it stands in collect.json: absolute paths, which do not say who the person is, and hub ids."""
+
+        def place(name: str) -> str:
+            return without_secrets(os.path.abspath(name) if os.path.lexists(name) else name, redaction)  # noqa: PTH100
+
         return {
-            "logs": str(self.logs.absolute()) if self.logs else None,
-            "openassistant": list(self.openassistant),
+            "logs": place(str(self.logs)) if self.logs else None,
+            "openassistant": [place(name) for name in self.openassistant],
             "openassistant_options": self.openassistant_options.to_json(),
-            "chats": list(self.chats),
+            "chats": [place(name) for name in self.chats],
         }
 
 
@@ -99,20 +105,20 @@ def collect(
     if not sources.logs and not files:
         raise UserError("nothing to collect: no source was named", hint="name a logs folder, or --openassistant or --chat FILE")
     settings_asked = settings.to_json() | {"rendered_with": template.fingerprint if template else None}
-    asked = json.loads(json.dumps({"sources": sources.to_json(), "settings": settings_asked}))
+    asked = json.loads(json.dumps({"sources": sources.to_json(settings.redaction), "settings": settings_asked}))
     state = stamps_digest([*((log.name, log.stamp) for log in logs), *((one.name, one.stamp) for one in files)])
     earlier = earlier_collection(out, asked)
     if earlier and not earlier.changed and earlier.summary["state"] == state and all(one.stamp for one in files):
         return {**earlier.summary, "unchanged": True, "changed_options": []}
     if earlier and not update:
         _refuse_without_update(out, earlier)
-    known = {unit.name: unit for unit in read_index(out)} if earlier and not set(earlier.changed) - {"rendered_with"} else {}
+    known = {unit.key: unit for unit in read_index(out)} if earlier and not set(earlier.changed) - {"rendered_with"} else {}
     with atomic_folder(out, replace_old=bool(earlier)) as folder:
         (folder / SPOOL).mkdir()
         reader = _Reader(Work(settings, secrets.token_bytes(32), str(folder / SPOOL)), known)
         units = [Unit("", "", (), tuple(skipped))] if skipped else []
         units += list(reader.read(logs, files, advance))
-        written = _write(folder, units, settings, reader.numbers)
+        written = _write(folder, units, settings, reader.placeholders)
         summary = summarise(units, written.decision, written.everything, reader.distinct)
         summary |= asked | {"version": VERSION, "state": state}
         if not written.places:
@@ -155,40 +161,47 @@ class _Reader:
 
     def __init__(self, work: Work, known: Mapping[str, Unit]) -> None:
         self._work, self._known = work, known
-        self.numbers: dict[Secret, int] = {}
+        self.placeholders: dict[bytes, str] = {}  # by the digest of the secret
         self.distinct: Counter[str] = Counter()  # secrets by kind
 
     def read(self, logs: Sequence[gptme_source.Log], files: Sequence[FileSource], advance: Advance) -> Iterator[Unit]:
         """Every unit in order; `advance` is told of bytes."""
         total = sum(log.size for log in logs) + sum(one.size for one in files)
         done = 0
-        refined = refine_logs([log for log in logs if not self._is_known(log.name, log.stamp)], self._work)
+        refined = refine_logs([log for log in logs if not self._earlier(log.name, log.stamp)], self._work)
         for log in logs:
-            yield self._known[log.name] if self._is_known(log.name, log.stamp) else self._numbered(next(refined))
+            yield self._earlier(log.name, log.stamp) or self._numbered(next(refined))
             done += log.size
             advance(done, total)
         for one in files:
             advance(done, total, one.name)
-            yield self._known[one.name] if self._is_known(one.name, one.stamp) else self._numbered(refine_file(one, self._work))
+            yield self._earlier(one.name, one.stamp) or self._numbered(refine_file(one, self._work))
             done += one.size
             advance(done, total)
 
-    def _is_known(self, name: str, stamp: str) -> bool:
-        return bool(stamp) and name in self._known and self._known[name].stamp == stamp
+    def _earlier(self, name: str, stamp: str) -> Unit | None:
+        """What came of it in an earlier run, if it is as it was."""
+        unit = self._known.get(key_of(name)) if self._known and stamp else None
+        return unit if unit and unit.stamp == stamp else None
 
     def _numbered(self, unit: Unit) -> Unit:
         """Each secret that is new has the next number of its kind."""
-        for secret in (secret for kept in unit.kept for secret in kept.secrets):
-            if secret not in self.numbers:
-                self.distinct[secret[0]] += 1
-                self.numbers[secret] = self.distinct[secret[0]]
+        for kind, digest in (secret for kept in unit.kept for secret in kept.secrets):
+            if digest not in self.placeholders:
+                self.distinct[kind] += 1
+                self.placeholders[digest] = f"[REDACTED:{kind}:{self.distinct[kind]}]"
         return replace(unit, kept=tuple(self._slim(kept) for kept in unit.kept))
 
     def _slim(self, kept: Kept) -> Kept:
-        """With its secrets numbered in the head, and the names of its counts shared with all others in memory."""
-        head = number_secrets(kept.head, kept.secrets, self.numbers) if kept.secrets else kept.head
+        """With its secrets numbered in all but its text, and the names of its counts shared with all others in memory."""
         counts = Counter({sys.intern(name): count for name, count in kept.counts.items()})
-        return replace(kept, head=head, counts=counts, place=(sys.intern(kept.place[0]), *kept.place[1:]))
+        place = (sys.intern(kept.place[0]), *kept.place[1:])
+        if not kept.secrets:
+            return replace(kept, counts=counts, place=place)
+        name, head, group = (
+            number_secrets(text, kept.secrets, self.placeholders) for text in (kept.name, kept.head, kept.print.group)
+        )
+        return replace(kept, name=name, head=head, print=replace(kept.print, name=name, group=group), counts=counts, place=place)
 
 
 @dataclass(frozen=True)
@@ -201,7 +214,7 @@ class _Written:
     changed: frozenset[int]
 
 
-def _write(folder: Path, units: Sequence[Unit], settings: Settings, numbers: Mapping[Secret, int]) -> _Written:
+def _write(folder: Path, units: Sequence[Unit], settings: Settings, placeholders: Mapping[bytes, str]) -> _Written:
     """The files of conversations, once duplicates are decided on."""
     everything = [kept for unit in units for kept in unit.kept]
     bodies = Bodies()
@@ -215,7 +228,7 @@ def _write(folder: Path, units: Sequence[Unit], settings: Settings, numbers: Map
                     continue
                 body = bodies.read(kept.place)
                 if kept.secrets:
-                    body = number_secrets(body.decode(), kept.secrets, numbers).encode()
+                    body = number_secrets(body.decode(), kept.secrets, placeholders).encode()
                 if i in decision.context:
                     body = _as_context(body, decision.context[i])
                 start = _in_group(kept, decision.groups[i])[:-1].encode() + b", "
@@ -276,7 +289,8 @@ def _tagged(written: _Written, rejected: Iterable[tuple[str, str, str]]) -> Iter
         note = f"{head['meta'].get('title') or ''} ({turns} turn{'s' if turns != 1 else ''})".lstrip()
         yield Line((kept.name, head["id"], kept.print.group), note)
     for name, _, reason in rejected:
-        yield Line((name,), "", reason)
+        if reason == DROPPED or lifted_by_keep(reason):
+            yield Line((name,), "", reason)
 
 
 def _refuse_nothing_left(summary: Mapping[str, Any], out: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,14 +40,22 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """All that came of one log or one file. `stamp` changes when the file does; empty where that cannot be known."""
+    """All that came of one log or one file. `stamp` changes when the file does; empty where that cannot be known.
 
-    name: str
+    `key` stands for the name, which may say who the person is.
+    """
+
+    key: str
     stamp: str
     kept: tuple[Kept, ...]
     rejected: tuple[Rejected, ...] = ()
     bad_lines: tuple[BadLine, ...] = ()
     more_bad_lines: int = 0  # beyond those that are named
+
+
+def key_of(name: str) -> str:
+    """The key of a unit."""
+    return hashlib.blake2b(name.encode("utf-8", errors="replace"), digest_size=16).hexdigest()
 
 
 class Bodies:
@@ -82,7 +91,7 @@ def write_index(path: Path, units: Iterable[Unit], written: Mapping[int, Place])
     with atomic_file(path) as file:
         for unit in units:
             again = bool(unit.stamp) and all(id(kept) in written and not kept.secrets for kept in unit.kept)
-            row: dict[str, Any] = {"unit": unit.name, "stamp": unit.stamp if again else ""}
+            row: dict[str, Any] = {"unit": unit.key, "stamp": unit.stamp if again else ""}
             if again:
                 row["kept"] = [_kept_row(kept, written[id(kept)]) for kept in unit.kept]
                 row["rejected"] = [one.to_json() for one in unit.rejected]
@@ -146,7 +155,7 @@ def earlier_collection(folder: Path, asked: Mapping[str, Any]) -> Earlier | None
     Raises:
         UserError: something else is there, it was edited, or it holds a source that is not asked for now.
     """
-    if not folder.exists() and not folder.is_symlink():
+    if not os.path.lexists(folder):  # Path's raises for what may not be looked at
         return None
     summary = _earlier_summary(folder)
     if summary is None:

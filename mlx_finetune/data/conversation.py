@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,6 +14,7 @@ from mlx_finetune.files import atomic_file
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
+SECRET = re.compile(r"\[REDACTED:[a-z0-9_]+:#?[0-9]+\]")  # in place of a secret
 LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000  # beyond, float32 sums over a conversation lose the rest
 
 
@@ -75,11 +77,15 @@ class Conversation:
 
     @cached_property
     def id(self) -> str:
-        """16 hexadecimal digits of the content: equal conversations have equal ids on every machine."""
+        """16 hexadecimal digits of the content: equal conversations have equal ids on every machine.
+
+        Which secret stood at a placeholder makes no difference: the numbers of secrets change as a collection grows.
+        """
         parts: list[bytes] = []
         for message in self.messages:
             calls = json.dumps([call.to_json() for call in message.tool_calls]) if message.tool_calls else ""
             for part in (message.role, message.content, calls):
+                part = SECRET.sub("[REDACTED]", part) if "[REDACTED:" in part else part
                 raw = part.encode("utf-8", errors="surrogatepass")
                 parts += [b"%d:" % len(raw), raw]
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

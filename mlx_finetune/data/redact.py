@@ -55,9 +55,11 @@ class Rules:
         for pattern in self.allow:
             if pattern.startswith(PATTERN_PREFIX):
                 try:
-                    re.compile(pattern.removeprefix(PATTERN_PREFIX))
+                    empty = re.compile(pattern.removeprefix(PATTERN_PREFIX)).search("")
                 except (re.error, OverflowError, RecursionError) as error:
                     raise UserError(f"allow {pattern!r:.80}: {error}", hint="leave out re: to mean the text itself") from error
+                if empty:
+                    raise UserError(f"allow {pattern!r:.80}: allows everything", hint="--no-redact keeps all secrets")
 
     @classmethod
     def for_person(
@@ -126,7 +128,7 @@ def redact_text(text: str, rules: Rules, name: Name) -> str:
 
 
 def redact_conversation(conversation: Conversation, rules: Rules, name: Name) -> Conversation:
-    """The conversation with every text in it redacted: of every role, arguments of calls, schemas, meta (but name, group, id).
+    """The conversation with every text in it redacted: of every role, calls, schemas, meta, names and ids.
 
     JSON is decoded, its strings redacted, and only those that change are written anew. A secret found in one place is taken
     out wherever it stands bare in the conversation.

@@ -2,22 +2,22 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mlx_finetune.data.clean import reason_in_name, reason_in_shape
-from mlx_finetune.data.conversation import LEAST_WEIGHT, MOST_WEIGHT, Conversation, Message
+from mlx_finetune.data.conversation import LEAST_WEIGHT, MOST_WEIGHT, Conversation
 from mlx_finetune.data.dedupe import Fingerprint, fingerprint
-from mlx_finetune.data.redact import Rules, redact_conversation
+from mlx_finetune.data.redact import Rules, redact_conversation, redact_text
 from mlx_finetune.data.select import KEEP, Selection
 from mlx_finetune.data.sources import Rejected
 from mlx_finetune.data.system_prompt import System, replace_system
 from mlx_finetune.data.tool_calls import to_native
 from mlx_finetune.data.turns import TurnRules, judge, reason_to_reject_turns
 
-OPEN, CLOSE = "\uf8f0", "\uf8f1"  # around kind and number of a secret, until the whole collection gives it its number
+MARK = re.compile(r"\[REDACTED:([a-z0-9_]+):#([0-9]+)\]")  # a secret, until the whole collection gives it its number
 ToolCalls = Literal["text", "native"]
 
 
@@ -55,7 +55,7 @@ class Refined:
     body: bytes
     print: Fingerprint
     counts: Counter[str]  # what the report adds up: "turns", "context: declined ...", "characters: user", "secret: jwt" ...
-    secrets: tuple[tuple[str, bytes], ...]  # kind and keyed digest, in the order of the numbers between OPEN and CLOSE
+    secrets: tuple[tuple[str, bytes], ...]  # kind and keyed digest, in the order of the numbers in their marks
 
 
 class _Names:
@@ -63,40 +63,79 @@ class _Names:
 
     def __init__(self, key: bytes) -> None:
         self._key = key
-        self.numbers: dict[tuple[str, bytes], int] = {}
+        self._known: dict[bytes, tuple[str, int]] = {}  # digest -> the kind of its first place, its number
         self.counts: Counter[str] = Counter()
 
     def __call__(self, kind: str, value: str) -> str:
         digest = hashlib.blake2b(value.encode("utf-8", errors="replace"), key=self._key, digest_size=16).digest()
-        number = self.numbers.setdefault((kind, digest), len(self.numbers))
+        kind, number = self._known.setdefault(digest, (kind, len(self._known)))
         self.counts[f"secret: {kind}"] += 1
-        return f"{OPEN}{kind}:{number}{CLOSE}"
+        return f"[REDACTED:{kind}:#{number}]"  # all of it as it stands in JSON too
+
+    @property
+    def secrets(self) -> tuple[tuple[str, bytes], ...]:
+        """Kind and digest of each, in the order of the numbers."""
+        return tuple((kind, digest) for digest, (kind, _) in self._known.items())
 
 
 def refine(conversation: Conversation, settings: Settings, key: bytes) -> Refined | Rejected:
     """`key`: random bytes of this run, so that the digests of secrets say nothing once it is over."""
-    tag = settings.selection.tag(conversation)
+    selection = settings.selection
+    shown = without_secrets(conversation.name, settings.redaction)  # as the person knows it from tags.yaml
+    also = (shown, _as_written(conversation, settings, _Names(key)).id) if selection.names_ids else (shown,)
+    tag = selection.tag(conversation, also)
     reason = None if tag == KEEP else reason_in_name(conversation)
-    reason = reason or reason_in_shape(conversation) or settings.selection.reason_to_leave(conversation)
+    reason = reason or reason_in_shape(conversation) or selection.reason_to_leave(conversation, also)
     if reason:
         return Rejected(conversation.name, conversation.source, reason)
-    conversation = _judged(conversation, settings, 1.0 if tag is None or isinstance(tag, str) else tag)
+    conversation = _weighted(_judged(conversation, settings), 1.0 if tag is None or isinstance(tag, str) else tag)
     reason = reason_in_shape(conversation) or (None if tag == KEEP else reason_to_reject_turns(conversation.messages))
     if reason:
         return Rejected(conversation.name, conversation.source, reason)
-    conversation = _as_served(conversation, settings)
     names = _Names(key)
-    if settings.redaction:
-        conversation = redact_conversation(conversation, settings.redaction, names)
-    return _refined(conversation, settings, names)
+    return _refined(_clean(_as_served(conversation, settings), settings, names), settings, names)
 
 
-def _judged(conversation: Conversation, settings: Settings, weight: float) -> Conversation:
-    messages: Sequence[Message] = conversation.messages
-    if conversation.source == "gptme":
-        messages = judge(messages, str(conversation.meta.get("tool_format") or "markdown"), settings.turns)
-    if weight != 1.0:
-        messages = [replace(m, weight=_within(m.weight * weight)) if m.role == "assistant" else m for m in messages]
+def _as_written(conversation: Conversation, settings: Settings, names: _Names) -> Conversation:
+    return _clean(_as_served(_judged(conversation, settings), settings), settings, names)
+
+
+def _clean(conversation: Conversation, settings: Settings, names: _Names) -> Conversation:
+    return redact_conversation(conversation, settings.redaction, names) if settings.redaction else conversation
+
+
+LIFTED = (
+    "a temporary or test log",
+    "a gptme evaluation",
+    "goes in circles",
+    "apologises",
+    "not selected: another",
+    "not selected: outside",
+    "not selected: no call",
+)
+
+
+def lifted_by_keep(reason: str) -> bool:
+    """Whether a conversation that was rejected for this reason is taken where the tags file says keep."""
+    return reason.startswith(LIFTED)
+
+
+def without_secrets(text: str, rules: Rules | None) -> str:
+    """A name or a reason as it may be shown; its secrets are not numbered. None: as it is."""
+    return redact_text(text, rules, lambda kind, _: kind and f"[REDACTED:{kind}:0]") if rules else text
+
+
+def _judged(conversation: Conversation, settings: Settings) -> Conversation:
+    if conversation.source != "gptme":
+        return conversation
+    tool_format = str(conversation.meta.get("tool_format") or "markdown")
+    return replace(conversation, messages=judge(conversation.messages, tool_format, settings.turns))
+
+
+def _weighted(conversation: Conversation, weight: float) -> Conversation:
+    if weight == 1:
+        return conversation
+    messages = (replace(m, weight=_within(m.weight * weight)) if m.role == "assistant" else m for m in conversation.messages)
     return replace(conversation, messages=tuple(messages))
 
 
@@ -138,7 +177,7 @@ def _refined(conversation: Conversation, settings: Settings, names: _Names) -> R
         json.dumps(body, ensure_ascii=False)[1:].encode(),
         print_,
         _counts(conversation) + names.counts,
-        tuple(names.numbers),
+        names.secrets,
     )
 
 

@@ -1,6 +1,7 @@
 """Many conversations refined: logs in several processes where there is much to do, files one row after the other."""
 
 import gc
+import hashlib
 import os
 import re
 import signal
@@ -10,19 +11,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, Protocol
 
-from mlx_finetune.data.collection import Kept, Place, Secret, Unit
+from mlx_finetune.data.collection import Kept, Place, Secret, Unit, key_of
 from mlx_finetune.data.conversation import Conversation
-from mlx_finetune.data.refine import CLOSE, OPEN, Refined, Settings, refine
+from mlx_finetune.data.refine import MARK, Refined, Settings, refine, without_secrets
 from mlx_finetune.data.sources import BadLine, Item, Rejected, chat_formats, openassistant
 from mlx_finetune.data.sources import gptme as gptme_source
 from mlx_finetune.errors import UserError
 
-MARK = re.compile(f"{OPEN}([a-z0-9_]+):([0-9]+){CLOSE}")
+TOKEN_LIKE = re.compile(r"[A-Za-z0-9_\-/+=]{24,}")  # what may be a secret of which a reason holds only the beginning
 MUCH = 32 * 2**20  # bytes of logs from which starting processes pays
 CHUNK = 2 * 2**20  # bytes of logs that one process takes at a time
 MOST_WORKERS = 4
@@ -81,7 +82,7 @@ class FileSource:
     def stamp(self) -> str:
         """Changes when a file does; empty for a hub id."""
         files = self._files()
-        return repr(files) if files else ""
+        return hashlib.blake2b(repr(files).encode("utf-8", errors="replace"), digest_size=16).hexdigest() if files else ""
 
     def _files(self) -> list[tuple[str, int, int]]:
         """Name, bytes and time of each file, none behind a link in a folder; what cannot be looked at its reader will name."""
@@ -167,20 +168,29 @@ def _unit(name: str, stamp: str, items: Iterable[Item], work: Work, spool: _Spoo
         if isinstance(one, Refined):
             kept.append(Kept(one.name, one.source, one.head, spool.put(one.body), one.print, one.counts, one.secrets))
         elif isinstance(one, Rejected):
-            rejected.append(one)
+            shown = without_secrets(one.id, work.settings.redaction)
+            rejected.append(replace(one, id=shown, reason=_reason(one.reason, work.settings)))
         elif len(bad_lines) < NAMED_BAD_LINES:
-            bad_lines.append(one)
+            shown = without_secrets(str(one.path), work.settings.redaction)
+            bad_lines.append(BadLine(Path(shown), one.line, _reason(one.reason, work.settings)))
         else:
             more += 1
-    return Unit(name, stamp, tuple(kept), tuple(rejected), tuple(bad_lines), more)
+    return Unit(key_of(name), stamp, tuple(kept), tuple(rejected), tuple(bad_lines), more)
 
 
-def number_secrets(text: str, own: Sequence[Secret], numbers: Mapping[Secret, int]) -> str:
-    """Each mark of a secret becomes its placeholder, with the number that it has in the whole collection."""
+def _reason(reason: str, settings: Settings) -> str:
+    """Without secrets, also those of which it shows only a part."""
+    if not settings.redaction:
+        return reason
+    return TOKEN_LIKE.sub(lambda match: match[0][:4] + "…", without_secrets(reason, settings.redaction))
+
+
+def number_secrets(text: str, own: Sequence[Secret], placeholders: Mapping[bytes, str]) -> str:
+    """Each mark of a secret becomes its placeholder in the whole collection; `placeholders` by the digests of secrets."""
 
     def placeholder(match: re.Match[str]) -> str:
         place = int(match[2])
         known = place < len(own) and own[place][0] == match[1]  # else the text held such characters itself
-        return f"[REDACTED:{match[1]}:{numbers[own[place]]}]" if known else match[0]
+        return placeholders[own[place][1]] if known else match[0]
 
     return MARK.sub(placeholder, text)

@@ -1,6 +1,7 @@
 """What a person chooses to learn from: by time, tool, format, model, title, and by a file of tags."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,6 +10,7 @@ from mlx_finetune.data.conversation import Conversation
 from mlx_finetune.data.tags import DROP, KEEP, Tag, is_meant, tag_of
 from mlx_finetune.data.turns import calls_of
 
+ID = re.compile(r"[0-9a-f]{8,16}\**")  # of a conversation, or its beginning and a star
 DROPPED = "not selected: dropped by the tags file"
 
 
@@ -34,16 +36,21 @@ class Selection:
         """As it stands in collect.json."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
-    def tag(self, conversation: Conversation) -> Tag | None:
-        """What the tags file says of it; its own name wins over a pattern, a later line over an earlier one."""
-        return tag_of(names_of(conversation), self.tags) if self.tags else None
+    @property
+    def names_ids(self) -> bool:
+        """Whether something may be an id."""
+        return any(ID.fullmatch(name) for name in (*self.exclude, *self.tags))
 
-    def reason_to_leave(self, conversation: Conversation) -> str | None:
-        """Why it was not asked for; None where it was."""
-        tag = self.tag(conversation)
+    def tag(self, conversation: Conversation, also: Sequence[str] = ()) -> Tag | None:
+        """What the tags file says of it (see `tag_of`); `also` are its name and id as they were written, without secrets."""
+        return tag_of((*names_of(conversation), *also), self.tags) if self.tags else None
+
+    def reason_to_leave(self, conversation: Conversation, also: Sequence[str] = ()) -> str | None:
+        """Why it was not asked for; None where it was. `also` as in `tag`."""
+        tag = self.tag(conversation, also)
         if tag in (DROP, 0):
             return DROPPED
-        if any(is_meant(pattern, names_of(conversation)) for pattern in self.exclude):
+        if self.exclude and any(is_meant(pattern, (*names_of(conversation), *also)) for pattern in self.exclude):
             return "not selected: --exclude"
         if tag == KEEP or conversation.source == "openassistant":
             return None
@@ -70,9 +77,9 @@ def tools_used(conversation: Conversation) -> frozenset[str]:
     return frozenset(native | {call.tool for message in turns for call in calls_of(message, tool_format)})
 
 
-def names_of(conversation: Conversation) -> tuple[str, str, str]:
-    """What options and tags may call it: its own name, its id, and the log or tree that it came from."""
-    return conversation.name, conversation.id, conversation.group
+def names_of(conversation: Conversation) -> tuple[str, str]:
+    """What options and tags may call it: its own name, and the log or tree that it came from."""
+    return conversation.name, conversation.group
 
 
 def _like(pattern: str, text: str) -> bool:

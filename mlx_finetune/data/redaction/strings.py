@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_finetune.data.conversation import Conversation, Message
+from mlx_finetune.data.conversation import Conversation, Message, ToolCall
 from mlx_finetune.data.native import NativeCall, native_calls
 
 STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 COLON = re.compile(r"[ \t\r\n]*:")
-UNTOUCHED_META = ("name", "group", "id")  # what other files refer to
 
 NOT_JSON = object()
 
@@ -40,28 +39,39 @@ def texts_of(conversation: Conversation) -> Iterator[tuple[str, str]]:
         yield message.content[end:], ""
         for one in message.tool_calls:
             yield from _texts_of_json(one.arguments)
+            yield one.id, ""
+        for text in filter(None, (message.reason, message.tool_call_id)):
+            yield text, ""
     yield from _texts(conversation.tools)
     for key, value in conversation.meta.items():
-        if key not in UNTOUCHED_META:
-            yield from _texts({key: value})
+        yield from _texts({key: value})
+    yield conversation.group, ""
+    yield conversation.license, ""
 
 
 def rewritten(conversation: Conversation, rewrite: Rewrite) -> Conversation:
-    """Content and arguments of every message in order, then the schemas of tools, then meta (but its name, group and id)."""
+    """Content, calls and ids of every message in order, then the schemas of tools, then meta, group and licence."""
     messages = tuple(_message(message, rewrite) for message in conversation.messages)
     tools = tuple(_value(conversation.tools, rewrite))
     meta: dict[str, Any] = {}
     for key, value in conversation.meta.items():
-        meta |= {key: value} if key in UNTOUCHED_META else _value({key: value}, rewrite)
-    return replace(conversation, messages=messages, tools=tools, meta=meta)
+        meta |= _value({key: value}, rewrite)
+    group, license_ = rewrite(conversation.group, ""), rewrite(conversation.license, "")
+    return replace(conversation, messages=messages, tools=tools, meta=meta, group=group, license=license_)
 
 
 def _message(message: Message, rewrite: Rewrite) -> Message:
     content = _content(message.content, rewrite)
-    calls = tuple(replace(call, arguments=_json_or_text(call.arguments, rewrite)) for call in message.tool_calls)
-    if content == message.content and calls == message.tool_calls:
+    calls = tuple(_call(call, rewrite) for call in message.tool_calls)
+    reason, answers = (rewrite(text, "") if text else "" for text in (message.reason, message.tool_call_id))
+    if (content, calls, reason, answers) == (message.content, message.tool_calls, message.reason, message.tool_call_id):
         return message
-    return replace(message, content=content, tool_calls=calls)
+    return replace(message, content=content, tool_calls=calls, reason=reason, tool_call_id=answers)
+
+
+def _call(call: ToolCall, rewrite: Rewrite) -> ToolCall:
+    arguments = _json_or_text(call.arguments, rewrite)
+    return ToolCall(rewrite(call.id, ""), call.name, arguments)
 
 
 def _calls(text: str) -> Iterable[NativeCall]:
