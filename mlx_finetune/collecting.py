@@ -31,6 +31,7 @@ CHOICES = {
     "--relevant": ("code", "any"),
     "--format": ("markdown", "tool", "xml"),
 }
+SHOWN = 5
 DAYS = {"d": 1, "w": 7, "m": 30, "y": 365}
 
 
@@ -87,6 +88,10 @@ def collect_command(options: CollectOptions) -> None:
         say(f"nothing is new: {options.out} stays as it is")
     if changed := result.get("changed_options"):
         say(f"other options than before ({', '.join(changed)}): everything was read again")
+    for name in result.get("unmatched", ())[:SHOWN]:
+        say(f"--tags or --exclude: nothing is called {name!r:.80}")
+    for reason, count in result.get("not_rendered", {}).items():
+        say(f"{count:,} conversations are not in train.csv and train.jsonl: {reason}")
     if not options.redact:
         say("secrets were not removed: these files are as private as your logs")
 

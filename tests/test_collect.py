@@ -13,10 +13,11 @@ from chats import RAISES, template_of
 
 from mlx_finetune.data import refining
 from mlx_finetune.data.clean import reason_in_name, reason_in_shape
-from mlx_finetune.data.collect import Sources, collect, write_rendered
-from mlx_finetune.data.conversation import Conversation, Message, Role, read_conversations
+from mlx_finetune.data.collect import Sources, collect
+from mlx_finetune.data.conversation import Conversation, Message, Role, ToolCall, read_conversations
 from mlx_finetune.data.redact import Rules
 from mlx_finetune.data.refine import Settings
+from mlx_finetune.data.rendered import write_rendered
 from mlx_finetune.data.select import Selection
 from mlx_finetune.data.sources.openassistant import EVERYTHING
 from mlx_finetune.data.tags import read_tags
@@ -386,10 +387,17 @@ def test_with_a_template_the_collected_conversations_are_rendered_too(tmp_path: 
     assert rendered(tmp_path / "out")[0].endswith("<|im_start|>assistant\n```shell\nls\n```<|im_end|>\n")
 
 
+def test_what_a_template_would_lose_is_left_out_of_the_rendered_files_and_counted(tmp_path: Path, tiny_llama: Path) -> None:
+    called = Message("assistant", "", tool_calls=(ToolCall("1", "shell", '{"command": "ls"}'),))
+    lost = Conversation((Message("user", "list"), called), "chat", "a", "private")
+    refusals = write_rendered([lost, conversation("user", "assistant")], ChatTemplate.load(tiny_llama), tmp_path)
+    assert len(rendered(tmp_path)) == 1 and sum(refusals.values()) == 1
+
+
 def test_a_conversation_that_the_template_does_not_take_is_named_and_leaves_no_folder(tmp_path: Path) -> None:
     write_log(tmp_path / "logs", "one", ("user", "list"), ("assistant", "ls"), ("system", "a.txt"), ("assistant", "one file"))
     template = template_of(tmp_path / "model", RAISES)
     with pytest.raises(UserError, match=r"^one: the template does not take these messages") as error:
         collect(Sources(tmp_path / "logs"), PLAIN, tmp_path / "out", template=template)
-    assert error.value.hint == "collect without --model"
+    assert "collect without --model" in error.value.hint
     assert {path.name for path in tmp_path.iterdir()} == {"logs", "model"}

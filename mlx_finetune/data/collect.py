@@ -4,7 +4,6 @@ Each conversation is read once, refined, and its text put aside on the disk; onc
 small fingerprints, and the rest is written. A later run reads only what is new.
 """
 
-import csv
 import json
 import os
 import secrets
@@ -12,7 +11,6 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,15 +36,15 @@ from mlx_finetune.data.collection import (
 )
 from mlx_finetune.data.conversation import Conversation, conversation_of, read_conversations
 from mlx_finetune.data.dedupe import Decision, decide, shingles_of
-from mlx_finetune.data.provenance import Refused
 from mlx_finetune.data.redact import Rules
 from mlx_finetune.data.refine import Settings, lifted_by_keep, without_secrets
 from mlx_finetune.data.refining import Advance, FileSource, Work, number_secrets, refine_file, refine_logs
-from mlx_finetune.data.select import DROPPED
+from mlx_finetune.data.rendered import write_rendered
+from mlx_finetune.data.select import DROPPED, ID, Selection
 from mlx_finetune.data.sources import gptme as gptme_source
 from mlx_finetune.data.sources.openassistant import Options
 from mlx_finetune.data.summary import summarise
-from mlx_finetune.data.tags import Line, Tag, tag_lines
+from mlx_finetune.data.tags import Line, any_meant, tag_lines
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file, atomic_folder, write_json
@@ -125,8 +123,9 @@ def collect(
             _refuse_nothing_left(summary, out)
         if template:
             kept = (folder / f"{source}.jsonl" for source in summary["conversations"])
-            write_rendered((one for path in kept for one in read_conversations(path)), template, folder)
-        _finish(folder, units, written, summary, settings.selection.tags)
+            refused = write_rendered((one for path in kept for one in read_conversations(path)), template, folder)
+            summary["not_rendered"] = dict(refused.most_common())
+        _finish(folder, units, written, summary, settings.selection)
     return summary | {"unchanged": False, "changed_options": list(earlier.changed) if earlier else []}
 
 
@@ -135,25 +134,6 @@ def _refuse_without_update(out: Path, earlier: Earlier) -> None:
         hint = "--update collects everything anew with these options; or choose another --out"
         raise UserError(f"{out} exists already, collected with another {earlier.changed[0].replace('_', ' ')}", hint=hint)
     raise UserError(f"{out} exists already, and there is something new to collect", hint="--update adds what is new to it")
-
-
-def write_rendered(conversations: Iterable[Conversation], template: ChatTemplate, folder: Path) -> None:
-    """train.csv (one column, `text`) and train.jsonl ({"text": ...}), as gptme's first collector wrote them.
-
-    Raises:
-        UserError: the template does not take a conversation; `prepare` says which turns can be learned.
-    """
-    with ExitStack() as files:
-        lines = files.enter_context(atomic_file(folder / "train.jsonl"))
-        table = csv.writer(files.enter_context(atomic_file(folder / "train.csv")), lineterminator="\n", quoting=csv.QUOTE_ALL)
-        table.writerow(["text"])
-        for conversation in conversations:
-            try:
-                text = template.render(template.as_learned(conversation.messages), tools=conversation.tools)
-            except Refused as refused:
-                raise UserError(f"{conversation.name}: {refused}", hint="collect without --model") from refused
-            table.writerow([text])
-            lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 
 class _Reader:
@@ -262,7 +242,7 @@ def _as_context(body: bytes, turns: Iterable[int]) -> bytes:
     return json.dumps(row, ensure_ascii=False)[1:].encode()
 
 
-def _finish(folder: Path, units: Sequence[Unit], written: _Written, summary: dict[str, Any], tags: Mapping[str, Tag]) -> None:
+def _finish(folder: Path, units: Sequence[Unit], written: _Written, summary: dict[str, Any], chosen: Selection) -> None:
     rejected = [(one.id, one.source, one.reason) for unit in units for one in unit.rejected]
     rejected += [
         (written.everything[i].name, written.everything[i].source, why) for i, why in sorted(written.decision.dropped.items())
@@ -271,14 +251,24 @@ def _finish(folder: Path, units: Sequence[Unit], written: _Written, summary: dic
         rows = ({"id": name, "source": source, "reason": why} for name, source, why in rejected)
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with atomic_file(folder / TAGS) as file:
-        file.writelines(tag_lines(_tagged(written, rejected), tags))
+        file.writelines(tag_lines(_tagged(written, rejected), chosen.tags))
     summary["tags"] = digest_of(folder / TAGS)
+    summary["unmatched"] = _unmatched(written, rejected, chosen)
     unchanged = {id(written.everything[i]): place for i, place in written.places.items() if i not in written.changed}
     write_index(folder / INDEX, units, unchanged)
     shutil.rmtree(folder / SPOOL)
     names = [path.name for path in folder.iterdir() if path.suffix == ".jsonl" or path.name == INDEX]
     summary["files"] = file_stamps(folder, sorted(names))
     write_json(folder / "collect.json", summary)
+
+
+def _unmatched(written: _Written, rejected: Iterable[tuple[str, str, str]], chosen: Selection) -> list[str]:
+    """What the tags and --exclude name that nothing is called; an id of what was left out cannot be known."""
+    asked = [name for name in (*chosen.tags, *chosen.exclude) if not ID.fullmatch(name)]
+    if not asked:
+        return []
+    names = {name for line in _tagged(written, ()) for name in line.names} | {name for name, _, _ in rejected}
+    return [name for name in asked if name not in names and not any_meant(name, names)]
 
 
 def _tagged(written: _Written, rejected: Iterable[tuple[str, str, str]]) -> Iterator[Line]:

@@ -1,8 +1,8 @@
 """tags.yaml: which conversations a person keeps, drops, or weighs, by name, id or pattern."""
 
+import fnmatch
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +64,12 @@ def tag_of(names: Sequence[str], tags: Mapping[str, Tag]) -> Tag | None:
 
 def is_meant(pattern: str, names: Sequence[str]) -> bool:
     """Whether one of the names is the pattern, or matches it as a shell would."""
-    return any(fnmatchcase(own, pattern) for own in names)
+    return any(fnmatch.fnmatchcase(own, pattern) for own in names)
+
+
+def any_meant(pattern: str, names: Iterable[str]) -> bool:
+    """Whether some of many names match the pattern."""
+    return any(sign in pattern for sign in "*?[") and bool(fnmatch.filter(names, pattern))
 
 
 class Line(NamedTuple):
