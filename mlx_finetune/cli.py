@@ -164,10 +164,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str, hint: str) -> None:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print(f"error: {_one_line(message)}", file=sys.stderr)
     if hint:
-        print("hint: " + " ".join(hint.split()), file=sys.stderr)
+        print(f"hint: {_one_line(hint)}", file=sys.stderr)
     sys.exit(2)
+
+
+def _one_line(text: str) -> str:
+    """Without control characters, which a file's name may hold."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,13 @@ def progress(title: str) -> Iterator[Callable[..., None]]:
     if not console.is_terminal:
         yield _lines(title)
         return
-    columns = [TextColumn(title), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+    columns = [
+        TextColumn(title),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    ]
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=None, note="")
         yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
@@ -54,7 +60,7 @@ def table(title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str] = (
         grid.add_column(header[i] if header else "", justify="left" if i == 0 else "right")
     for row in rows:
         grid.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(grid)
+    Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False).print(grid)  # text of files stands in cells
 
 
 def finish(result: Mapping[str, Any], as_json: bool, show: Callable[[], None], made: Path | None, following: str) -> None:

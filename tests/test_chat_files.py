@@ -16,6 +16,7 @@ import pytest
 from mlx_finetune.data.conversation import Conversation
 from mlx_finetune.data.sources import BadLine, chat_files, chat_tables, gather
 from mlx_finetune.data.sources.chat_formats import read
+from mlx_finetune.data.sources.chat_values import NotJson
 from mlx_finetune.errors import UserError
 
 ROWS = [
@@ -186,8 +187,64 @@ def test_parquet_is_read_without_the_nulls_that_a_table_fills_in(tmp_path: Path)
 def test_values_of_a_table_that_json_has_not_are_made_plain() -> None:
     import datetime
 
-    odd = {"a": None, "b": float("nan"), "c": datetime.date(2026, 1, 2), "d": b"x", "e": [("f", None)], "g": {"h": None}, "i": 1.5}
-    assert chat_tables.plain(odd) == {"c": "2026-01-02", "d": "(bytes)", "e": [["f", None]], "g": {}, "i": 1.5}
+    odd = {"a": None, "b": float("nan"), "c": datetime.date(2026, 1, 2), "d": b"x", "g": {"h": None}, "i": 1.5}
+    maps = {"e": [("f", None), (b"j", [[("k", 2)]])], "l": [], "m": b"\xff", "n": datetime.timedelta(1)}
+    assert chat_tables.plain(odd | maps) == {
+        **{"c": "2026-01-02", "d": "x", "g": {}, "i": 1.5},
+        **{"e": {"j": [{"k": 2}]}, "l": [], "m": NotJson("binary data"), "n": NotJson("a value of type timedelta")},
+    }
+
+
+def test_binary_columns_are_read_as_text_or_refused_by_their_field(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    columns = {"prompt": [b"Hi", b"Hi", b"caf\xe9"], "completion": ["Åh".encode(), b"\xff\xfe", b"Yes."], "image": [b"\x89PNG"] * 3}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    found = gather(read(path))
+    assert [[m.content for m in one.messages] for one in found.conversations] == [["Hi", "Åh"]]
+    assert [(bad.line, bad.reason) for bad in found.bad_lines] == [
+        (2, "completion: binary data is not a list"),
+        (3, "prompt: binary data is not a list"),
+    ]
+    message = pyarrow.struct([("role", pyarrow.binary()), ("content", pyarrow.binary())])
+    chats = [[{"role": b"user", "content": content}, {"role": b"assistant", "content": b"Yes."}] for content in (b"Hi", b"\xff")]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": pyarrow.array(chats, pyarrow.list_(message))}), path)
+    found = gather(read(path))
+    assert [one.messages[0].content for one in found.conversations] == ["Hi"]
+    assert [bad.reason for bad in found.bad_lines] == ["messages[0].content: binary data is not text"]
+
+
+def test_maps_of_a_table_are_objects(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path, text_map = tmp_path / "a.parquet", pyarrow.map_(pyarrow.string(), pyarrow.string())
+    pairs = [[[*one.items()] for one in row["messages"]] for row in ROWS]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": pyarrow.array(pairs, pyarrow.list_(text_map))}), path)
+    assert questions(path) == EXPECTED
+    call = pyarrow.struct([("name", pyarrow.string()), ("arguments", text_map)])
+    message = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string()), ("tool_calls", pyarrow.list_(call))])
+    calls = [{"name": "f", "arguments": [("a", "1")]}, {"name": "g", "arguments": []}]
+    messages = pyarrow.array(
+        [[{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": calls}]], pyarrow.list_(message)
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"messages": messages}), path)
+    (found,) = gather(read(path)).conversations
+    assert [call.arguments for call in found.messages[1].tool_calls] == ['{"a": "1"}', "{}"]
+
+
+def test_what_is_null_in_a_table_is_named(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    columns = {"instruction": ["Hi", "Hi"], "input": pyarrow.array([None, None], pyarrow.string()), "output": ["Hello", None]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    found = gather(read(path))
+    assert [len(one.messages) for one in found.conversations] == [2]
+    assert [(bad.line, bad.reason) for bad in found.bad_lines] == [(2, "output: nothing")]
 
 
 def test_a_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:
@@ -195,12 +252,41 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:
 
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
     assert questions(tmp_path / "one") == EXPECTED
-    splits = {"train": datasets.Dataset.from_list(ROWS[:2]), "test": datasets.Dataset.from_list(ROWS[2:])}
+    splits = {"train": datasets.Dataset.from_list(ROWS[:1]), "more": datasets.Dataset.from_list(ROWS[1:])}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "two")
     assert questions(tmp_path / "two") == EXPECTED
+    arrays = {"prompt": ["Hi"], "completion": ["Yes."], "scores": [[1, 2]]}
+    datasets.Dataset.from_dict(arrays).with_format("numpy").save_to_disk(tmp_path / "arrays")
+    assert questions(tmp_path / "arrays") == ["Hi"]
     (tmp_path / "one" / "state.json").write_text("{")
     with pytest.raises(UserError, match="cannot be loaded as a dataset"):
         gather(read(tmp_path / "one"))
+
+
+def test_the_test_split_that_datasets_saved_is_not_learned(tmp_path: Path) -> None:
+    import datasets
+
+    splits = {"train": datasets.Dataset.from_list(ROWS[:2]), "test": datasets.Dataset.from_list(ROWS[2:])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "two")
+    found = gather(read(tmp_path / "two"))
+    assert [one.messages[0].content for one in found.conversations] == EXPECTED[:2]
+    assert [one.reason for one in found.rejected] == ["split: 'test': a test split, such as OpenPipe's, is never learned"]
+
+
+def test_a_file_of_a_folder_that_holds_no_chat_is_named_once_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text(LINES)
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "info.json").write_text('{"rows": 3}')
+    (tmp_path / "log.jsonl").write_text('\n{"role": "user", "content": "Hi", "timestamp": "x"}\n' * 3)
+    found = gather(read(tmp_path))
+    assert len(found.conversations) == 3
+    assert [(bad.path.name, bad.line, bad.reason.partition(":")[0]) for bad in found.bad_lines] == [
+        ("deep.json", 1, "not read"),
+        ("empty.json", 0, "no row in it"),
+        ("info.json", 1, "no chat"),
+        ("log.jsonl", 2, "a message of a gptme log, not a chat"),
+    ]
 
 
 def test_a_folder_gives_all_chat_files_in_it_and_names_the_others(tmp_path: Path) -> None:

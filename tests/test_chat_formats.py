@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ FORMATS: dict[str, tuple[Any, str, tuple[Message, ...]]] = {
         ),
     ),
     "OpenPipe's data set": (
-        chat(ASKED, assistant(), split="TEST", rejected_message=assistant(content="Sun."), metadata={}),
+        chat(ASKED, assistant(), split="TRAIN", rejected_message=assistant(content="Sun."), metadata={}),
         "openpipe",
         (ASKED_MESSAGE, ANSWER),
     ),
@@ -181,6 +182,17 @@ FORMATS: dict[str, tuple[Any, str, tuple[Message, ...]]] = {
         "completion",
         (ASKED_MESSAGE, Message("assistant", "Rain.", 0.0, "part of the prompt"), ASKED_MESSAGE, ANSWER),
     ),
+    "input in messages, output one message": (
+        {"input": [ASKED, assistant(), ASKED], "output": assistant(tool_calls=[CALL])},
+        "completion",
+        (
+            ASKED_MESSAGE,
+            Message("assistant", "Rain.", 0.0, "part of the prompt"),
+            ASKED_MESSAGE,
+            Message("assistant", "Rain.", tool_calls=CALLED.tool_calls),
+        ),
+    ),
+    "a request and one message": ({"input": chat(ASKED), "output": assistant()}, "openpipe", (ASKED_MESSAGE, ANSWER)),
     "prompt in messages, completion in text": ({"prompt": [ASKED], "completion": "Rain."}, "completion", (ASKED_MESSAGE, ANSWER)),
     "a rendered prompt": (
         {
@@ -240,7 +252,8 @@ READ_NOT: dict[str, tuple[Any, str]] = {
     "weight is text": (chat(assistant(weight="1")), "messages[0].weight: '1' is not a number that is 0 or from 0.001 to 1000"),
     "weight is true": (chat(assistant(weight=True)), "messages[0].weight: true or false is not a number"),
     "weight is negative": (chat(assistant(weight=-1)), "messages[0].weight: -1 is not a number that is 0"),
-    "weight is huge": (chat(assistant(weight=10**400)), "messages[0].weight: a number is not a number that is 0"),
+    "weight is large": (chat(assistant(weight=1e9)), "messages[0].weight: 1000000000.0 is not a number that is 0"),
+    "weight is huge": (chat(assistant(weight=10**400)), f"messages[0].weight: 1{'0' * 43}… is not a number that is 0"),
     "tool_calls is text": (chat(assistant(tool_calls="x")), "messages[0].tool_calls: not JSON"),
     "a call is text": (
         chat(assistant(tool_calls=["x"])),
@@ -298,7 +311,10 @@ LEARNED_NOT: dict[str, tuple[Any, str]] = {
     ),
     "a second result": (chat(*TURNS, TURNS[2]), "messages[3].tool_call_id: 'c1': answers no call before it"),
     "a result before its call": (chat(TURNS[2], *TURNS[:2]), "messages[0].tool_call_id: 'c1': answers no call before it"),
-    "one result for two calls": (chat(ASKED, *CALLS, BARE), "messages[2].tool_call_id: nothing, and any of 2 calls could be meant"),
+    "one result for two calls": (
+        chat(ASKED, *CALLS, BARE),
+        "messages[2].tool_call_id: nothing, and 2 calls wait: it cannot be told which is meant",
+    ),
     "no answer recorded": ({"input": chat(ASKED), "output": {"error": "timeout"}}, "output.choices: no answer was recorded"),
     "an answer cut off": (
         {"request": chat(ASKED), "response": {"choices": [{"finish_reason": "length", "message": assistant()}]}},
@@ -307,6 +323,14 @@ LEARNED_NOT: dict[str, tuple[Any, str]] = {
     "a preference": ({"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, "chosen: a preference, which is not learned"),
     "a bad answer": ({"prompt": "Hi", "completion": "No", "label": False}, "label: false: the answer is marked as a bad one"),
     "a failed answer": (chat(ASKED, assistant(), judgement="FAIL"), 'judgement: "FAIL": the answer is marked as a bad one'),
+    "OpenPipe's test split": (chat(ASKED, assistant(), split="TEST"), "split: 'TEST': a test split, such as OpenPipe's, is never"),
+    "a test split of any format": ({"prompt": "Hi", "completion": "Hello", "split": "test"}, "split: 'test': a test split"),
+    "a test split in the metadata": (chat(ASKED, assistant(), metadata={"split": "test"}), "metadata.split: 'test': a test split"),
+    "a test split in metadata that is text": (chat(ASKED, metadata='{"split": "Test"}'), "metadata.split: 'Test': a test split"),
+    "a test split in a recorded request": (
+        {"input": chat(ASKED, metadata={"split": "TEST"}), "output": {"choices": [{"message": assistant()}]}},
+        "input.metadata.split: 'TEST': a test split",
+    ),
     "no question": ({"prompt": " ", "completion": "Hello"}, "prompt: empty"),
     "no output": ({"instruction": "Hi", "output": ""}, "output: empty"),
     "free text": ({"text": "The sky is blue."}, "text: free text without speakers"),
@@ -330,6 +354,30 @@ def test_a_row_from_which_nothing_can_be_learned_is_rejected_with_the_field(tmp_
     assert found.reason.startswith(reason)
 
 
+def test_a_reason_that_is_counted_is_the_same_wherever_the_row_breaks_and_whatever_stands_there(tmp_path: Path) -> None:
+    image = {"role": "user", "content": [*parts("See"), {"type": "image_url"}]}
+    rows = [
+        *(chat(*[ASKED] * i, {**BARE, "tool_call_id": f"call_{i}"}, assistant()) for i in range(3)),
+        *(chat(ASKED, assistant(content="", tool_calls=[{**CALL, "id": ""}] * i), BARE) for i in (2, 3)),
+        *(chat(*[ASKED] * i, image) for i in range(2)),
+        *({"instruction": "Hi", "output": "Hello", "history": [["Hi", "Hello"]] * i + [["Hi", ""]]} for i in range(2)),
+        *({"input": chat(ASKED), "output": {"choices": choices}} for choices in ([], None)),
+        *(chat(ASKED, assistant(), split=split) for split in ("TEST", "test")),
+        chat(),
+    ]
+    found = gather(items_of(tmp_path, *rows))
+    assert len(found.rejected) == len(rows)
+    assert Counter(one.countable for one in found.rejected) == {
+        "tool_call_id: answers no call before it": 3,
+        "tool_call_id: it cannot be told which is meant": 2,
+        "content: only text can be learned": 2,
+        "history: empty": 2,
+        "choices: no answer was recorded": 2,
+        "split: a test split, such as OpenPipe's, is never learned": 2,
+        "no messages": 1,
+    }
+
+
 FOREIGN: dict[str, tuple[Any, str, str]] = {
     "gptme": (
         {"role": "user", "content": "Hi", "timestamp": "2026-01-01"},
@@ -345,7 +393,11 @@ FOREIGN: dict[str, tuple[Any, str, str]] = {
     "OpenAssistant message": ({"message_id": "m", "role": "prompter", "text": "Hi"}, "OpenAssistant", "--openassistant"),
     "other keys": ({"city": "Oslo", "population": 7}, "no chat: its keys are 'city', 'population'", "messages (OpenAI, OpenPipe)"),
     "a number": (5, "a number is no chat", "known are messages"),
-    "nothing said": ({"messages": None, "text": None}, "no chat: its keys are 'messages', 'text'", "known are"),
+    "messages are null": ({"messages": None, "text": None}, "chats.jsonl:1: messages: nothing", "known are"),
+    "conversations are null": ({"id": "x", "conversations": None}, "chats.jsonl:1: conversations: nothing", "known are"),
+    "a completion is null": ({"prompt": "q", "completion": None}, "chats.jsonl:1: completion: nothing", "known are"),
+    "an output is null": ({"instruction": "q", "input": None, "output": None}, "chats.jsonl:1: output: nothing", "known are"),
+    "a prompt is null": ({"prompt": None, "completion": "a"}, "chats.jsonl:1: prompt: nothing", "known are"),
 }
 
 
@@ -408,7 +460,7 @@ def test_tools_are_kept_as_openai_has_them_today(tmp_path: Path, field: str, val
 
 
 def test_what_a_row_says_of_itself_is_kept(tmp_path: Path) -> None:
-    row = chat(ASKED, assistant(), id="weather-1", conversation_id="weather", license="MIT", model="m", title="T", split="TEST")
+    row = chat(ASKED, assistant(), id="weather-1", conversation_id="weather", license="MIT", model="m", title="T", split="TRAIN")
     found = one(tmp_path, row | {"created_at": "2026-01-02T03:04:05+02:00"})
     assert (found.name, found.group, found.license) == ("weather-1", "weather", "MIT")
     assert found.meta == {
@@ -416,7 +468,7 @@ def test_what_a_row_says_of_itself_is_kept(tmp_path: Path) -> None:
         "format": "openpipe",
         "model": "m",
         "title": "T",
-        "split": "TEST",
+        "split": "TRAIN",
         "time": "2026-01-02T01:04:05Z",
     }
 

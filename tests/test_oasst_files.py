@@ -61,6 +61,17 @@ def test_parquet_and_gzip_are_known_by_their_content(tmp_path: Path) -> None:
         assert paths_of(read_all(tmp_path / name)) == [["p1", "a1"]]
 
 
+def test_labels_of_parquet_may_be_a_map(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [flat("p1", labels=[]), flat("a1", "p1", labels=[("spam", 1.0)]), flat("a2", "p1", labels=[("spam", 0.0)])]
+    table = pyarrow.Table.from_pylist([{key: one for key, one in row.items() if key != "labels"} for row in rows])
+    labels = pyarrow.array([row["labels"] for row in rows], pyarrow.map_(pyarrow.string(), pyarrow.float64()))
+    parquet.write_table(table.append_column("labels", labels), tmp_path / "rows.parquet")
+    assert paths_of(read_all(tmp_path / "rows.parquet", Options(relevant="any"))) == [["p1", "a2"]]
+
+
 def test_a_folder_gives_its_parquet_files_train_first_or_else_its_json_lines(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow

@@ -10,15 +10,20 @@ from mlx_finetune.data.conversation import Conversation
 
 @dataclass(frozen=True)
 class Rejected:
-    """One conversation that was not kept. `id` is the source's own name for it: a log's folder, a tree's id."""
+    """One conversation that was not kept. `id` is the source's own name for it: a log's folder, a tree's id.
+
+    `countable` is the reason without places and values, where it has some.
+    """
 
     id: str
     source: str
     reason: str
+    countable: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The line of rejected.jsonl."""
-        return {"id": self.id, "source": self.source, "reason": self.reason}
+        """As it stands in the index."""
+        row = {"id": self.id, "source": self.source, "reason": self.reason}
+        return row | {"countable": self.countable} if self.countable else row
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from mlx_finetune.data.sources.chat_files import HINT, Row, is_parquet, rows_of
 from mlx_finetune.data.sources.chat_messages import messages_of, role_of
 from mlx_finetune.data.sources.chat_shapes import KNOWN, Foreign, Shape, shape_of
 from mlx_finetune.data.sources.chat_tables import HUB_ID, hub_rows, parquet_rows, saved_rows
-from mlx_finetune.data.sources.chat_values import CannotLearn, RowError, listed, shown, tidy
+from mlx_finetune.data.sources.chat_values import CannotLearn, RowError, listed, object_of, shown, tidy
 from mlx_finetune.errors import UserError
 
 SOURCE = "chat"
@@ -26,10 +26,15 @@ UNWANTED = {"label": False, "kto_tag": False, "judgement": "FAIL"}  # how files 
 TIMES = ("time", "timestamp", "created_at", "created")
 
 
+class _Said(UserError):
+    """Why nothing of a file is read, which its bad lines have said already."""
+
+
 def read(source: str | Path) -> Iterator[Item]:
     """What a chat file gives, row by row; of a folder every chat file in it; of a Hugging Face dataset's id its rows.
 
-    A row that cannot be read is a BadLine, one from which nothing can be learned Rejected; both name the field.
+    A row that cannot be read is a BadLine, one from which nothing can be learned Rejected; both name the field. Rows of a test
+    split are Rejected whatever their format: `split` is "TEST" (OpenPipe) or "test", in the row or in its metadata.
 
     Raises:
         UserError: there is no such file, it cannot be read or is broken, or no row of it has a shape that is known.
@@ -76,7 +81,8 @@ def _read_folder(folder: Path) -> Iterator[Item]:
             read_any = True
         except UserError as error:
             fault = error if fault.hint == KNOWN else fault  # the one that says more
-            yield BadLine(path, 0, printable(error.message.removeprefix(f"{path}: ")))
+            if not isinstance(error, _Said):
+                yield BadLine(path, 0, printable(error.message.removeprefix(f"{path}: ")))
     if not read_any:
         raise fault
 
@@ -91,11 +97,11 @@ def _items(rows: Iterator[Row], path: Path, name: str) -> Iterator[Item]:
             shape = shape_of(row.value)
         except RowError as error:
             hint = error.hint if isinstance(error, Foreign) else ""
-            fault = UserError(f"{path}:{row.line}: {error}", hint=hint or KNOWN)
+            fault = _Said(f"{path}:{row.line}: {error}", hint=hint or KNOWN)
+            yield BadLine(path, row.line, f"{error}: {hint}" if hint else str(error))
             if hint and not known:
                 raise fault from error
             first = first or fault
-            yield BadLine(path, row.line, f"{error}: {hint}" if hint else str(error))
         else:
             known = True
             yield _item(row, shape, path, printable(f"{name}:{row.number}"))
@@ -109,15 +115,13 @@ def _item(row: Row, shape: Shape, path: Path, place: str) -> Item:
     try:
         return _conversation(value, shape, name)
     except CannotLearn as error:
-        return Rejected(name, SOURCE, str(error))
+        return Rejected(name, SOURCE, str(error), error.countable)
     except RowError as error:
         return BadLine(path, row.line, str(error))
 
 
 def _conversation(row: Mapping[str, Any], shape: Shape, name: str) -> Conversation:
-    for key, value in UNWANTED.items():
-        if isinstance(row.get(key), type(value)) and row[key] == value:
-            raise CannotLearn(f"{key}: {json.dumps(value)}: the answer is marked as a bad one")
+    _refuse_unwanted(row, shape)
     entries = shape.entries()
     if not entries:
         raise CannotLearn("no messages")
@@ -134,6 +138,18 @@ def _conversation(row: Mapping[str, Any], shape: Shape, name: str) -> Conversati
         meta=_meta(row, shape, name),
         tools=_tools(shape.about, shape.field),
     )
+
+
+def _refuse_unwanted(row: Mapping[str, Any], shape: Shape) -> None:
+    """Raises CannotLearn for an answer that is marked as a bad one, and for a row that is kept for tests."""
+    for key, value in UNWANTED.items():
+        if isinstance(row.get(key), type(value)) and row[key] == value:
+            raise CannotLearn("the answer is marked as a bad one", key, json.dumps(value))
+    for field, about in {"": row, shape.field: shape.about}.items():
+        for place, one in ((field, about), *((f"{field}{key}.", object_of(about.get(key))) for key in ("metadata", "meta"))):
+            split = one.get("split") if isinstance(one, Mapping) else None
+            if isinstance(split, str) and split.strip().lower() == "test":
+                raise CannotLearn("a test split, such as OpenPipe's, is never learned", f"{place}split", shown(split))
 
 
 def _is_ours(row: Mapping[str, Any]) -> bool:

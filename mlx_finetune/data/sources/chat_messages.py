@@ -24,6 +24,7 @@ OTHER_NAMES: dict[Role, str] = {
 }
 ROLES: dict[str, Role] = {name: role for role, names in OTHER_NAMES.items() for name in names.split()}
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type of a part: its field
+LONGEST_SHOWN = 44  # signs of a number in an error
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CALL_IN_TEXT = re.compile(r"<(?:tool_call|function_?call)s?>")  # of models whose calls are text: results need no id
 
@@ -117,7 +118,7 @@ def _part(field: str, part: Any) -> str:
     if not isinstance(kind, str):
         raise RowError(f"{field}.type: {shown(kind)} is not text")
     if kind not in TEXT_PARTS:
-        raise CannotLearn(f"{field}: {printable(kind[:40])}: only text can be learned")
+        raise CannotLearn("only text can be learned", field, printable(kind[:40]))
     text = part.get(TEXT_PARTS[kind])
     if not isinstance(text, str):
         raise RowError(f"{field}.{TEXT_PARTS[kind]}: {shown(text)} is not text")
@@ -129,9 +130,13 @@ def _weight(field: str, value: Any) -> float:
         return 1.0
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not (value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT):
-        given = value if number and abs(value) < 10**9 else shown(value)
-        raise RowError(f"{field}: {given} is not a number that is 0 or from {LEAST_WEIGHT} to {MOST_WEIGHT}")
+        given = str(value) if number else shown(value)
+        raise RowError(f"{field}: {_cut(given)} is not a number that is 0 or from {LEAST_WEIGHT} to {MOST_WEIGHT}")
     return float(value)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def _calls(field: str, value: dict[str, Any]) -> tuple[ToolCall, ...]:
@@ -175,7 +180,7 @@ def _arguments(field: str, function: dict[str, Any]) -> str:
     """JSON text of an object: as it stands where it is text, written anew where it is an object."""
     key = next((key for key in ("arguments", "parameters") if function.get(key) is not None), "arguments")
     field, value = f"{field}.{key}", function.get(key)
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if value in (None, []) or (isinstance(value, str) and not value.strip()):  # a table's empty map is an empty list
         return "{}"
     if not isinstance(_json(field, value), dict):
         raise RowError(f"{field}: not a JSON object")
@@ -206,7 +211,7 @@ class _Waiting:
         """
         id_ = draft.message.tool_call_id or self._meant(draft, in_a_row)
         if not self._every[id_]:
-            raise CannotLearn(f"{draft.field}.tool_call_id: {shown(id_ or None)}: answers no call before it")
+            raise CannotLearn("answers no call before it", f"{draft.field}.tool_call_id", shown(id_ or None))
         self._every[id_] -= 1
         if id_ in self._latest:
             self._named[self._latest.pop(id_)].pop(id_, None)
@@ -222,7 +227,8 @@ class _Waiting:
         if draft.function and len(named) == 1:
             return next(iter(named))
         if len(self._latest) > 1 and in_a_row != len(self._latest):
-            raise CannotLearn(f"{draft.field}.tool_call_id: nothing, and any of {len(self._latest)} calls could be meant")
+            waiting = f"nothing, and {len(self._latest)} calls wait"
+            raise CannotLearn("it cannot be told which is meant", f"{draft.field}.tool_call_id", waiting)
         return next(iter(self._latest), "")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_finetune.data.sources.chat_messages import Entry, role_of
 from mlx_finetune.data.sources.chat_text import turns_of
-from mlx_finetune.data.sources.chat_values import CannotLearn, RowError, listed, parsed, shown
+from mlx_finetune.data.sources.chat_values import CannotLearn, RowError, listed, object_of, shown
 
 KNOWN = (
     "known are messages (OpenAI, OpenPipe), conversations (ShareGPT), instruction and output (Alpaca), "
@@ -80,9 +80,9 @@ def shape_of(value: Any) -> Shape:
 
 def _captured(row: Mapping[str, Any]) -> Shape | None:
     for asked, answered in CAPTURED:
-        request = _object(row.get(asked))
+        request = object_of(row.get(asked))
         if isinstance(request, dict) and request.get("messages") is not None:
-            response = _object(row.get(answered))
+            response = object_of(row.get(answered))
             about = {**(response if isinstance(response, dict) else {}), **request}
             entries = partial(_asked_and_answered, request, asked, response, answered if answered in row else "")
             return Shape("openpipe", about, entries, f"{asked}.")
@@ -101,7 +101,16 @@ def _question_and_answer(row: Mapping[str, Any], keys: set[str]) -> Shape:
         return Shape("preference", row, _preference)
     if "text" in keys:
         return Shape("text", row, partial(_text, row["text"]))
+    if missing := _said_nothing(row, keys):
+        raise RowError(f"{missing}: nothing")
     raise RowError(f"no chat: its keys are {', '.join(shown(key) for key in list(row)[:8]) or 'none'}")
+
+
+def _said_nothing(row: Mapping[str, Any], keys: set[str]) -> str:
+    """The key that a chat would need and that is null; "" where there is none. A question needs an answer."""
+    asked = {"instruction", *QUESTIONS} & keys
+    needed = ("messages", "conversations", "conversation", *ANSWERS, *(() if asked else ("instruction", *QUESTIONS)), "text")
+    return next((key for key in needed if key in row and key not in keys), "")
 
 
 def _refuse_foreign(row: Mapping[str, Any], keys: set[str]) -> None:
@@ -118,26 +127,18 @@ def _entries(value: Any, field: str) -> list[Entry]:
     return [(f"{field}[{i}]", one) for i, one in enumerate(listed(value, field))]
 
 
-def _object(value: Any) -> Any:
-    """Also where it stands as JSON text."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        try:
-            return parsed(value)
-        except ValueError:
-            return value
-    return value
-
-
 def _asked_and_answered(request: Mapping[str, Any], asked: str, response: Any, answered: str) -> list[Entry]:
     """The turns of a recorded request, and the one that answered it where that was recorded."""
     turns = _entries(request["messages"], f"{asked}.messages")
     if not answered:
         return turns
+    if role_of(response):
+        return [*turns, (answered, response)]
     choices = response.get("choices") if isinstance(response, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise CannotLearn(f"{answered}.choices: no answer was recorded")
+        raise CannotLearn("no answer was recorded", f"{answered}.choices")
     if choices[0].get("finish_reason") == "length":
-        raise CannotLearn(f"{answered}.choices[0].finish_reason: length: the answer is cut off")
+        raise CannotLearn("the answer is cut off", f"{answered}.choices[0].finish_reason", "length")
     return [*turns, (f"{answered}.choices[0].message", choices[0].get("message"))]
 
 
@@ -145,7 +146,7 @@ def _said(role: str, text: Any, field: str) -> Entry:
     if not isinstance(text, str):
         raise RowError(f"{field}: {shown(text)} is not text")
     if not text.strip():
-        raise CannotLearn(f"{field}: empty")
+        raise CannotLearn("empty", field)
     return (field, {"role": role, "content": text})
 
 
@@ -175,6 +176,8 @@ def _completion(asked: Any, question: str, answered: Any, answer: str) -> list[E
         blank = answered[:1] == " " and not answered[1:2].isspace()  # which OpenAI's first format asked for
         return [_said("user", asked, question), _said("assistant", answered[1:] if blank else answered, answer)]
     before = [_said("user", asked, question)] if isinstance(asked, str) else _entries(asked, question)
+    if role_of(answered):
+        return [*_context(before), (answer, answered)]
     after = [_said("assistant", answered, answer)] if isinstance(answered, str) else _entries(answered, answer)
     return _context(before) + after
 
@@ -185,7 +188,7 @@ def _context(entries: list[Entry]) -> list[Entry]:
 
 
 def _preference() -> list[Entry]:
-    raise CannotLearn('chosen: a preference, which is not learned; to learn the chosen answer, name it "completion"')
+    raise CannotLearn('a preference, which is not learned; to learn the chosen answer, name it "completion"', "chosen")
 
 
 def _text(text: Any) -> list[Entry]:
@@ -193,7 +196,7 @@ def _text(text: Any) -> list[Entry]:
         raise RowError(f"text: {shown(text)} is not text")
     turns = turns_of(text)
     if turns is None:
-        raise CannotLearn(f"text: {FREE_TEXT}")
+        raise CannotLearn(FREE_TEXT, "text")
     return _written(turns, "text")
 
 

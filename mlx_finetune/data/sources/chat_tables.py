@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_finetune.data.sources.chat_files import Row
+from mlx_finetune.data.sources.chat_values import NotJson
 from mlx_finetune.errors import UserError
 
 ROWS_AT_A_TIME = 64
@@ -28,13 +29,13 @@ def parquet_rows(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME):
                 for value in batch.to_pylist():
                     number += 1
-                    yield Row(number, number, plain(value))
+                    yield Row(number, number, plain_row(value))
     except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: broken parquet file: {_one_line(error)}", hint="download or write it again") from error
 
 
 def saved_rows(folder: Path) -> Iterator[Row]:
-    """The rows of a folder that `save_to_disk` of `datasets` wrote, all its splits one after the other.
+    """The rows of a folder that `save_to_disk` of `datasets` wrote, all its splits one after the other; each says of which it is.
 
     Raises:
         UserError: it is none, or a broken one.
@@ -61,21 +62,50 @@ def _dataset_rows(name: str, load: Any, hint: str) -> Iterator[Row]:
     except (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{name}: cannot be loaded as a dataset: {_one_line(error)}", hint=hint) from error
     number = 0
-    for split in found.values() if isinstance(found, dict) else [found]:
-        for value in split:
+    for name, split in found.items() if isinstance(found, dict) else [("", found)]:
+        for value in split.with_format(None):  # whoever saved it may have asked for arrays
             number += 1
-            yield Row(number, number, plain(value))
+            yield Row(number, number, plain_row({"split": name, **value} if name else value))
+
+
+def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Each value as `plain` has it; here nulls stay, so that what a row lacks can be named."""
+    return {key: None if _is_null(value) else plain(value) for key, value in row.items()}
 
 
 def plain(value: Any) -> Any:
-    """As JSON would hold it. Nulls in objects go: a table has every key in every row, and fills in what a row has not."""
+    """As JSON would hold it: binary text as text, a map as an object, and NotJson for what JSON has not.
+
+    Nulls in objects go: a table has every key in every row, and fills in what a row has not.
+    """
+    if isinstance(value, list) and value and all(isinstance(one, tuple) and len(one) == 2 for one in value):
+        value = dict(value)  # pyarrow gives a map as pairs, and nothing else
     if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items() if one is not None and one == one}  # NaN is not itself
+        return {_key(key): plain(one) for key, one in value.items() if not _is_null(one)}
     if isinstance(value, list | tuple):
         return [plain(one) for one in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return value.isoformat() if isinstance(value, date) else f"({type(value).__name__})"  # bytes of an image: no text
+    if isinstance(value, bytes):
+        return _text(value)
+    return value.isoformat() if isinstance(value, date) else NotJson(f"a value of type {type(value).__name__}")
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)  # NaN is not itself
+
+
+def _key(key: Any) -> str:
+    text = plain(key)
+    return text if isinstance(text, str) else str(key)
+
+
+def _text(raw: bytes) -> str | NotJson:
+    """Text, which some writers store as binary; but no picture."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return NotJson("binary data")
 
 
 def _one_line(error: Exception) -> str:

@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_finetune.data.sources import printable
 
 DEEPEST = 100  # levels of a JSON value that is kept
+PLACE = re.compile(r"\[\d+\]|, turn \d+")
 
 
 class RowError(Exception):
@@ -14,13 +17,30 @@ class RowError(Exception):
 
 
 class CannotLearn(RowError):
-    """The row is right, but nothing can be learned from it; the text names the field."""
+    """The row is right, but nothing can be learned from it; the text names the field, its value and the cause.
+
+    `countable` is the same for all rows of one cause: it has no places in lists and no value.
+    """
+
+    def __init__(self, cause: str, field: str = "", value: str = "") -> None:
+        super().__init__(": ".join(filter(None, (field, value, cause))))
+        name = PLACE.sub("", field).rpartition(".")[2]
+        self.countable = f"{name}: {cause}" if name else cause
+
+
+@dataclass(frozen=True)
+class NotJson:
+    """What stands for a value of a table that JSON has not: refused wherever it is looked at."""
+
+    kind: str
 
 
 def shown(value: Any) -> str:
     """A value in an error: short, whatever it is."""
     if isinstance(value, str):
         return repr(value[:40])
+    if isinstance(value, NotJson):
+        return value.kind
     kinds = {type(None): "nothing", bool: "true or false", list: "a list", dict: "an object"}
     return kinds.get(type(value), "a number" if isinstance(value, int | float) else "no JSON value")
 
@@ -48,7 +68,7 @@ def tidy(value: Any, field: str, depth: int = 0) -> Any:
     """The same JSON value, which can be written as UTF-8.
 
     Raises:
-        RowError: it is nested too deeply, or holds a number that JSON has not.
+        RowError: it is nested too deeply, or holds what JSON has not.
     """
     if depth > DEEPEST:
         raise RowError(f"{field}: nested more than {DEEPEST} deep")
@@ -60,6 +80,18 @@ def tidy(value: Any, field: str, depth: int = 0) -> Any:
         return [tidy(one, field, depth + 1) for one in value]
     if isinstance(value, float) and not math.isfinite(value):
         raise RowError(f"{field}: a number that is too large for JSON")
+    if isinstance(value, NotJson):
+        raise RowError(f"{field}: {value.kind}, which JSON has not")
+    return value
+
+
+def object_of(value: Any) -> Any:
+    """The value; where it is the JSON text of an object, that object."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            return parsed(value)
+        except ValueError:
+            return value
     return value
 
 

@@ -175,6 +175,17 @@ def _parquet_rows(path: Path) -> Iterator[Row | BadLine]:
             for batch in file.iter_batches(batch_size=1000, columns=columns):
                 for value in batch.to_pylist():
                     line += 1
-                    yield Row(path, line, value)
+                    yield Row(path, line, _with_objects(value))
     except (pyarrow.ArrowException, ValueError, OverflowError):  # not UTF-8; a date that Python has not
         yield BadLine(path, line + 1, "broken parquet: the file ends here; download it again")
+
+
+def _with_objects(value: Any) -> Any:
+    """Maps are objects; pyarrow gives them as pairs, and nothing else."""
+    if isinstance(value, dict):
+        return {key: _with_objects(one) for key, one in value.items()}
+    if not isinstance(value, list):
+        return value
+    if value and all(isinstance(one, tuple) and len(one) == 2 for one in value):
+        return {key: _with_objects(one) for key, one in value}
+    return [_with_objects(one) for one in value]
