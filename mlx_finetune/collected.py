@@ -10,6 +10,7 @@ from typing import IO, Any
 import numpy as np
 
 from mlx_finetune.data.scan import Hit
+from mlx_finetune.data.sources import BadLine
 from mlx_finetune.terminal import table
 
 CHARACTERS_A_TOKEN = 3.3  # 3.33 in 22 genuine logs and 14 trees with SmolLM2's tokenizer; 2.9 in what assistants write
@@ -60,11 +61,15 @@ def _counts(title: str, counts: Mapping[str, int]) -> None:
         table(title, rows)
 
 
-def show_hits(hits: Sequence[Hit]) -> None:
-    """Where secrets stand, a line each as compilers write it; never the secrets."""
+def show_hits(hits: Sequence[Hit], unread: Sequence[BadLine]) -> None:
+    """Where secrets stand, a line each as compilers write it, never the secrets; and what could not be looked at."""
     for hit in hits:
         times = f" ({hit.count} times)" if hit.count > 1 else ""
         print(f"{_printable(hit.file)}:{hit.line}: {hit.kind}{times}")
+    for one in unread[:SHOWN]:
+        print(f"not read: {_printable(str(one.path))}:{one.line}: {_printable(one.reason)}")
+    if len(unread) > SHOWN:
+        print(f"not read: {len(unread) - SHOWN:,} more")
     print(f"{sum(hit.count for hit in hits):,} secrets found; no rule finds every secret")
 
 

@@ -4,7 +4,7 @@ import getpass
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from mlx_finetune.commands import load_template
 from mlx_finetune.data.collect import Sources, collect
 from mlx_finetune.data.conversation import LEAST_WEIGHT, MOST_WEIGHT
 from mlx_finetune.data.redact import Rules
-from mlx_finetune.data.refine import Settings
+from mlx_finetune.data.refine import Settings, without_secrets
 from mlx_finetune.data.refining import FileSource
 from mlx_finetune.data.scan import Hit, scan_file, scan_log
 from mlx_finetune.data.select import Selection
+from mlx_finetune.data.sources import BadLine
 from mlx_finetune.data.sources.gptme import default_logs_folder, find_logs
 from mlx_finetune.data.sources.openassistant import Options
 from mlx_finetune.data.tags import read_tags
@@ -53,7 +54,8 @@ class CollectOptions:
     title: list[str] | None
     exclude: list[str] | None
     tags: Path | None
-    near_duplicates: float
+    near_duplicates: float | None
+    near_duplicate_search: bool
     system: str
     tool_calls: str
     modernise: bool
@@ -92,6 +94,8 @@ def collect_command(options: CollectOptions) -> None:
         say(f"--tags or --exclude: nothing is called {name!r:.80}")
     for reason, count in result.get("not_rendered", {}).items():
         say(f"{count:,} conversations are not in train.csv and train.jsonl: {reason}")
+    if not options.near_duplicate_search:
+        say("near-duplicates were not looked for: they may stand in training and validation both")
     if not options.redact:
         say("secrets were not removed: these files are as private as your logs")
 
@@ -134,7 +138,6 @@ def settings_of(options: CollectOptions) -> Settings:
         exclude=tuple(options.exclude or ()),
         tags=read_tags(options.tags) if options.tags else {},
     )
-    near = _between("--near-duplicates", options.near_duplicates, 0, 1)
     weight = _between("--recovery-weight", options.recovery_weight, LEAST_WEIGHT, MOST_WEIGHT)
     return Settings(
         selection=selection,
@@ -142,8 +145,19 @@ def settings_of(options: CollectOptions) -> Settings:
         turns=TurnRules(options.modernise, weight),
         system=_choice("--system", options.system),
         tool_calls=_choice("--tool-calls", options.tool_calls),
-        near_duplicates=near or None,
+        near_duplicates=_near_duplicates(options),
     )
+
+
+def _near_duplicates(options: CollectOptions) -> float | None:
+    """At which similarity one is dropped; None where none is looked for."""
+    if options.near_duplicate_search:
+        given = options.near_duplicates
+        return Settings().near_duplicates if given is None else _between("--near-duplicates", given, 0, 1)
+    if options.near_duplicates is not None:
+        hint = "leave one of the two out; --near-duplicates 0 looks for them and keeps them all, in one split"
+        raise UserError(f"--near-duplicates {options.near_duplicates:g} with --no-near-duplicate-search", hint=hint)
+    return None
 
 
 def _redaction(options: CollectOptions) -> Rules | None:
@@ -163,19 +177,22 @@ def _redaction(options: CollectOptions) -> Rules | None:
 
 def _scan(sources: Sources, rules: Rules, as_json: bool) -> None:
     """Says where secrets stand, and writes nothing."""
-    logs = find_logs(sources.logs)[0] if sources.logs else []
+    logs, skipped = find_logs(sources.logs) if sources.logs else ([], [])
     files = [FileSource(name, "openassistant", sources.openassistant_options) for name in sources.openassistant]
     files += [FileSource(name, "chat") for name in sources.chats]
-    hits: list[Hit] = []
+    found: list[Hit | BadLine] = []
     with progress("scan") as advance:
         for done, log in enumerate(logs, 1):
-            hits += scan_log(log, rules)
+            found += scan_log(log, rules)
             advance(done, len(logs) + len(files))
         for done, file in enumerate(files, len(logs) + 1):
-            hits += scan_file(file, rules)
+            found += scan_file(file, rules)
             advance(done, len(logs) + len(files))
-    result: dict[str, Any] = {"secrets": [hit.to_json() for hit in hits]}
-    finish(result, as_json, lambda: show_hits(hits), None, "mlx-finetune collect   (it replaces them by placeholders)")
+    hits = [one for one in found if isinstance(one, Hit)]
+    unread = [BadLine(Path(one.id), 0, one.reason) for one in skipped] + [one for one in found if isinstance(one, BadLine)]
+    unread = [replace(one, reason=without_secrets(one.reason, rules)) for one in unread]
+    result: dict[str, Any] = {"secrets": [hit.to_json() for hit in hits], "not_read": [one.to_json() for one in unread]}
+    finish(result, as_json, lambda: show_hits(hits, unread), None, "mlx-finetune collect   (it replaces them by placeholders)")
 
 
 def _choice(option: str, value: str) -> Any:

@@ -121,10 +121,35 @@ def test_scan_only_names_kind_file_and_line_never_the_value_and_writes_nothing(c
     before = snapshot(tmp_path)
     status, out, err = cli("collect", logs, "--scan-only", "--json")
     place = str(logs / "2026-06-03-a-log" / "conversation.jsonl")
-    assert (status, json.loads(out)) == (0, {"secrets": [{"kind": "github_token", "file": place, "line": 3, "count": 1}]})
+    hit = {"kind": "github_token", "file": place, "line": 3, "count": 1}
+    assert (status, json.loads(out)) == (0, {"secrets": [hit], "not_read": []})
     status, out, more = cli("collect", logs, "--scan-only")
     assert status == 0 and "conversation.jsonl:3" in out.replace("\n", "") and "github_token" in out
     assert token not in out + err + more and snapshot(tmp_path) == before
+
+
+def test_scan_only_names_line_and_file_of_rows_with_a_name_of_their_own_and_what_it_could_not_read(
+    cli: Callable[..., Answer], tmp_path: Path
+) -> None:
+    logs, token = write_secret_log(tmp_path / "logs")
+    (tmp_path / "logs" / "2026-06-04-linked").mkdir()
+    (tmp_path / "logs" / "2026-06-04-linked" / "conversation.jsonl").symlink_to(tmp_path / "elsewhere")
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    rows = [
+        {"id": "x1", "conversations": turns},
+        {"id": f"chat {token}", "conversations": [*turns, {"from": "alien", "value": token}]},
+    ]
+    write(tmp_path / "chats.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    node = {"message_id": "m", "role": "prompter", "text": f"use {token}", "lang": "en", "replies": []}
+    write(tmp_path / "trees.jsonl", json.dumps({"message_tree_id": "t", "tree_state": "ready_for_export", "prompt": node}) + "\n")
+    status, out, err = cli("collect", logs, "--chat", "chats.jsonl", "--openassistant", "trees.jsonl", "--scan-only", "--json")
+    found = json.loads(out)
+    places = {(Path(hit["file"]).name, hit["line"], hit["count"]) for hit in found["secrets"]}
+    assert status == 0 and token not in out + err
+    assert places == {("conversation.jsonl", 3, 1), ("chats.jsonl", 2, 2), ("trees.jsonl", 1, 1)}
+    assert [(Path(one["file"]).parent.name, one["reason"]) for one in found["not_read"]] == [
+        ("2026-06-04-linked", "a link, not followed")
+    ]
 
 
 def test_show_prints_what_was_kept_and_rejected_in_one_line_each(cli: Callable[..., Answer], tmp_path: Path) -> None:
@@ -142,7 +167,7 @@ def test_a_name_that_nothing_has_is_said(cli: Callable[..., Answer], tmp_path: P
     status, out, err = cli("collect", logs, "--exclude", "2026-06-04*", "--exclude", "*-b-log", "--out", "c")
     assert status == 0 and "nothing is called '2026-06-04*'" in err and "nothing is called '*-b-log'" in err
     write(tmp_path / "tags.yaml", '"*-a-log": 2\nother: drop\n')
-    status, out, err = cli("collect", logs, "--tags", tmp_path / "tags.yaml", "--out", "d")
+    status, _, err = cli("collect", logs, "--tags", tmp_path / "tags.yaml", "--out", "d")
     assert status == 0 and "nothing is called 'other'" in err and "a-log'" not in err
 
 

@@ -40,6 +40,9 @@ OLD = {
     "v0.5 a file name": Turn(FILE.format("hello.py"), SAVED.format("hello.py"), ("save", "hello.py", "print('hello')")),
     "v0.19 a path": Turn(FILE.format("src/a.py"), SAVED.format("/home/u/src/a.py"), ("save", "src/a.py", "print('hello')")),
     "v0.19 a home path": Turn(FILE.format("~/a.py"), SAVED.format("/home/u/a.py"), ("save", "~/a.py", "print('hello')")),
+    "v0.19 a path with a blank": Turn(
+        FILE.format("src/My App/a.py"), SAVED.format("src/My App/a.py"), ("save", "src/My App/a.py", "print('hello')")
+    ),
     "v0.2 a save line": Turn(
         FILE.format("python") + "\n// save: hello.py", SAVED.format("hello.py"), ("save", "hello.py", "print('hello')")
     ),
@@ -156,6 +159,7 @@ def test_without_results_a_turn_that_ends_in_a_block_calls_that_one_else_all() -
     assert runnable(modernise(two)) == [("save", "a.py", "print('hello')")]
     assert runnable(modernise(two + "\n\nDone.")) == [SHELL, ("save", "a.py", "print('hello')")]
     assert modernise("terminal: ls -la") == "terminal: ls -la"  # prose, for all that is known
+    assert modernise(FILE.format("js src/a.js")) == FILE.format("js src/a.js")  # a language and a title
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])

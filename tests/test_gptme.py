@@ -267,7 +267,16 @@ def test_a_day_of_2023_in_one_file_is_a_conversation_too(tmp_path: Path) -> None
     os.utime(tmp_path / "2023-06-18.log", (1_687_100_000, 1_687_100_000))
     (conversation,) = read_all(tmp_path).conversations
     assert (conversation.name, len(conversation.messages)) == ("2023-06-18", 2)
-    assert conversation.meta["time"] == "2023-06-18T14:53:20Z"  # such logs hold no times: that of the file
+    assert conversation.meta["time"] == "2023-06-18T00:00:00Z"  # such logs hold no times: the day in the name
+
+
+def test_a_log_without_times_is_of_the_day_in_its_name_else_of_its_file(tmp_path: Path) -> None:
+    for name in ("2023-09-20-old-name", "2023-99-99-no-day", "no-day"):
+        log = write_log(tmp_path, name, {"role": "user", "content": "a"})
+        os.utime(log, (1_687_100_000, 1_687_100_000))
+    times = {one.name: one.meta["time"] for one in read_all(tmp_path).conversations}
+    assert times.pop("2023-09-20-old-name") == "2023-09-20T00:00:00Z"
+    assert set(times.values()) == {"2023-06-18T14:53:20Z"}
 
 
 def test_a_log_compacted_by_hand_is_read_whole_from_its_lossless_copy(tmp_path: Path) -> None:
@@ -276,6 +285,41 @@ def test_a_log_compacted_by_hand_is_read_whole_from_its_lossless_copy(tmp_path: 
     (tmp_path / "log" / "views").mkdir()
     (tmp_path / "log" / "views" / "compacted-001.jsonl").write_text(json.dumps(said("user", "a view")) + "\n")
     assert messages_of(read_all(tmp_path)) == [("user", "all of it")]
+
+
+@pytest.mark.parametrize(
+    ("config", "turns", "label"),
+    [
+        ("tool", ["```shell\nls\n```"] * 2, "markdown"),
+        ("markdown", ['@shell(call-1): {"command": "ls"}'], "tool"),
+        ("markdown", ['@shell(call-1): {"command": "ls"}', "```shell\nls\n```"], "markdown"),
+        ("xml", ["```shell\nls\n```", '@shell(call-1): {"command": "ls"}'], "xml"),  # the others do not agree
+        ("foo", ["```shell\nls\n```"], "markdown"),
+        ("foo", ["no call"], None),
+        ("xml", ["no call"], "xml"),
+    ],
+)
+def test_the_tool_format_of_the_config_holds_unless_all_calls_that_ran_are_in_another(
+    tmp_path: Path, config: str, turns: list[str], label: str | None
+) -> None:
+    rows = [row for text in turns for row in (said("assistant", text), said("system", "Ran command: `ls`\n\n`a`"))]
+    log = write_log(tmp_path, "log", said("user", "list"), *rows, said("assistant", "Run this:\n\n```shell\nls\n```"))
+    (log.parent / "config.toml").write_text(f'[chat]\ntool_format = "{config}"\n')
+    if label is None:
+        log.write_text("".join(json.dumps(row) + "\n" for row in (said("user", "list"), said("assistant", "no call"))))
+    assert read_all(tmp_path).conversations[0].meta.get("tool_format") == label
+
+
+def test_the_models_of_the_turns_are_known_where_they_differ(tmp_path: Path) -> None:
+    one, other = ({"metadata": {"model": f"openai/{name}"}} for name in "AB")
+    log = write_log(
+        tmp_path, "log", said("user", "a"), said("assistant", "b", **one), said("user", "c"), said("assistant", "d", **other)
+    )
+    (log.parent / "config.toml").write_text('[chat]\nmodel = "openai/B"\n')
+    write_log(tmp_path, "same", said("user", "a"), said("assistant", "b", **one))
+    switched, same = read_all(tmp_path).conversations
+    assert (switched.meta["model"], switched.meta["turn_models"]) == ("openai/B", ["openai/A", "openai/B"])
+    assert same.meta["model"] == "openai/A" and "turn_models" not in same.meta
 
 
 def test_naive_and_aware_times_are_compared_in_utc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from harmless_texts import harmless_texts
 from secret_texts import secret_samples
 
 from mlx_finetune.data.conversation import Conversation, Message, ToolCall
-from mlx_finetune.data.redact import Ledger, Rules, _find, find, redact_text
+from mlx_finetune.data.redact import Ledger, Rules, find, find_all, redact_text
 from mlx_finetune.data.redaction.literals import Literals
 from mlx_finetune.data.redaction.strings import rewritten, texts_of
 
@@ -56,6 +56,23 @@ HARD = {
     "tables": "| token ",
     "name and value": "name: token\nvalue: ",
     "secrets": "password='tr0ub4dor&3'\n",
+    "backslashes in quotes": 'token="' + "\\" * 100 + "\n",
+    "JWT and dashes": "-eyJ" + "a" * 10,
+    "END lines": "-----END PRIVATE " + "KEY-----\n",
+    "body and END lines": "QUJD" * 10 + "\n-----END PRIVATE " + "KEY-----\n",
+    "base64 of BEGIN": "LS0tLS1CRUdJTi",
+    "cookies of cookies": "cookie=",
+    "lists": 'tokens = ["',
+    "lists of values": 'tokens = ["a", ',
+    "Go DSN": "a:b@tcp(",
+    "values before names": '"value": "a", ',
+    "kinds of manifests": 'kind: Secret\nkind: "Secret\nkind": "Secret\n',
+    "curl in a word": "curl/",
+    "curl in lines": "curl \\\n",
+    "placeholders behind tokens": "token=!..",
+    "headers of any scheme": "authorization=",
+    "types": "key: a",
+    "JSON keys": '{"kty"',
 }  # fmt: skip
 
 
@@ -92,7 +109,7 @@ def test_texts_searched_together_give_what_each_gives_alone(seed: int) -> None:
     ]
     order = np.random.default_rng(seed).permutation(len(texts))
     texts = [texts[index] for index in order]
-    assert _find([(text, "") for text in texts], Rules(emails=True)) == [find(text, Rules(emails=True)) for text in texts]
+    assert find_all([(text, "") for text in texts], Rules(emails=True)) == [find(text, Rules(emails=True)) for text in texts]
 
 
 def test_literals_are_found_as_a_search_for_each_finds_them() -> None:

@@ -80,6 +80,38 @@ def test_a_persons_own_choices_do_not_touch_openassistant_but_names_do() -> None
     assert Selection(exclude=("tree-*",)).reason_to_leave(tree) == "not selected: --exclude"
 
 
+def test_of_a_log_of_several_models_the_turns_of_the_wanted_ones_are_learned() -> None:
+    turns = [Message("assistant", "one"), Message("assistant", "two", 0.0, "interrupted"), Message("assistant", "three", 2.0)]
+    switched = replace(log(model="openai/C", turn_models=["openai/A", None, "openai/C"]), messages=(Message("user", "a"), *turns))
+
+    def weights(*models: str, tag: str | None = None) -> list[tuple[float, str]]:
+        chosen = Selection(models=models).of_wanted_models(switched, tag)
+        assert "turn_models" not in chosen.meta
+        return [(message.weight, message.reason) for message in chosen.messages[1:]]
+
+    assert Selection(models=("openai/a",)).reason_to_leave(switched) is None
+    assert Selection(models=("openai/b",)).reason_to_leave(switched) == "not selected: another --from-model"
+    assert weights("openai/A") == [(1, ""), (0, "interrupted"), (0, "of another model")]
+    assert weights("*/A", "*/C") == weights() == weights("openai/A", tag="keep") == [(1, ""), (0, "interrupted"), (2, "")]
+
+
+def test_what_is_written_has_the_wanted_turns_and_no_empty_one(tmp_path: Path) -> None:
+    texts = ["A first answer.", "", "A second answer.", " \n"]
+    turns = [Message(role, text) for text in texts for role, text in (("user", "go on"), ("assistant", text))]  # type: ignore[arg-type]
+    switched = replace(log(turn_models=["A", "A", "B", "B"]), messages=tuple(turns))
+    written = refine(switched, Settings(selection=Selection(models=("B",)), redaction=None), b"key")
+    assert isinstance(written, Refined) and "turn_models" not in written.head
+    rows = [row for row in json.loads(b"{" + written.body)["messages"] if row["role"] == "assistant"]
+    assert [(row.get("weight", 1), row.get("reason", "")) for row in rows] == [
+        (0, "of another model"),
+        (0, "empty"),
+        (1, ""),
+        (0, "empty"),
+    ]
+    for source in ("chat", "openassistant"):
+        assert isinstance(refine(replace(switched, source=source), Settings(redaction=None), b"key"), Refined)
+
+
 def test_the_tools_of_every_format_are_known() -> None:
     native = Message("assistant", "", tool_calls=(ToolCall("1", "patch", "{}"),))
     assert tools_used(Conversation((native,), "chat", "g", "private")) == {"patch"}

@@ -1,8 +1,9 @@
 """Which conversations are not worth learning from, and why."""
 
 from collections import Counter
+from dataclasses import replace
 
-from mlx_finetune.data.conversation import Conversation
+from mlx_finetune.data.conversation import Conversation, Message
 from mlx_finetune.data.sources import gptme
 
 
@@ -30,3 +31,15 @@ def reason_in_shape(conversation: Conversation) -> str | None:
         reasons = Counter(turn.reason or "weight 0" for turn in turns)
         return f"no turn left to learn: {min(reasons, key=lambda reason: (-reasons[reason], reason))}"
     return None
+
+
+def without_empty_turns(conversation: Conversation) -> Conversation:
+    """Turns that say nothing and call nothing become context only."""
+    if not any(_is_empty(message) for message in conversation.messages):
+        return conversation
+    messages = (replace(m, weight=0.0, reason=m.reason or "empty") if _is_empty(m) else m for m in conversation.messages)
+    return replace(conversation, messages=tuple(messages))
+
+
+def _is_empty(message: Message) -> bool:
+    return message.role == "assistant" and not (message.tool_calls or message.content.strip())

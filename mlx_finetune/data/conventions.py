@@ -30,12 +30,12 @@ from itertools import islice
 
 from mlx_finetune.data.fences import Lines
 from mlx_finetune.data.native import arguments_of, json_end
-from mlx_finetune.data.tool_calls import DEFAULT_TOOLS, PARAMETERS, Call, calls_in, former_tag
+from mlx_finetune.data.tool_calls import DEFAULT_TOOLS, FORMER_TAGS, PARAMETERS, Call, calls_in, former_tag
 from mlx_finetune.data.xml_calls import xml_calls
 
 FENCE = re.compile(r"(`{3,})(.*)", re.DOTALL)
 SAVE_LINE = re.compile(r"\s*// save:\s*(\S[^:]*)\Z")
-PATH = re.compile(r"[^\s{}<>|*?\"'`:]+")
+PATH = re.compile(r"[^\s{}<>|*?\"'`:]+(?: [^\s{}<>|*?\"'`:]+)*")
 COMMAND_LINE = re.compile(r"(terminal|python): (\S[^\r\n]*)")
 OLD_TMUX = re.compile(r"\s*(?:new_session|send_keys|inspect_pane|kill_session|list_sessions)\b")
 NO_ID = re.compile(r"^@(\w+):\s*(?=\{)", re.MULTILINE)
@@ -108,7 +108,7 @@ def modernise(text: str, result: str | None = None) -> str:
     if result is not None:
         legacy = _that_ran(text, legacy, result)
     else:
-        legacy = [] if _runs_today(text) else [call for call in legacy if not COMMAND_LINE.match(text[call.start : call.end])]
+        legacy = [] if _runs_today(text) else [call for call in legacy if _surely(call, text)]
         legacy = legacy[-1:] if legacy and not text[legacy[-1].end :].strip() else legacy
     changed = [call for call in legacy if call.modern is not None]
     if not changed or len(legacy) >= MOST_BLOCKS:
@@ -121,6 +121,11 @@ def modernise(text: str, result: str | None = None) -> str:
     tool_format = "xml" if xml_calls(modern) else "markdown"
     meant = [*map(_said, calls_in(text, tool_format)), *map(_said, changed)]
     return modern if sorted(map(_said, calls_in(modern, tool_format))) == sorted(meant) else text
+
+
+def _surely(call: LegacyCall, text: str) -> bool:
+    """Whether it needs no result to be told from prose, and from "```js src/a.js"."""
+    return " " not in call.argument and not COMMAND_LINE.match(text[call.start : call.end])
 
 
 def _said(call: Call | LegacyCall) -> tuple[str, str, str]:
@@ -222,7 +227,7 @@ def _meaning(info: str, content: str) -> tuple[str, str, str | None] | None:
         return "todo", RENAMED[info], f"todo {RENAMED[info]}"
     tool = former_tag(info)
     if tool == "save":
-        return (tool, info, f"save {info}") if PATH.fullmatch(info) else None
+        return (tool, info, f"save {info}") if PATH.fullmatch(info) and word not in FORMER_TAGS else None
     return (tool, "", tool) if tool else None
 
 

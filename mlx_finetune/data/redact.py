@@ -21,13 +21,13 @@ from mlx_finetune.data.redaction.bare import bare_secrets
 from mlx_finetune.data.redaction.emails import emails_in
 from mlx_finetune.data.redaction.identity import homes_to_hide, identity_edits, named_homes, user_to_hide
 from mlx_finetune.data.redaction.literals import Literals
-from mlx_finetune.data.redaction.names import LONGEST_VALUE, kind_of_name, kind_of_value
+from mlx_finetune.data.redaction.names import kind_of_name, kind_of_value
 from mlx_finetune.data.redaction.places import rules as secret_rules
 from mlx_finetune.data.redaction.strings import rewritten, texts_of
 from mlx_finetune.data.redaction.vendors import Rule
 from mlx_finetune.errors import UserError
 
-__all__ = ["PLACEHOLDER", "Found", "Ledger", "Name", "Rules", "find", "redact_conversation", "redact_text"]
+__all__ = ["PLACEHOLDER", "Found", "Ledger", "Name", "Rules", "find", "find_all", "redact_conversation", "redact_text"]
 
 PLACEHOLDER = re.compile(r"\[REDACTED:[a-z][a-z0-9_]*:[0-9]+\]")
 PATTERN_PREFIX = "re:"
@@ -119,7 +119,7 @@ class Ledger:
 
 def find(text: str, rules: Rules) -> list[Found]:
     """Secrets in the text (and e-mail addresses where the rules say so), from left to right, none overlapping another."""
-    return _find([(text, "")], rules)[0]
+    return find_all([(text, "")], rules)[0]
 
 
 def redact_text(text: str, rules: Rules, name: Name) -> str:
@@ -134,7 +134,7 @@ def redact_conversation(conversation: Conversation, rules: Rules, name: Name) ->
     out wherever it stands bare in the conversation.
     """
     texts = list(texts_of(conversation))
-    edits = [[_Edit.of(text, one) for one in found] for (text, _), found in zip(texts, _find(texts, rules), strict=True)]
+    edits = [[_Edit.of(text, one) for one in found] for (text, _), found in zip(texts, find_all(texts, rules), strict=True)]
     known: dict[str, str] = {}  # value -> kind
     for edit in chain.from_iterable(edits):
         known.setdefault(edit.value, edit.kind)
@@ -190,11 +190,11 @@ def _beside(taken: list[_Edit], more: Iterable[_Edit]) -> list[_Edit]:
     return sorted(kept)
 
 
-def _find(texts: Sequence[tuple[str, str]], rules: Rules) -> list[list[Found]]:
-    """In each text, also the text itself, where the field that it stands in promises a secret."""
+def find_all(texts: Sequence[tuple[str, str]], rules: Rules) -> list[list[Found]]:
+    """As `find`, in each text; also the text itself, where the name of the field that it stands in promises a secret."""
     every = _secrets([text for text, _ in texts])
     for (text, field), found in zip(texts, every, strict=True):
-        kind = kind_of_name(field) if field and len(text) <= LONGEST_VALUE else None
+        kind = kind_of_name(field) if field else None
         if kind and (kind := kind_of_value(kind, text, literal=True)):
             found.append(Found(kind, 0, len(text)))
         if rules.emails:

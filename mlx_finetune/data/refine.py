@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from mlx_finetune.data.clean import reason_in_name, reason_in_shape
+from mlx_finetune.data.clean import reason_in_name, reason_in_shape, without_empty_turns
 from mlx_finetune.data.conversation import LEAST_WEIGHT, MOST_WEIGHT, Conversation
-from mlx_finetune.data.dedupe import Fingerprint, fingerprint
+from mlx_finetune.data.fingerprint import Fingerprint, fingerprint
 from mlx_finetune.data.redact import Rules, redact_conversation, redact_text
 from mlx_finetune.data.select import KEEP, Selection
 from mlx_finetune.data.sources import Rejected
@@ -30,7 +30,7 @@ class Settings:
     turns: TurnRules = field(default_factory=TurnRules)
     system: System = "keep"
     tool_calls: ToolCalls = "text"
-    near_duplicates: float | None = 0.7  # the least Jaccard similarity of near-duplicates; None keeps them
+    near_duplicates: float | None = 0.7  # the least similarity at which one is dropped; 0 drops none; None looks for none
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in collect.json."""
@@ -88,7 +88,8 @@ def refine(conversation: Conversation, settings: Settings, key: bytes) -> Refine
     reason = reason or reason_in_shape(conversation) or selection.reason_to_leave(conversation, also)
     if reason:
         return Rejected(conversation.name, conversation.source, reason)
-    conversation = _weighted(_judged(conversation, settings), 1.0 if tag is None or isinstance(tag, str) else tag)
+    conversation = selection.of_wanted_models(_judged(conversation, settings), tag)
+    conversation = _weighted(conversation, 1.0 if tag is None or isinstance(tag, str) else tag)
     reason = reason_in_shape(conversation) or (None if tag == KEEP else reason_to_reject_turns(conversation.messages))
     if reason:
         return Rejected(conversation.name, conversation.source, reason)
@@ -127,9 +128,11 @@ def without_secrets(text: str, rules: Rules | None) -> str:
 
 def _judged(conversation: Conversation, settings: Settings) -> Conversation:
     if conversation.source != "gptme":
-        return conversation
+        return without_empty_turns(conversation)
     tool_format = str(conversation.meta.get("tool_format") or "markdown")
-    return replace(conversation, messages=judge(conversation.messages, tool_format, settings.turns))
+    tools = frozenset(conversation.meta.get("tools", ()))
+    judged = judge(conversation.messages, tool_format, settings.turns, tools)
+    return without_empty_turns(replace(conversation, messages=judged))
 
 
 def _weighted(conversation: Conversation, weight: float) -> Conversation:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -55,18 +55,41 @@ class Selection:
         if tag == KEEP or conversation.source == "openassistant":
             return None
         meta = conversation.meta
-        time, model = str(meta.get("time") or ""), str(meta.get("model") or "")
+        time = str(meta.get("time") or "")
         if (self.since and time < self.since) or (self.until and not "" < time < self.until):
             return "not selected: outside --since and --until"
         if self.formats and meta.get("tool_format") not in self.formats:
             return "not selected: another --format"
-        if self.models and not any(_like(pattern, model) for pattern in self.models):
+        if self.models and not any(map(self._is_wanted, _models_of(conversation) or [meta.get("model")])):
             return "not selected: another --from-model"
         if self.titles and not any(_like(p, str(meta.get("title") or "")) or _like(p, conversation.name) for p in self.titles):
             return "not selected: another --title"
         if self.tools and not tools_used(conversation) & set(self.tools):
             return "not selected: no call of --tool"
         return None
+
+    def of_wanted_models(self, conversation: Conversation, tag: Tag | None) -> Conversation:
+        """Where the turns are of several models, those of another than was asked for become context only.
+
+        meta["turn_models"], the model of each assistant turn in turn, is gone from the result.
+        """
+        if not _models_of(conversation):
+            return conversation
+        models = iter(_models_of(conversation))
+        messages = list(conversation.messages)
+        for i, message in enumerate(messages):
+            if message.role == "assistant" and not self._is_wanted(next(models)) and self.models and tag != KEEP:
+                messages[i] = replace(message, weight=0.0, reason=message.reason if message.weight == 0 else "of another model")
+        meta = {key: value for key, value in conversation.meta.items() if key != "turn_models"}
+        return replace(conversation, messages=tuple(messages), meta=meta)
+
+    def _is_wanted(self, model: Any) -> bool:
+        return any(_like(pattern, str(model or "")) for pattern in self.models)
+
+
+def _models_of(conversation: Conversation) -> Sequence[str | None]:
+    """Those of its assistant turns in turn, where a log tells and they are not all that of the conversation."""
+    return conversation.meta.get("turn_models", ()) if conversation.source == "gptme" else ()
 
 
 def tools_used(conversation: Conversation) -> frozenset[str]:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mlx_finetune.data.conversation import Message, ToolCall
 from mlx_finetune.data.fences import blocks
@@ -18,6 +18,7 @@ from mlx_finetune.data.native import HEAD, arguments_of, json_end, native_calls
 from mlx_finetune.data.xml_calls import xml_calls
 
 Format = Literal["markdown", "xml", "tool"]
+FORMATS: tuple[str, ...] = get_args(Format)
 
 # Of 0.35.1's tools (tools/*.py, ToolSpec) those that execute something. gh, morph and tmux are there where their program or
 # key is; browser, vision, rag, subagent, screenshot and computer are functions to call in ipython, so no block runs them.
@@ -104,6 +105,18 @@ def format_of(texts: Iterable[str]) -> Format | None:
     counted = votes if any(votes.values()) else hints
     best = max(counted, key=lambda kind: counted[kind])
     return best if counted[best] else None
+
+
+def format_against(texts: Iterable[str], stated: str) -> Format | None:
+    """The one other format of all turns that call; None where a turn has the stated one, or they differ, or none calls."""
+    others: set[Format] = set()
+    for text in texts:
+        found, sure = _format_of_turn(text)
+        if found and sure:
+            if found == stated:
+                return None
+            others.add(found)
+    return others.pop() if len(others) == 1 else None
 
 
 def _format_of_turn(text: str) -> tuple[Format | None, bool]:

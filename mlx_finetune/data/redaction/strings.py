@@ -42,9 +42,9 @@ def texts_of(conversation: Conversation) -> Iterator[tuple[str, str]]:
             yield one.id, ""
         for text in filter(None, (message.reason, message.tool_call_id)):
             yield text, ""
-    yield from _texts(conversation.tools)
+    yield from texts_in(conversation.tools)
     for key, value in conversation.meta.items():
-        yield from _texts({key: value})
+        yield from texts_in({key: value})
     yield conversation.group, ""
     yield conversation.license, ""
 
@@ -94,7 +94,7 @@ def _json_or_text(text: str, rewrite: Rewrite) -> str:
 
 def _texts_of_json(text: str) -> Iterator[tuple[str, str]]:
     value = _decoded(text)
-    return iter([(text, "")]) if value is NOT_JSON else _texts(value)
+    return iter([(text, "")]) if value is NOT_JSON else texts_in(value)
 
 
 def _decoded(text: str) -> Any:
@@ -122,12 +122,12 @@ def _json(text: str, rewrite: Rewrite) -> str:
 
 def _value(value: Any, rewrite: Rewrite) -> Any:
     """Of plain values, by way of JSON text where something changes: so depth is no matter."""
-    if all(rewrite(text, field) == text for text, field in _texts(value)):
+    if all(rewrite(text, field) == text for text, field in texts_in(value)):
         return value
     return json.loads(_json(json.dumps(value), rewrite))
 
 
-def _texts(value: Any) -> Iterator[tuple[str, str]]:
+def texts_in(value: Any) -> Iterator[tuple[str, str]]:
     """Strings in the order of JSON text, each with the key that was read last; keys are texts themselves."""
     field, waiting = "", [value]
     while waiting:

@@ -6,10 +6,10 @@ and chat_tables.py.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_finetune.data.conversation import Conversation
 from mlx_finetune.data.sources import BadLine, Item, Rejected, printable
@@ -26,6 +26,10 @@ UNWANTED = {"label": False, "kto_tag": False, "judgement": "FAIL"}  # how files 
 TIMES = ("time", "timestamp", "created_at", "created")
 
 
+T = TypeVar("T")
+OfRows = Callable[[Iterator[Row], Path, str], Iterator[T]]
+
+
 class _Said(UserError):
     """Why nothing of a file is read, which its bad lines have said already."""
 
@@ -39,13 +43,22 @@ def read(source: str | Path) -> Iterator[Item]:
     Raises:
         UserError: there is no such file, it cannot be read or is broken, or no row of it has a shape that is known.
     """
+    return walk(source, _items)
+
+
+def walk(source: str | Path, of: OfRows[T]) -> Iterator[T | BadLine]:
+    """What `of` gives of the rows of each file, its path and its name; a file of a folder that cannot be read is a BadLine.
+
+    Raises:
+        UserError: as `read`.
+    """
     name, path = str(source), Path(source)
     if os.path.isdir(path):  # noqa: PTH112  Path's raises for what may not be looked at
-        yield from _read_folder(path)
+        yield from _read_folder(path, of)
     elif os.path.lexists(path):
-        yield from _read_file(path, path.name)
+        yield from _read_file(path, path.name, of)
     elif HUB_ID.fullmatch(name) and not _is_chat_file(name):
-        yield from _items(hub_rows(name), path, name)
+        yield from of(hub_rows(name), path, name)
     else:
         shown_name = printable(name).replace("\0", "?")
         raise UserError(f"{shown_name}: no such file", hint=HINT)
@@ -55,18 +68,18 @@ def _is_chat_file(name: str) -> bool:
     return name.lower().removesuffix(".gz").endswith(SUFFIXES)
 
 
-def _read_file(path: Path, name: str) -> Iterator[Item]:
-    return _items(parquet_rows(path) if is_parquet(path) else rows_of(path), path, name)
+def _read_file(path: Path, name: str, of: OfRows[T]) -> Iterator[T]:
+    return of(parquet_rows(path) if is_parquet(path) else rows_of(path), path, name)
 
 
-def _read_folder(folder: Path) -> Iterator[Item]:
+def _read_folder(folder: Path, of: OfRows[T]) -> Iterator[T | BadLine]:
     """Links are not followed, hidden files and those of other kinds left alone; a file that is no chat file is one BadLine."""
     try:
         saved = {"state.json", "dataset_dict.json"} & set(os.listdir(folder))  # noqa: PTH208
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}", hint=HINT) from error
     if saved:
-        yield from _items(saved_rows(folder), folder, folder.name)
+        yield from of(saved_rows(folder), folder, folder.name)
         return
     read_any, fault = False, UserError(f"{folder}: no chat file in it", hint=KNOWN)
     for path in sorted(folder.rglob("*")):
@@ -77,7 +90,7 @@ def _read_folder(folder: Path) -> Iterator[Item]:
         try:
             if path.is_symlink():
                 raise UserError(f"{path}: a link, not followed")
-            yield from _read_file(path, name.as_posix())
+            yield from _read_file(path, name.as_posix(), of)
             read_any = True
         except UserError as error:
             fault = error if fault.hint == KNOWN else fault  # the one that says more

@@ -9,26 +9,23 @@ import errno
 import hashlib
 import os
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from mlx_finetune.data.conversation import Conversation, Message
-from mlx_finetune.data.sources import BadLine, Item, Rejected, printable
-from mlx_finetune.data.sources.gptme_messages import Entry, as_sent, entry_of
-from mlx_finetune.data.sources.log_files import LONGEST_LINE, json_object, lines_at_once, lines_of, open_regular
-from mlx_finetune.data.tool_calls import format_of
+from mlx_finetune.data.sources import Item, Rejected, printable
+from mlx_finetune.data.sources.gptme_branches import branches_of, identity, is_taken_back, keys_of, read_compacted
+from mlx_finetune.data.sources.gptme_config import chat_config
+from mlx_finetune.data.sources.gptme_messages import Entry, as_sent, read_entries
+from mlx_finetune.data.tool_calls import FORMATS, format_against, format_of
 from mlx_finetune.errors import UserError
 
 SOURCE = "gptme"
-LARGEST_LOG = 128 * 2**20  # bytes of one log; beyond, it is no conversation
-LARGEST_CONFIG = 2**20
-TABLE = re.compile(r"\[[\w.-]+\]")  # the head of a table in a config
-TAKEN_BACK = ("main-undo-", "main-edit-")  # branches in which gptme keeps what /undo and /edit took out
+DAY = re.compile(r"\d{4}-\d{2}-\d{2}(?!\d)", re.ASCII)  # with which gptme begins most names
 FOLDER_HINT = "pass the folder that holds gptme's conversations, or set GPTME_LOGS_HOME to it"
 
 
@@ -126,19 +123,13 @@ def _log(entry: os.DirEntry[str]) -> Log | None:
     main = files.get("lossless.jsonl") or files.get("conversation.jsonl")
     if main is None:
         return None
-    parts = [main, *(files[name] for name in ("config.toml", "files") if name in files)]
+    parts = [main, *(files[name] for name in ("conversation.jsonl", "config.toml", "files") if files.get(name, main) is not main)]
     stamps = [(one.name, status.st_size, status.st_mtime_ns) for one in parts for status in (one.stat(follow_symlinks=False),)]
-    for branch in branches_of(Path(entry.path)) if "branches" in files else ():
+    for branch in branches_of(Path(entry.path))[0] if "branches" in files else ():
         status = branch.lstat()
         stamps.append((branch.name, status.st_size, status.st_mtime_ns))
     stamp = hashlib.blake2b(repr(stamps).encode("utf-8", errors="replace"), digest_size=12).hexdigest()
     return Log(entry.name, main.path, True, stamps[0][1], stamp)
-
-
-def branches_of(folder: Path) -> list[Path]:
-    """The files of its branches, in order of name."""
-    branches = folder / "branches"
-    return [] if branches.is_symlink() or not branches.is_dir() else sorted(branches.glob("*.jsonl"))
 
 
 def read_log(log: Log) -> Iterator[Item]:
@@ -146,113 +137,54 @@ def read_log(log: Log) -> Iterator[Item]:
 
     A branch that holds only what the person took back is Rejected; any other is a conversation of the same group.
     """
+    branches, bad_branches = branches_of(log.folder) if log.folder else ([], [])
     try:
-        entries, bad_lines = _read_entries(log.path)
-        chat, bad_config = _chat_config(log.folder / "config.toml") if log.folder else ({}, [])
+        compacted = log.folder if log.path.name == "lossless.jsonl" else None
+        entries, bad_lines = read_compacted(compacted, branches) if compacted else read_entries(log.path)
+        chat, bad_config = chat_config(log.folder / "config.toml") if log.folder else ({}, [])
     except OSError as error:
         yield Rejected(printable(log.name), SOURCE, f"cannot be read: {error.strerror}")
         return
-    yield from bad_lines + bad_config
+    yield from bad_lines + bad_config + bad_branches
     yield _conversation(log, "", entries, chat)
-    branches = branches_of(log.folder) if log.folder else []
-    known = set(_keys(entries) if branches else ())
+    if branches:
+        yield from _read_branches(log, branches, entries, chat)
+
+
+def _read_branches(log: Log, branches: Sequence[Path], entries: Sequence[Entry], chat: Mapping[str, Any]) -> Iterator[Item]:
+    known = set(keys_of(entries))
+    copies = {identity(entry) for entry in entries if entry.timestamp}
     for path in branches:
         name = f"{printable(log.name)}#{printable(path.stem)}"
         try:
-            branch, bad_lines = _read_entries(path)
+            branch, bad_lines = read_entries(path)
         except OSError as error:
             yield Rejected(name, SOURCE, f"cannot be read: {error.strerror}")
             continue
         yield from bad_lines
-        keys = _keys(branch)
-        new = any(entry.role == "assistant" and key not in known for entry, key in zip(branch, keys, strict=True))
+        keys = keys_of(branch)
+        turns = [(key, identity(entry)) for key, entry in zip(keys, branch, strict=True) if entry.role == "assistant"]
+        new = any(key not in known and copy not in copies for key, copy in turns)
         known.update(keys)
-        if new and path.stem.startswith(TAKEN_BACK):
+        if new and is_taken_back(path):
             yield Rejected(name, SOURCE, "undone: the person took these turns back")
         elif new:
             yield _conversation(log, path.stem, branch, chat)
-
-
-def _keys(entries: Sequence[Entry]) -> list[bytes]:
-    """For each message a key of it and all before it: equal keys, equal beginnings."""
-    keys, chain = [], hashlib.blake2b(digest_size=16)
-    for entry in entries:
-        chain.update(f"{entry.role} {len(entry.content)} {entry.content}".encode())
-        keys.append(chain.digest())
-    return keys
-
-
-def _read_entries(path: Path) -> tuple[list[Entry], list[Item]]:
-    """Raises OSError where the file cannot be read or is no conversation for its size."""
-    entries: list[Entry] = []
-    bad_lines: list[Item] = []
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > LARGEST_LOG:
-            raise OSError(0, f"larger than {LARGEST_LOG // 2**20} MB", str(path))
-        for line in lines_at_once(file) if size <= LONGEST_LINE else lines_of(file):
-            try:
-                row = json_object(line)
-                if row is not None:
-                    halves = line.raw is not None and (b"\\ud" in line.raw or b"\\uD" in line.raw)  # of a character, maybe
-                    entries.append(entry_of(row, halves))
-            except ValueError as error:
-                bad_lines.append(BadLine(path, line.number, str(error)))
-    return entries, bad_lines
-
-
-def _chat_config(path: Path) -> tuple[dict[str, Any], list[Item]]:
-    """config.toml's [chat]; a log need not have one, and a broken one costs only what it says."""
-    try:
-        with open_regular(path) as file:
-            text = file.read(min(os.fstat(file.fileno()).st_size, LARGEST_CONFIG)).decode()
-        chat = _chat_lines(text)
-        if chat is None:
-            chat = tomllib.loads(text).get("chat")
-    except FileNotFoundError:
-        return {}, []
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        return {}, [BadLine(path, 0, f"not TOML: {error}")]
-    except OSError as error:
-        return {}, [BadLine(path, 0, f"cannot be read: {error.strerror}")]
-    return (chat if isinstance(chat, dict) else {}), []
-
-
-def _chat_lines(text: str) -> dict[str, Any] | None:
-    """[chat] where each of its lines is TOML of its own, as gptme writes it; else None. Most lines stand in every config."""
-    table = ""
-    chat: dict[str, Any] = {}
-    for line in text.splitlines():
-        if line.startswith("["):
-            if not TABLE.fullmatch(line):
-                return None
-            table = line
-        elif table in ("", "[chat]") and line:
-            value = _toml_line(line) if table else None
-            if value is None:
-                return None
-            chat |= value
-    return chat
-
-
-@lru_cache(maxsize=4096)
-def _toml_line(line: str) -> dict[str, Any] | None:
-    try:
-        return tomllib.loads(line)
-    except tomllib.TOMLDecodeError:
-        return None
 
 
 def _conversation(log: Log, branch: str, entries: Sequence[Entry], chat: Mapping[str, Any]) -> Conversation:
     said = {key: printable(value) for key, value in chat.items() if isinstance(value, str) and value}
     sent = as_sent(entries, log.folder, said.get("workspace", ""))
     name = printable(log.name)
+    model = said.get("model") or next((entry.model for entry in entries if entry.model), None)
+    models = [entry.model or model for entry in sent if entry.role == "assistant"]
     meta = {
         "name": f"{name}#{printable(branch)}" if branch else name,
         "title": said.get("name"),
-        "tool_format": said.get("tool_format") or format_of(entry.content for entry in sent if entry.role == "assistant"),
-        "model": said.get("model") or next((entry.model for entry in entries if entry.model), None),
-        "time": _time(entries, log.path),
+        "tool_format": _tool_format(said.get("tool_format", ""), sent),
+        "model": model,
+        "turn_models": models if set(models) - {model} else None,  # until it is chosen by them (select.py)
+        "time": _time(entries, log),
         "tools": [tool for tool in _list(chat.get("tools")) if isinstance(tool, str)],
         "interactive": chat["interactive"] if isinstance(chat.get("interactive"), bool) else None,
         "not_reproduced": sorted({what for entry in sent for what in entry.not_reproduced}),
@@ -270,15 +202,28 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _time(entries: Sequence[Entry], path: Path) -> str:
-    """When the last message was written, in UTC. gptme writes most times naive, in local time; logs of 2023 have none."""
+def _tool_format(stated: str, sent: Sequence[Entry]) -> str | None:
+    """As the config has it, unless every call that has a result is in one other format."""
+    if stated not in FORMATS:
+        return format_of(entry.content for entry in sent if entry.role == "assistant")
+    ran = (turn.content for turn, after in pairwise(sent) if turn.role == "assistant" and after.role == "system")
+    return format_against(ran, stated) or stated
+
+
+def _time(entries: Sequence[Entry], log: Log) -> str:
+    """When the last message was written, in UTC. gptme writes most times naive, in local time; logs of 2023 have none.
+
+    Of a log without times it is the day in its name, and the file's time only where there is none.
+    """
     last: dict[str, str] = {}  # of those of one offset the greatest text is the latest
     for entry in entries:
         offset = entry.timestamp[-6:] if entry.timestamp[-6:-5] in ("+", "-") else ""
         if _moment_like(entry.timestamp) and entry.timestamp > last.get(offset, ""):
             last[offset] = entry.timestamp
     times = [moment for timestamp in last.values() if (moment := _moment(timestamp))]
-    latest = max(times) if times else datetime.fromtimestamp(path.lstat().st_mtime, UTC)
+    named = DAY.match(log.name)
+    day = _moment(f"{named[0]}T00:00:00+00:00") if named else None
+    latest = max(times) if times else day or datetime.fromtimestamp(log.path.lstat().st_mtime, UTC)
     return latest.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

@@ -5,6 +5,7 @@ Source: gptme 0.35.1, logmanager/manager.py (`_message_from_json_line`, `_active
 """
 
 import codecs
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +13,13 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 from mlx_finetune.data.conversation import Role
-from mlx_finetune.data.sources import printable
-from mlx_finetune.data.sources.log_files import open_regular
+from mlx_finetune.data.sources import BadLine, Item, printable
+from mlx_finetune.data.sources.log_files import LONGEST_LINE, json_object, lines_at_once, lines_of, open_regular
 
 ROLES = ("system", "user", "assistant")
 CACHE_BOUNDARY = "# System Prompt Cache Boundary\n"  # the message with this heading is never merged
 NO_HASHES: Mapping[str, str] = MappingProxyType({})
+LARGEST_LOG = 128 * 2**20  # bytes of one log; beyond, it is no conversation
 LARGEST_FILE = 100_000  # characters of one attached file that gptme sends
 
 
@@ -65,6 +67,29 @@ def entry_of(row: Mapping[str, Any], halves: bool = True) -> Entry:
         generation=generation if isinstance(generation, str) else None,
         not_reproduced=tuple(name for name, value in special if value is not None),
     )
+
+
+def read_entries(path: Path) -> tuple[list[Entry], list[Item]]:
+    """The messages of one file, and the lines of it that are none.
+
+    Raises:
+        OSError: the file cannot be read, or is no conversation for its size.
+    """
+    entries: list[Entry] = []
+    bad_lines: list[Item] = []
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > LARGEST_LOG:
+            raise OSError(0, f"larger than {LARGEST_LOG // 2**20} MB", str(path))
+        for line in lines_at_once(file) if size <= LONGEST_LINE else lines_of(file):
+            try:
+                row = json_object(line)
+                if row is not None:
+                    halves = line.raw is not None and (b"\\ud" in line.raw or b"\\uD" in line.raw)  # of a character, maybe
+                    entries.append(entry_of(row, halves))
+            except ValueError as error:
+                bad_lines.append(BadLine(path, line.number, str(error)))
+    return entries, bad_lines
 
 
 def as_sent(entries: Sequence[Entry], folder: Path | None, workspace: str) -> list[Entry]:
