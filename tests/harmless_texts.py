@@ -162,6 +162,43 @@ AWS_SECRET_ACCESS_KEY: arn:aws:secretsmanager:eu-west-1:1:secret:<word>
 ssh_key: ~/.ssh/id_ed25519
 key_file = "/etc/ssl/private/<word>.pem"
 tls.key: certs/<word>.key
+contract token 0x<sha1>
+def generate(password: str, method: str = "scrypt", salt_length: int = 16) -> str:
+redis://cache:6379/0,redis://user@other:6379/1
+{"kty": "RSA", "kid": "<md5>", "n": "<id><id><id>", "e": "AQAB"}
+The password is what the <word> asks for.
+page.login("<word>", "button")
+a mnemonic is easier to keep in mind than a number
+xoxo-love-letters
+"all 8 cases pass": check_3s_all_pass
+ALPHABET_PAT = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+UNRESERVED_PAT = r"(?:[^\\[\\]%:/?#]|%[a-fA-F0-9]{2})*"
+let token: &str = <name>.token();
+const key = process.env.API_KEY || "";
+TOKENS = ["access", "refresh", "<word>"]
+special_tokens = ["<|im_start|>", "<|im_end|>"]
+public_keys = ["<base64>", "<base64>"]
+{"name": "<word>", "value": "<sha256>"}
+{"name": "TOKEN_URL", "value": "https://a.test/oauth2/v2.0/token"}
+- name: API_KEY\n  valueFrom:\n    secretKeyRef:\n      name: <word>\n      key: api-key
+grep -n "END RSA PRIVATE KEY" <word>.pem
+-----BEGIN CERTIFICATE-----\n<base64>\n-----END CERTIFICATE-----\n-----END\n
+client-certificate-data: LS0tLS1CRUdJTiBDRVJUSUZJQ0FURS0tLS0tCk1JSUM<base64>
+LS0tLS1CRUdJTiBDRVJUSUZJQ0FURS0tLS0tCk1JSUM<base64>
+curl -b cookies.txt -c cookies.txt https://a.test
+curl -sSfL -o out.txt https://a.test/<word>
+curl -u "$USER:$PASS" -b "session=$SESSION" https://a.test
+mongo -u admin -p --authenticationDatabase admin
+unzip -p <word>.zip data.csv
+mysql -h db -P 3306 -u root -p
+7z a -p <word>.7z
+ssh-keygen -t ed25519 -N "" -f "<word>"
+openssl enc -d -aes-256-cbc -k "$KEY"
+echo done | tee <word>.txt
+setenv DB_PASSWORD $PASSWORD
+http -a "$USER:$PASS" GET https://a.test
+dsn := user + ":" + password + "@tcp(" + host + ")/" + name
+jdbc:oracle:thin:@//db:1521/x
 task-sk-<letters> risk-free-<letters>-<number>
 sk-learn pipeline with desk-<letters>
 """

@@ -85,6 +85,9 @@ FORMS: dict[str, Maker] = {  # a maker's own form: found wherever it stands
     "docker_token": _form("dckr_pat_", ALNUM, 27),
     "digitalocean_token": _form("dop_v1_", HEX, 64),
     "databricks_token": _form("dapi", HEX, 32),
+    "slack_token, of a browser": lambda chance: (
+        f"xoxc-{chance.chars(DIGITS, 12)}-{chance.chars(DIGITS, 12)}-{chance.chars(HEX, 64)}"
+    ),
     "slack_token": lambda chance: f"xoxb-{chance.chars(DIGITS, 12)}-{chance.chars(DIGITS, 12)}-{chance.chars(ALNUM, 24)}",
     "stripe_key": lambda chance: chance.word("sk_live_ rk_live_") + chance.chars(ALNUM, 24),
     "sendgrid_key": lambda chance: f"SG.{chance.chars(ALNUM, 22)}.{chance.chars(ALNUM, 43)}",
@@ -225,7 +228,127 @@ PLACES: dict[str, tuple[Maker, list[str]]] = {  # found by where it stands
         lambda chance: f"hooks.slack.com/services/T{chance.chars(UPPER, 8)}/B{chance.chars(UPPER, 8)}/{chance.chars(ALNUM, 24)}",
         ["curl -X POST https://§ -d x", "SLACK=https://§\n"],
     ),
+    "dotted token": (
+        lambda chance: chance.word("s. id. user.") + chance.chars(ALNUM, 32),
+        ["VAULT_TOKEN=§\n", 'access_token: "§"\n', "api_token = '§'"],
+    ),
+    "name before a tab or a line end": (
+        _token,
+        ["env:\n  - name: API_KEY\n    value: §\n", "API_KEY\t§\n", '#define API_KEY\t"§"\n', 'api_key\t= "§"\r\n'],
+    ),
+    "name and value": (
+        _plain,
+        ['{"name": "DB_PASSWORD", "value": "§"}', '{"value": "§", "name": "DB_PASSWORD"}', '{"Name":"DB_PASSWORD","Value":"§"}'],
+    ),
+    "other schemes": (
+        _hex,
+        [
+            "Authorization: SSWS §\n",
+            "authorization: GenieKey §\n",
+            '-H "Authorization: OAuth §" https://a.test',
+            "Authorization: AWS4-HMAC-SHA256 Credential=abc/eu, SignedHeaders=host, Signature=§\n",
+        ],
+    ),
+    "telegram in a URL": (FORMS["telegram_token"], ["https://api.telegram.org/bot§/getMe", 'url = f"https://a.test/bot§/x"']),
+    "curl": (
+        _password,
+        [
+            "curl -sSu ann:§ https://a.test",
+            'curl -fsSLu "ann:§" https://a.test',
+            "curl -uann:§ https://a.test",
+            "curl -X POST \\\n  -H 'A: b' \\\n  -u ann:§ \\\n  https://a.test",
+        ],
+    ),
+    "curl's cookies": (_token, ['curl -b "session=§" https://a.test', "curl -s --cookie 'a=b; sessionid=§; c=d' https://a.test"]),
+    "other command lines": (
+        _password,
+        [
+            "mongodump -u admin -p §\n",
+            "sqlcmd -S db -U sa -P '§'",
+            "twine upload -u ann -p § dist/*",
+            "http -a ann:§ GET https://a.test",
+            "lftp -u ann,§ ftp.test",
+            "zip -r -P § a.zip b",
+            "7z x -p§ a.7z",
+            "mc alias set m http://h:9000 ann §\n",
+            "rabbitmqctl add_user ann §\n",
+            "htpasswd -bc users ann §\n",
+            "openssl enc -d -aes-256-cbc -k § -in x",
+            "ssh-keygen -t rsa -N '§' -f k",
+            'aws ssm put-parameter --name /a --type SecureString --value "§"',
+            "sudo -S <<< '§' true",
+            "sqlplus ann/§@db",
+            "echo '§' | sudo passwd --stdin ann",
+        ],
+    ),
+    "command lines with tokens": (_hex, ["wandb login §\n", 'gh secret set X --body "§"', "curl -u §: https://a.test"]),
+    "settings by a word": (_plain, ["setenv DB_PASSWORD §\n", "  SetEnv DB_PASSWORD §\n"]),
+    "token as a user": (_hex, ["https://§:x-oauth-basic@git.test/a.git", "git clone https://§:@git.test/a"]),
+    "other connection strings": (
+        _plain,
+        ['dsn := "app:§@tcp(127.0.0.1:3306)/shop"', "DSN=app:§@unix(/x)/y\n", "jdbc:oracle:thin:app/§@//db:1521/x"],
+    ),
+    "aws configure": (lambda chance: chance.chars(BASE64, 40), ["AWS Secret Access Key [None]: §\n"]),
+    "assignments": (
+        _token,
+        [
+            'let api_key: &str = "§";',
+            'static TOKEN: &\'static str = "§";',
+            'let apiKey: String? = "§"',
+            'let token = String::from("§");',
+            "Config(api_key=SecretStr('§'))",
+            'const key = process.env.API_KEY || "§";',
+            'api_keys = ["§"]\n',
+            'tokens: ["none", "§", "other"]',
+            "GH_PAT=§\n",
+            "AZURE_DEVOPS_EXT_PAT: §\n",
+            'std::string token{"§"};',
+            "Unseal Key 1: §\n",
+        ],
+    ),
+    "password said, other ways": (_plain, ["Das Passwort lautet: §\n", "my wifi password is § don't tell"]),
+    "login": (_plain, ['server.login("ann@mail.test", "§")']),
+    "plist": (_token, ["<key>apiToken</key>\n\t<string>§</string>"]),
+    "jwk": (_token, ['{"kty": "RSA", "n": "AQAB", "d": "§"}', '{"k":"§","kty":"oct"}']),
+    "mnemonic": (
+        lambda chance: " ".join(chance.word("abandon ability able about above absent") for _ in range(12)),
+        ["seed phrase: §\n", 'mnemonic = "§"'],
+    ),
+    "slash in a URL's password": (lambda chance: f"{_plain(chance)}/{_plain(chance)}", ["postgres://ann:§@db.test:5432/x"]),
+    "short names": (_plain, ['{"pw": "§"}', 'network={\n  psk="§"\n}', "SET PASSWORD FOR 'a'@'%' = PASSWORD('§');"]),
+    "cut off": (_token, ['API_KEY="§', '{"access_token": "§']),
     "signed URL": (lambda chance: chance.chars(HEX, 64), ["https://b.s3.test/k?X-Amz-Date=1&X-Amz-Signature=§ ok"]),
+}
+
+
+def _long(alphabet: str) -> Maker:
+    return lambda chance: chance.chars(alphabet, int(chance.rng.integers(401, 6000)))
+
+
+LONG: dict[str, tuple[Maker, list[str]]] = {  # no limit cuts a secret
+    "long token": (
+        _long(ALNUM),
+        [
+            "aws_session_token = §\nregion = eu\n",
+            'export AWS_SESSION_TOKEN="§"\n',
+            '{"refresh_token": "§", "n": 1}',
+            "GET /x?access_token=§&mode=1 HTTP/1.1",
+            "GOOGLE_CREDENTIALS_BASE64=§\n",
+            "Authorization: Bearer §\n",
+            "Cookie: a=1; session=§; b=2\n",
+            "apiVersion: v1\ndata:\n  a: §\nkind: Secret\n",
+            "postgres://ann:§@db.test/x",
+            "https://§@git.test/a.git",
+            "docker login -u AWS -p § registry.test\n",
+            "GH_TOKEN=§\n",
+            "deploy --api-key § --now",
+        ],
+    ),
+    "long key": (lambda chance: "sk-ant-api03-" + _long(WORD)(chance) + "a", ["use § now", '"§"']),
+    "long jwt": (
+        lambda chance: f"eyJhbGciOiJIUzI1NiJ9.eyJ{_long(WORD)(chance)}.{chance.chars(WORD, 342)}a",
+        ["use § now", "id: §\n"],
+    ),
 }
 
 
@@ -251,18 +374,41 @@ def _blocks(chance: Chance) -> Iterator[Sample]:
             yield Sample(f"private key {name}", (before, after), (joint.join([begin, *lines, end]),))
         yield Sample("private key cut off", ("head -3 key\n", "\n$ echo done\n"), ("\n".join([begin, *lines[:3]]),))
         yield Sample("private key cut off, escaped", ('{"key": "', '"}'), ("\\n".join([begin, *lines[:3], lines[3][:20]]),))
+        yield Sample("private key without its beginning", ("$ tail -4 key\n", "\n$ ls\n"), ("\n".join([*lines[-4:], end]),))
+        yield Sample("private key without its beginning, quoted", ("> ", "\n\nIs it whole?\n"), ("\n> ".join([*lines[-4:], end]),))
+        yield Sample("private key without its beginning, escaped", ('{"out": "', '"}'), ("\\n".join([*lines[-4:], end]),))
+        yield Sample("private key numbered, with blanks", ("     1  ", "\n$ ls\n"), (_numbered([begin, *lines], "     {}  {}"),))
+        yield Sample(
+            "private key numbered, cut off at both ends", ("  4\t", "\n```\n"), (_numbered([*lines[-4:], end], "  {}\t{}"),)
+        )
+        yield Sample("private key numbered", ("```key\n 1\t", "\n```\n"), (_numbered([begin, *lines], " {}\t{}"),))
+        yield Sample("private key numbered, whole", ("     1\t", "\n$ ls\n"), (_numbered([begin, *lines, end], "     {}\t{}"),))
+        yield Sample("private key in grep", ("id_rsa:1:", "\n$ ls\n"), (_numbered([begin, *lines[:4]], "id_rsa:{}:{}"),))
+        text = "\n".join([begin, *lines, end, ""]).encode()
+        encoded = base64.b64encode(text).decode()
+        yield Sample("private key in base64", ("user:\n    client-key-data: ", "\n    other: x\n"), (encoded,))
+        wrapped = base64.encodebytes(text).decode().strip()
+        yield Sample("private key in lines of base64", ("$ base64 key.pem\n", "\n$ ls\n"), (wrapped,))
+        more = "\n".join(chance.chars(BASE64, 64) for _ in range(400))
+        yield Sample("long private key", ("", "\nend\n"), (f"{begin}\n{more}\n{end}",))
         yield Sample("private key to the end", ("It says\n", ""), ("\n".join([begin, *lines[:4], lines[4][:9]]),))
 
 
+def _numbered(lines: list[str], form: str) -> str:
+    """Numbered lines; what stands before the first is no part of the secret."""
+    text = "\n".join(form.format(number, line) for number, line in enumerate(lines, 1))
+    return text[text.index(lines[0]) :]
+
+
 def secret_samples(seed: int) -> list[Sample]:
-    """Some 280 texts of seventy kinds."""
+    """Some 420 texts of a hundred kinds."""
     chance = Chance(seed)
     samples = []
     for number, (kind, make) in enumerate(FORMS.items()):
         for context in (ANYWHERE[(seed + number * 5 + step) % len(ANYWHERE)] for step in range(5)):
             before, after = context.split("§")
             samples.append(Sample(kind, (before, after), (make(chance),)))
-    for kind, (make, contexts) in PLACES.items():
+    for kind, (make, contexts) in (PLACES | LONG).items():
         for context in contexts:
             before, after = context.split("§")
             samples.append(Sample(kind, (before, after), (make(chance),)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harmless_texts import harmless_texts
-from secret_texts import ALNUM, FORMS, Chance, Sample, secret_samples
+from secret_texts import ALNUM, FORMS, LONG, Chance, Sample, secret_samples
 
 from mlx_finetune.data.conversation import Conversation, Message, ToolCall
 from mlx_finetune.data.redact import PLACEHOLDER, Ledger, Rules, find, redact_conversation, redact_text
@@ -287,3 +287,38 @@ def test_a_home_without_a_name_ends_the_search() -> None:
 
 def test_a_secret_as_a_key_of_meta_is_redacted_too() -> None:
     assert cleaned(talk("hi", meta={secret(): 1, "kim": 2}), KIM).meta == {"[REDACTED:github_token:1]": 1, "user": 2}
+
+
+@pytest.mark.parametrize("size", [199, 200, 201, 399, 400, 401, 1999, 2000, 2001, 4001, 15_000])
+def test_no_limit_cuts_a_secret(size: int) -> None:
+    value = Chance(size).chars(ALNUM, size)
+    for context in LONG["long token"][1]:
+        before, after = context.split("§")
+        assert only_the_secret_differs(Sample("", (before, after), (value,)), redacted(before + value + after)), context
+
+
+def test_a_long_value_of_a_field_is_a_secret_and_a_long_text_is_none() -> None:
+    value, prose = Chance(1).chars(ALNUM, 30_000), "the token is not here " * 2000
+    call = ToolCall("1", "login", json.dumps({"access_token": value, "token": prose}))
+    new = cleaned(Conversation((Message("assistant", "", tool_calls=(call,)),), "own", "g", "own")).messages[0].tool_calls[0]
+    assert json.loads(new.arguments) == {"access_token": "[REDACTED:token:1]", "token": prose}
+
+
+def test_backslashes_in_quotes_are_read_once() -> None:
+    assert redacted('token="' + "\\" * 60 + "\n").startswith('token="')  # took a year when each could be read in two ways
+
+
+def test_a_chapter_between_begin_and_end_stays() -> None:
+    begin, end, line = ("-----BEGIN RSA PRIVATE " + "KEY-----", "-----END RSA PRIVATE " + "KEY-----", Chance(1).chars(ALNUM, 64))
+    text = f'grep "{begin}" *.pem\n' + "What follows is about something else.\n" * 40 + f"sha512 {line}\n{end}"
+    assert "about something else" in redacted(text)
+
+
+def test_a_bundle_of_keys_and_certificates_keeps_the_certificates() -> None:
+    key = next(s for s in secret_samples(6) if s.kind == "private key whole").secrets[0]
+    certificate = "-----BEGIN CERTIFICATE-----\n" + Chance(2).chars(ALNUM, 64) + "\n-----END CERTIFICATE-----"
+    assert redacted(f"{certificate}\n{key}\n{certificate}") == f"{certificate}\n[REDACTED:private_key:1]\n{certificate}"
+
+
+def test_a_vendors_key_keeps_its_kind_behind_a_name() -> None:
+    assert redacted(f"GH_PAT={secret()}") == "GH_PAT=[REDACTED:github_token:1]"

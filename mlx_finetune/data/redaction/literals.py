@@ -11,11 +11,13 @@ SLOT_BITS = 18  # a table that stays in a core's cache, and that a thousand lite
 MULTIPLIER = np.uint32(2654435761)  # Knuth's: 2**32 divided by the golden ratio, spreads what is alike
 SHIFT = np.uint32(32 - SLOT_BITS)
 BLOCK = 2**16  # characters at a time: the arrays between stay in the cache too
-PRINTABLE = sorted({chr(code).lower() for code in range(32, 127)})
+FOLLOWING = sorted({chr(code).lower() for code in (9, 10, 13, *range(32, 127))})
 
 
 class Literals(Generic[T]):
-    """Literals of three characters or more (with three, a printable one of ASCII must follow) and what each means; case is ignored.
+    """Literals of three characters or more and what each means; case is ignored.
+
+    Behind one of three there must be a printable character of ASCII, a tab or a line end.
 
     Each window of four characters is hashed into a table of booleans (Rabin and Karp's idea, all windows at once in numpy);
     where the table says yes, a sorted list decides, and only then does Python compare.
@@ -25,7 +27,7 @@ class Literals(Generic[T]):
         self._at: dict[bytes, list[tuple[str, T]]] = {}
         for literal, meaning in meanings.items():
             assert len(literal) >= WIDTH - 1, literal
-            for head in [literal[:WIDTH]] if len(literal) >= WIDTH else [literal + last for last in PRINTABLE]:
+            for head in [literal[:WIDTH]] if len(literal) >= WIDTH else [literal + last for last in FOLLOWING]:
                 self._at.setdefault(head.encode("latin-1", errors="replace").lower(), []).append((literal.lower(), meaning))
         self._heads = np.array(sorted(int.from_bytes(head, "little") for head in self._at), dtype=np.uint32)
         self._table = np.zeros(2**SLOT_BITS, dtype=bool)

@@ -34,11 +34,11 @@ TEMPLATE = re.compile(
 TEMPLATE_SIGNS = "$`{%@!>"
 REFERENCE = re.compile(  # where a secret is kept or what it hashes to, not what it is
     r"^(?:[a-z][a-z0-9+.-]*://|arn:|op:|ssm:|vault:|env:|file:|sha\d+[:-]|md5:|secret[s:/]|keychain:|ENC\[|data:|urn:|ssh-"
-    r"|\$argon|\$2[aby]\$|[A-Za-z]:\\)"
+    r"|\$argon|\$2[aby]\$|[A-Za-z]:\\|\*[0-9A-F]{40}$|0x[0-9A-Fa-f]{40}$)"
 )
-PATH = re.compile(
-    r"^(?:~|\.{1,2})?/|^[\w.-]+(?:/[\w.-]+)*/?\.?[\w-]+\.(?:pem|key|crt|txt|json|ya?ml|toml|ini|py|js|ts|env|md|html?)$"
-)
+# A program's alphabet or regular expression: BASE62 = "ABC...", NAME_PAT = "[a-zA-Z]\w*".
+PATTERN = re.compile(r"\(\?[:=!<]|\[\^|\[a-z|a-zA-Z|ABCDEFGHIJKLMNOPQRSTUVWXYZabcdef|abcdefghijklmnopqrstuvwxyzABCDEF")
+PATH = re.compile(r"^(?:~|\.{1,2})?/|^[\w.-][\w./-]*\.(?:pem|key|crt|txt|json|ya?ml|toml|ini|py|js|ts|env|md|html?)$")
 DOTTED = re.compile(r"[A-Za-z_$][\w$]*\??(?:(?:\.|::|->|\?\.)[A-Za-z_$][\w$]*[?!]?)+")  # settings.api_key
 NUMBER = re.compile(r"[-+]?[\d._,]+(?:e[-+]?\d+)?[KMGkmgsh]?b?")
 DATE = re.compile(r"\d{4}-\d\d-\d\d(?:[T ].*)?")
@@ -56,6 +56,8 @@ FOLLOWERS = (
 )
 PAIRS = [(letters[0], follower) for letters in FOLLOWERS.split() for follower in letters[1:]]
 NEIGHBOURS = frozenset(pair for a, b in PAIRS for pair in ((a, b), (a.upper(), b), (a.upper(), b.upper())))
+
+REST = re.compile(r"[A-Za-z0-9+/_=-]*+(?:[.~:%][A-Za-z0-9+/_=-]++)*+")  # of a secret whose beginning is known
 
 
 def is_marked(value: str) -> bool:
@@ -86,7 +88,7 @@ def is_password(value: str, literal: bool) -> bool:
     if NUMBER.fullmatch(value):
         return len(value) >= 6 and value.isdigit()
     if value.isalpha():
-        return literal and len(value) >= 6 and (value.islower() or not is_wordy(value))
+        return (literal and len(value) >= 6 and value.islower()) or (len(value) >= (6 if literal else 10) and not is_wordy(value))
     return any(map(str.isdigit, value)) or _has_signs(value) or value.count("-") >= 3
 
 
@@ -94,12 +96,23 @@ def is_token(value: str) -> bool:
     """Whether the value of a name such as `api_key` looks drawn by chance: 16 characters or more that form no words."""
     if len(value) < SHORTEST_TOKEN or not value.isascii() or not value.isprintable() or " " in value or is_placeholder(value):
         return False
-    if REFERENCE.match(value) or DATE.fullmatch(value) or NUMBER.fullmatch(value):
+    if REFERENCE.match(value) or DATE.fullmatch(value) or NUMBER.fullmatch(value) or PATTERN.search(value):
         return False
-    if DOTTED.fullmatch(value) and any(map(is_wordy, value.split("."))):
-        return False
+    if DOTTED.fullmatch(value) and any(map(is_wordy, parts := value.split("."))):
+        longest = max(parts, key=len)  # s.<24 letters and digits> is a token, settings.api_key is none
+        if len(longest) < SHORTEST_TOKEN or is_wordy(longest):
+            return False
     mixed = any(map(str.isdigit, value)) and any(map(str.isalpha, value))
     return (mixed or sum(map(str.isalpha, value)) >= SHORTEST_TOKEN) and not is_wordy(value)
+
+
+def whole_end(text: str, start: int, end: int, limit: int, rest: re.Pattern[str] = REST) -> int:
+    """The end of a secret of which `start` to `end` were read to judge it.
+
+    One that fills the `limit` of what is read goes on as far as its alphabet does, so that no limit cuts a secret.
+    """
+    more = rest.match(text, end) if end - start >= limit else None
+    return more.end() if more else end
 
 
 def is_opaque(value: str) -> bool:

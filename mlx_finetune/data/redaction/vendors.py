@@ -14,11 +14,14 @@ from mlx_finetune.data.redaction.values import is_marked
 
 Rule = Callable[[str, int], Iterator[Found]]
 
-# No letter or digit before it, but for the letter of an escape: in JSON text a token may follow \n.
-BEGIN = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrtbf]))"
+# No letter or digit before it, but for the letter of an escape (in JSON text a token may follow \n) or Telegram's /bot.
+BEGIN = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrtbf])|(?<=/bot))"
 END = r"(?![A-Za-z0-9])"
 BOT_IDS = " ".join(sorted({base64.b64encode(str(number).encode()).decode() for number in range(100, 1000)}))
 LONGEST = 2000  # characters of a part: a search that fails must not read to the end of the text each time
+LONGEST_PART = 20_000  # of a JWT, which another part must follow
+ALPHABET = re.compile(r"(\[[^\]]+\]|\\[wd])\{\d+,?\d*\}")
+JWT_HEAD = r"eyJ[\w-]{10,8000}+"
 UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 FORMS = [
@@ -94,7 +97,11 @@ FORMS = [
     ("onepassword_key", "a3- ops_eyj", r"(?:A3-[A-Z0-9]{6}-[A-Z0-9-]{11,13}(?:-[A-Z0-9]{5}){3}|ops_eyJ[\w+/=]{100,})"),
     ("infracost_key", "ico-", r"ico-[A-Za-z0-9]{32}" + END),
     # talk, mail, money, monitoring
-    ("slack_token", "xoxa- xoxb- xoxe xoxo- xoxp- xoxr- xoxs-", r"xox[abeoprs](?:\.xox[bp])?-[A-Za-z0-9-]{10,}"),
+    (
+        "slack_token",
+        "xoxa- xoxb- xoxc- xoxd- xoxe xoxo- xoxp- xoxr- xoxs-",
+        r"xox[abcdeoprs](?:\.xox[bp])?-(?=[A-Za-z-]{0,20}[\d%])[\w%+/=-]{10,}",
+    ),
     ("slack_token", "xapp-", r"xapp-\d-[A-Za-z0-9-]{20,}"),
     ("slack_webhook", "hooks.slack.com/", r"hooks\.slack\.com/(?:services|workflows|triggers)/[A-Za-z0-9+/]{20,}"),
     ("teams_webhook", "webhook.office.com/", r"webhook\.office\.com/webhookb2/[\w@/-]{60,}"),
@@ -134,7 +141,11 @@ FORMS = [
     ("maxmind_key", "_mmk", r"[A-Za-z0-9]{6}_[A-Za-z0-9]{29}_mmk" + END),
     # keys and signed tokens without a maker
     ("age_key", "age-secret-key-1", r"AGE-SECRET-KEY-1[A-Z0-9]{58}"),
-    ("jwt", "eyj", r"eyJ[\w-]{10,}\.(?:eyJ[\w-]{10,}\.[\w-]{10,}|(?:[\w-]{0,1000}\.){2,3}[\w-]{10,})"),
+    (
+        "jwt",
+        "eyj",
+        rf"{JWT_HEAD}\.(?:eyJ[\w-]{{10,{LONGEST_PART}}}+\.[\w-]{{10,}}|(?:[\w-]{{0,{LONGEST_PART}}}+\.){{2,3}}[\w-]{{10,}})",
+    ),
 ]
 LEADS = {"azure_secret": (3,), "terraform_token": (14,), "maxmind_key": (36,), "mailchimp_key": (32,), "telegram_token": (10, 9, 8)}
 
@@ -143,18 +154,21 @@ def vendor_rules() -> Iterator[tuple[str, Rule]]:
     """A literal, and the rule to try where it stands."""
     for kind, literals, form in FORMS:
         pattern, leads = re.compile(BEGIN + form.replace(",}", f",{LONGEST}}}")), LEADS.get(kind, (0,))
+        rest = re.compile(f"{ALPHABET.findall(form)[-1]}*+")
         for literal in literals.split(" "):
-            yield literal, _rule(kind, pattern, leads)
+            yield literal, _rule(kind, pattern, rest, leads)
 
 
-def _rule(kind: str, pattern: re.Pattern[str], leads: tuple[int, ...]) -> Rule:
+def _rule(kind: str, pattern: re.Pattern[str], rest: re.Pattern[str], leads: tuple[int, ...]) -> Rule:
+    """`rest`: what the key ends with goes on until its alphabet ends, so that no limit and no longer form cuts a key."""
     group = "secret" if "secret" in pattern.groupindex else 0
 
     def rule(text: str, position: int) -> Iterator[Found]:
         for lead in leads:
             match = pattern.match(text, position - lead) if position >= lead else None
             if match and not is_marked(match[group]):
-                yield Found(kind, match.start(group), match.end(group))
+                more = rest.match(text, match.end(group))
+                yield Found(kind, match.start(group), more.end() if more else match.end(group))
                 return
 
     return rule
