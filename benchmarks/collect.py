@@ -122,7 +122,7 @@ def main() -> None:
         seconds = yardstick(folder / "logs", folder / "yardstick.jsonl")
         result["yardstick"] = {"megabytes_a_second": size / 1e6 / seconds}
         runs = {
-            "without near-duplicates": ("plain", "--near-duplicates", "0"),
+            "without near-duplicates": ("plain", "--no-near-duplicate-search"),
             "with near-duplicates": ("near",),
             "a second time, nothing new": ("near",),
         }

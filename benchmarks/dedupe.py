@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from mlx_finetune.data.conversation import Conversation, Message
-from mlx_finetune.data.dedupe import Fingerprint, decide, fingerprint, shingles_of
+from mlx_finetune.data.dedupe import decide
+from mlx_finetune.data.fingerprint import Fingerprint, fingerprint, shingles_of
 from mlx_finetune.data.minhash import jaccard
 
 THRESHOLD = 0.7

@@ -49,9 +49,18 @@ def collect(
         typer.Option(help="YAML file of NAME: keep, drop or a weight; collect writes one to edit.", rich_help_panel=CHOOSE),
     ] = None,
     near_duplicates: Annotated[
-        float,
-        typer.Option(help="Drop what is at least so similar (Jaccard, 5-grams of words); 0 keeps all.", rich_help_panel=CHOOSE),
-    ] = 0.7,
+        float | None,
+        typer.Option(
+            help="Drop what is at least so similar (Jaccard, 5-grams of words); 0 keeps all, together in one split. Default: 0.7.",
+            rich_help_panel=CHOOSE,
+        ),
+    ] = None,
+    near_duplicate_search: Annotated[
+        bool,
+        typer.Option(
+            help="Without it: faster, but near-duplicates may stand in training and validation both.", rich_help_panel=CHOOSE
+        ),
+    ] = True,
     system: Annotated[
         str, typer.Option(help="gptme's system prompt: keep, short (as gptme --system short), none.", rich_help_panel=LEARN)
     ] = "keep",

@@ -25,6 +25,7 @@ def load_template(model: str) -> ChatTemplate:
 
 def prepare_command(collected: Sequence[Path], model: str, out: Path, settings: dict[str, Any], as_json: bool) -> None:
     """`mlx-finetune prepare`."""
+    _refuse_share_of_all(settings["openassistant_share"])
     config = make_config(settings, "prepare")
     refuse_existing(out)
     folder = model_folder(model)
@@ -37,6 +38,12 @@ def prepare_command(collected: Sequence[Path], model: str, out: Path, settings: 
         info = prepare(collected, template, config, out, origin, advance)
     following = f"mlx-finetune train --model {model} --data {out} --out run"
     finish(info | {"out": str(out)}, as_json, lambda: show_dataset(info), out, following)
+
+
+def _refuse_share_of_all(share: float) -> None:
+    if share >= 1:
+        hint = "0.99 makes it 99 %; for OpenAssistant alone prepare its own file, COLLECTED/openassistant.jsonl"
+        raise UserError(f"--openassistant-share {share:g}: a share beside other conversations is less than 1", hint=hint)
 
 
 def show_dataset(info: dict[str, Any]) -> None:
@@ -65,10 +72,20 @@ def show_dataset(info: dict[str, Any]) -> None:
                 print(f"not learned: {count} turns ({reason})")
     for reason, count in info["left_out"].items():
         print(f"left out: {count} conversations ({reason})")
-    if info["openassistant_share_reached"]:
-        print(f"OpenAssistant: {100 * info['openassistant_share_reached']:.1f} % of the learned tokens")
+    if line := _share_line(info):
+        print(line)
     if not info["examples"]["valid"]:
         print("nothing is held out: that takes two or more conversations and a valid_fraction")
+
+
+def _share_line(info: dict[str, Any]) -> str:
+    """How much of OpenAssistant there is, and why not as much as was asked; empty where none was to be had."""
+    asked, reached = 100 * info["openassistant_share"], 100 * info["openassistant_share_reached"]
+    line = f"OpenAssistant: {reached:.1f} % of the learned tokens" if reached else ""
+    if not line or asked - reached < 0.1:
+        return line
+    why = "all there is was taken" if info["openassistant_all_taken"] else "the next would go beyond"
+    return f"{line}, asked {asked:g} %: {why}"
 
 
 def train_command(

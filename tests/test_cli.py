@@ -164,7 +164,7 @@ def test_show_prints_what_was_kept_and_rejected_in_one_line_each(cli: Callable[.
 
 def test_a_name_that_nothing_has_is_said(cli: Callable[..., Answer], tmp_path: Path) -> None:
     logs, _ = write_secret_log(tmp_path / "logs")
-    status, out, err = cli("collect", logs, "--exclude", "2026-06-04*", "--exclude", "*-b-log", "--out", "c")
+    status, _, err = cli("collect", logs, "--exclude", "2026-06-04*", "--exclude", "*-b-log", "--out", "c")
     assert status == 0 and "nothing is called '2026-06-04*'" in err and "nothing is called '*-b-log'" in err
     write(tmp_path / "tags.yaml", '"*-a-log": 2\nother: drop\n')
     status, _, err = cli("collect", logs, "--tags", tmp_path / "tags.yaml", "--out", "d")

@@ -111,7 +111,7 @@ def test_every_turn_of_genuine_logs_is_learned_once_or_counted(smollm2: Path, sh
 @pytest.mark.parametrize("size", [64, 200, 1000])
 def test_every_turn_of_random_chats_is_learned_once_or_counted(tiny: ChatTemplate, tmp_path: Path, size: int) -> None:
     random = np.random.default_rng(size)
-    chats = [conversation_of([*random_chat(random, 0.2), *chat("a", "b")], f"g{i}") for i in range(120)]
+    chats = [conversation_of([*random_chat(random, 0.2), *chat(f"a {i}", "b")], f"g{i}") for i in range(120)]
     dataset = prepared(tmp_path, chats, tiny, max_length=size)
     check_tally(dataset, chats)
     assert set(dataset.info["train"]["turns_refused"]) >= {"unassigned characters in a message", "a turn of blanks"}

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlx_finetune.data.clusters import place_in_test
 from mlx_finetune.data.conversation import Conversation, Message, ToolCall
-from mlx_finetune.data.dedupe import Decision, Fingerprint, decide, fingerprint, shingles_of
+from mlx_finetune.data.dedupe import Decision, decide
+from mlx_finetune.data.fingerprint import Fingerprint, fingerprint, shingles_of
 from mlx_finetune.data.minhash import jaccard, shingles, signature
 from mlx_finetune.data.sources import gather, openassistant
 from mlx_finetune.data.sources.openassistant import EVERYTHING
@@ -246,15 +248,53 @@ def test_each_turn_is_learned_once_and_nothing_is_lost(seed: int, threshold: flo
     assert named([many[i] for i in order], threshold) == named(many, threshold)
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_a_group_keeps_its_label_as_newer_conversations_come(seed: int) -> None:
-    many = [one for one in made_up(np.random.default_rng(seed), 40) if one.meta["time"]]
-    before, after = named(many[:25]), named(many)
+def labels_after(before: Sequence[Conversation], after: Sequence[Conversation]) -> dict[str, set[str]]:
+    """For each label that the conversations `before` have among those `after`: their labels until then."""
+    old, new = named(before), named(after)
     joined: dict[str, set[str]] = {}
-    for name, (_, _, label) in before.items():
-        joined.setdefault(after[name][2], set()).add(label)
-    assert all(label in labels for label, labels in joined.items())  # of clusters that join, the label of one
-    assert sum(len(labels) for labels in joined.values()) == len({row[2] for row in before.values()})  # none is torn apart
+    for name, row in old.items():
+        joined.setdefault(new[name][2], set()).add(row[2])
+    assert sum(map(len, joined.values())) == len({row[2] for row in old.values()})  # none is torn apart
+    return joined
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_as_newer_conversations_come_a_group_keeps_its_label_or_has_that_which_the_test_split_takes_first(seed: int) -> None:
+    many = [dataclasses.replace(one, source="gptme") for one in made_up(np.random.default_rng(seed), 30) if one.meta["time"]]
+    for count in range(1, len(many)):
+        for label, labels in labels_after(many[:count], many[: count + 1]).items():
+            assert label == min(labels, key=place_in_test)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_other_sources_change_no_label_of_gptme_and_let_none_of_its_groups_vanish(seed: int) -> None:
+    many = made_up(np.random.default_rng(seed), 40)
+    own = [one for one in many if one.source == "gptme"]
+    for label, labels in labels_after(own, many).items():
+        assert label == min(labels, key=place_in_test)
+    before, after = named(own), named(many)
+    for name, (dropped, _, _) in before.items():
+        assert dropped is not None or after[name][0] is None
+
+
+def test_a_log_that_is_gone_on_with_after_a_fork_keeps_its_label() -> None:
+    def times(one: Conversation, begun: str, time: str) -> Conversation:
+        return dataclasses.replace(one, meta={**one.meta, "begun": begun, "time": time})
+
+    resumed, fork = times(LONG, "2026-01-01", "2026-02-01"), times(FORK, "2026-01-03", "2026-01-04")
+    assert {row[2] for row in named([resumed, fork]).values()} == {"long"}
+    copied = times(dataclasses.replace(FORK, group="long-fork-1"), "2026-01-01", "2026-01-04")  # /fork copies the times too
+    copied.meta["name"] = "long-fork-1"
+    assert {row[2] for row in named([copied, resumed]).values()} == {"long"}
+
+
+@pytest.mark.parametrize("threshold", [0, 0.7, 0.9])
+def test_near_duplicates_that_are_kept_share_a_group(threshold: float) -> None:
+    text = words(200, 1)
+    pair = [talk("a", "q", text, time="2026-01-01"), talk("b", "r", edited(text, 0.03, 1), time="2026-01-02")]
+    assert 0.7 < jaccard(*map(shingles_of, pair)) < 0.9
+    assert len(decided(pair, threshold).dropped) == (threshold == 0.7)
+    assert decided(pair, threshold).groups == ["a", "a"] and decided(pair, None).groups == ["a", "b"]
 
 
 def test_edited_copies_of_real_conversations_are_found(shared: Path) -> None:

@@ -1,5 +1,6 @@
 """OpenAssistant makes up so large a share of the learned tokens, and of its trees the same ones are taken."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ import pytest
 from chats import chat, conversation_of, template_of
 from tiny_models import CHATML
 
+from mlx_finetune.commands import prepare_command, show_dataset
 from mlx_finetune.config import make_config
+from mlx_finetune.data.clusters import place
 from mlx_finetune.data.conversation import Conversation, write_conversations
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.data.mixture import GIVE_UP, Mixture
 from mlx_finetune.data.prepare import prepare
-from mlx_finetune.data.split import place
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
 
@@ -116,3 +118,38 @@ def test_looking_ends_soon_after_the_share_is_reached() -> None:
         mixture.takes("openassistant", 30)
         looked += 1
     assert (looked, mixture.taken, mixture.reached) == (3 + GIVE_UP, 90, 90 / 190)
+
+
+@pytest.mark.parametrize(
+    ("trees", "share", "said"),
+    [
+        (5, 0.9, r"OpenAssistant: \d+\.\d % of the learned tokens, asked 90 %: all there is was taken"),
+        (150, 0.3, r"OpenAssistant: (29\.\d|30\.0) % of the learned tokens(, asked 30 %: the next would go beyond)?"),
+    ],
+)
+def test_a_share_that_cannot_be_reached_is_said(
+    tiny: ChatTemplate, tmp_path: Path, capsys: pytest.CaptureFixture[str], trees: int, share: float, said: str
+) -> None:
+    dataset = prepared(tmp_path, [*made(trees, "openassistant"), *made(12, "gptme")], tiny, openassistant_share=share)
+    assert dataset.info["openassistant_all_taken"] == (trees == 5)
+    show_dataset(dataset.info)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("OpenAssistant:")]
+    assert re.fullmatch(said, line)
+
+
+@pytest.mark.parametrize("trees", [0, 30])
+def test_nothing_is_said_of_a_share_that_was_not_to_be_had_or_is_all(
+    tiny: ChatTemplate, tmp_path: Path, capsys: pytest.CaptureFixture[str], trees: int
+) -> None:
+    only = made(trees, "openassistant") or made(5, "gptme")
+    dataset = prepared(tmp_path, only, tiny)
+    show_dataset(dataset.info)
+    said = capsys.readouterr().out
+    assert ("OpenAssistant: 100.0 % of the learned tokens\n" in said) == bool(trees)
+    assert "asked" not in said
+
+
+def test_a_share_of_all_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--openassistant-share 1: ") as error:
+        prepare_command([tmp_path], "model", tmp_path / "out", {"openassistant_share": 1.0}, False)
+    assert "openassistant.jsonl" in error.value.hint

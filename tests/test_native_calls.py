@@ -51,7 +51,7 @@ def learned(template: ChatTemplate, encoded: Encoded) -> list[str]:
     edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.weights > 0, [0]])))
     stretches = [encoded.tokens[start:end].tolist() for start, end in edges.reshape(-1, 2)]
     assert all(stretch[-1] in template.stop_ids for stretch in stretches)
-    return [str(template._special.decode(stretch[:-1], skip_special_tokens=False)) for stretch in stretches]
+    return [str(template.special.decode(stretch[:-1], skip_special_tokens=False)) for stretch in stretches]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -98,7 +98,7 @@ def test_what_stands_for_a_secret_in_a_call_is_not_learned(templates: dict[str, 
     messages = [*chat("log in"), calling(call("call00001", command="login [REDACTED:password:1] now"))]
     for template in templates.values():
         encoded = template.encode(messages, TOOLS)
-        texts = str(template._special.decode(encoded.tokens[encoded.weights > 0].tolist(), skip_special_tokens=False))
+        texts = str(template.special.decode(encoded.tokens[encoded.weights > 0].tolist(), skip_special_tokens=False))
         assert "login " in texts and " now" in texts and "REDACTED" not in texts and encoded.placeholders > 5
 
 

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 
 from mlx_finetune.config import make_config
+from mlx_finetune.data.clusters import place
 from mlx_finetune.data.conversation import Conversation, Message, write_conversations
 from mlx_finetune.data.entries import Entry, entries, read_entry, seconds
-from mlx_finetune.data.split import MOST_TREES_HELD_OUT, Split, lowest, newest, place, split
+from mlx_finetune.data.split import MOST_TREES_HELD_OUT, Split, lowest, newest, split
 from mlx_finetune.errors import UserError
 
 GROUPS = [f"2026-01-{i}" for i in range(2000)]
 
 
 def entry(group: str, time: float = -math.inf, source: str = "gptme", name: str = "") -> Entry:
-    return Entry(source, group, name or group, time, Path("all.jsonl"), 1, 0, 0)
+    return Entry(source, group, name or group, time, Path("all.jsonl"), 1, 0, 0, "", 0)
 
 
 def parted(everything: Sequence[Entry], **settings: Any) -> Split:
@@ -140,17 +141,21 @@ def test_the_test_split_never_changes_as_the_collection_grows() -> None:
     made = [entry(f"group {i // 3}", float(random.integers(0, 99)), name=f"log-{i}") for i in range(600)]
     everything = {e.name for e in parted(made, test_fraction=0.1).test}
     assert 30 < len(everything) < 100
-    for size in (1, 5, 50, 300):
+    for size in (1, 5, 50, 300):  # of a group any may be left: the others were dropped, or are not collected yet
         some = [made[i] for i in random.permutation(600)[:size]]
-        moved = [entry(f"new {i % 7}", e.time, name=e.name) for i, e in enumerate(some)]  # clusters change, names do not
-        for these in (some, moved):
-            result = parted(these, test_fraction=0.1)
-            assert {e.name for e in result.test} == everything & {e.name for e in these}
-            tested = {e.group for e in result.test}
-            assert result.left_out["same group as a test conversation"] == sum(
-                e.group in tested and e.name not in everything for e in these
-            )
+        result = parted(some, test_fraction=0.1)
+        assert {e.name for e in result.test} == everything & {e.name for e in some}
+        assert result.left_out == {}
     assert parted(made).test == ()
+
+
+def test_what_other_sources_have_of_a_test_group_is_left_out() -> None:
+    made = [
+        entry(f"g{i}", source=source, name=f"{source} {i}") for i in range(100) for source in ("gptme", "chat", "openassistant")
+    ]
+    result = parted(made, test_fraction=0.2, valid_fraction=0)
+    assert {e.source for e in result.test} == {"gptme"} and 10 < len(result.test) < 30
+    assert result.left_out == {"same group as a test conversation": 2 * len(result.test)}
 
 
 def test_the_test_split_is_not_the_one_that_validation_by_hash_takes() -> None:

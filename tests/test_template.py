@@ -66,7 +66,7 @@ def real(smollm2: Path) -> ChatTemplate:
 
 
 def text_of(template: ChatTemplate, ids: Sequence[int]) -> str:
-    return str(template._special.decode(list(ids), skip_special_tokens=False))
+    return str(template.special.decode(list(ids), skip_special_tokens=False))
 
 
 def turns_of(template: ChatTemplate, encoded: Encoded) -> list[tuple[int, list[int], set[float]]]:
@@ -89,7 +89,7 @@ def check(template: ChatTemplate, messages: Sequence[Message], separator: str = 
     encoded = template.encode(messages)
     expected, turns = to_learn(messages), turns_of(template, encoded)
     assert encoded.turns == tuple(place for place, _, _ in expected)
-    control = {i for i, token in template._special.get_added_tokens_decoder().items() if token.special}
+    control = {i for i, token in template.special.get_added_tokens_decoder().items() if token.special}
     for (_, text, weight), (_, ids, weights) in zip(expected, turns, strict=True):
         assert text_of(template, ids[:-1]) == text + separator
         assert not control & set(ids[:-1])

@@ -35,7 +35,8 @@ from mlx_finetune.data.collection import (
     write_index,
 )
 from mlx_finetune.data.conversation import Conversation, conversation_of, read_conversations
-from mlx_finetune.data.dedupe import Decision, decide, shingles_of
+from mlx_finetune.data.dedupe import Decision, decide
+from mlx_finetune.data.fingerprint import shingles_of
 from mlx_finetune.data.redact import Rules
 from mlx_finetune.data.refine import Settings, lifted_by_keep, without_secrets
 from mlx_finetune.data.refining import Advance, FileSource, Work, number_secrets, refine_file, refine_logs
@@ -43,13 +44,14 @@ from mlx_finetune.data.rendered import write_rendered
 from mlx_finetune.data.select import DROPPED, ID, Selection
 from mlx_finetune.data.sources import gptme as gptme_source
 from mlx_finetune.data.sources.openassistant import Options
-from mlx_finetune.data.summary import summarise
+from mlx_finetune.data.summary import hint_for, summarise
 from mlx_finetune.data.tags import Line, any_meant, tag_lines
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file, atomic_folder, write_json
 
 SPOOL = ".spool"
+NAMED_REASONS = 5
 
 
 @dataclass(frozen=True)
@@ -285,10 +287,12 @@ def _tagged(written: _Written, rejected: Iterable[tuple[str, str, str]]) -> Iter
 
 def _refuse_nothing_left(summary: Mapping[str, Any], out: Path) -> None:
     counts = [f"{reason} ({count})" for reason, count in summary["rejected"].items()]
+    if (more := len(counts) - NAMED_REASONS) > 1:
+        counts[NAMED_REASONS:] = [f"and {more} other reasons"]
     if summary["bad_lines"]:
         first = summary["bad_lines"][0]
         counts.append(f"{summary['bad_line_count']} unreadable lines, the first {first['file']}:{first['line']}: {first['reason']}")
     raise UserError(
         f"no conversation left after cleaning: {'; '.join(counts)}",
-        hint="name another logs folder, or add --openassistant FILE: each needs a user turn and an assistant turn",
+        hint=hint_for(next(iter(summary["rejected"]), "")),
     )

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mlx_finetune.data.dedupe import Fingerprint
+from mlx_finetune.data.fingerprint import Fingerprint
 from mlx_finetune.data.sources import BadLine, Rejected
 from mlx_finetune.data.tags import read_tags
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file, read_json, refuse_existing
 
-VERSION = 2
+VERSION = 3
 TAGS = "tags.yaml"
 INDEX = "index.ndjson"  # no .jsonl: it holds no conversations
 Place = tuple[str, int, int]  # file, first byte and bytes of the second half of a line

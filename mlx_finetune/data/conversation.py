@@ -65,7 +65,8 @@ class Conversation:
     """Messages and where they come from; `group` (a log with its branches and near-duplicates, a tree) decides the split.
 
     `meta` holds what a person chooses by: name (the source's own name for it), title, tool_format, model, time (of the
-    last message, ISO 8601 in UTC). `tools` are the schemas that the model was given, as OpenAI's format has them.
+    last message, ISO 8601 in UTC), begun (the same of the first). `tools` are the schemas that the model was given, as OpenAI's
+    format has them.
     """
 
     messages: tuple[Message, ...]

@@ -17,7 +17,10 @@ HINT = "mlx-finetune collect makes such files"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One conversation. `time` is that of its last message, in seconds since 1970; minus infinity where it is not known."""
+    """One conversation. `time` is that of its last message, in seconds since 1970; minus infinity where it is not known.
+
+    `learned`: of its assistant turns, counted from 0, the n-th is to be learned where bit n is set.
+    """
 
     source: str
     group: str
@@ -27,6 +30,8 @@ class Entry:
     line: int  # from 1
     start: int  # bytes
     length: int
+    id: str
+    learned: int
 
     @property
     def place(self) -> str:
@@ -47,8 +52,8 @@ def entries(path: Path) -> Iterator[Entry]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     one = _parse(line, f"{path}:{number}")
-                    source = known.setdefault(one.source, one.source)
-                    yield Entry(source, one.group, one.name, seconds(one.meta.get("time")), path, number, start, len(line))
+                    source, time = known.setdefault(one.source, one.source), seconds(one.meta.get("time"))
+                    yield Entry(source, one.group, one.name, time, path, number, start, len(line), one.id, _learned(one))
                 start += len(line)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", hint=HINT) from error
@@ -66,7 +71,7 @@ def read_entry(entry: Entry) -> Conversation:
             conversation = _parse(file.read(entry.length), entry.place)
     except OSError as error:
         raise UserError(f"{entry.path}: {error.strerror}", hint=HINT) from error
-    if (conversation.source, conversation.group, conversation.name) != (entry.source, entry.group, entry.name):
+    if (conversation.source, conversation.name, conversation.id) != (entry.source, entry.name, entry.id):
         raise UserError(f"{entry.place}: another conversation than a moment ago", hint="prepare again when nothing writes there")
     return conversation
 
@@ -80,6 +85,11 @@ def seconds(time: object) -> float:
     if moment is None:
         return -math.inf
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _learned(conversation: Conversation) -> int:
+    turns = (message for message in conversation.messages if message.role == "assistant")
+    return sum(1 << n for n, message in enumerate(turns) if message.weight > 0)
 
 
 def _parse(line: bytes, place: str) -> Conversation:

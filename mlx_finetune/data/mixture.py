@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mlx_finetune.data.clusters import place
 from mlx_finetune.data.entries import Entry
 from mlx_finetune.data.sources.openassistant import SOURCE
-from mlx_finetune.data.split import place
 
 GIVE_UP = 16  # conversations that did not fit: the share is as good as reached
 

@@ -14,7 +14,9 @@ from mlx_finetune.data.conversation import Conversation
 from mlx_finetune.data.dataset import SPLITS, write_dataset
 from mlx_finetune.data.entries import Entry, entries, read_entry
 from mlx_finetune.data.mixture import Mixture, in_order
+from mlx_finetune.data.overlap import AGAIN, once
 from mlx_finetune.data.provenance import Refused
+from mlx_finetune.data.sources import openassistant
 from mlx_finetune.data.split import Split, split
 from mlx_finetune.data.template import ChatTemplate, Encoded
 from mlx_finetune.data.windows import Window, Windows, cut
@@ -56,7 +58,11 @@ class Tally:
 
 
 def collected_files(paths: Sequence[Path]) -> list[Path]:
-    """The conversation files among `paths`; a folder stands for those that `collect` put into it."""
+    """The conversation files among `paths`; a folder stands for those that `collect` put into it.
+
+    Raises:
+        UserError: one of them is not there, holds none, or is named twice.
+    """
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -68,6 +74,12 @@ def collected_files(paths: Sequence[Path]) -> list[Path]:
             files.append(path)
         else:
             raise UserError(f"{path}: no such file or folder", hint="mlx-finetune collect makes one")
+    known: set[tuple[int, int]] = set()
+    for file in files:
+        status = file.stat()
+        if (status.st_dev, status.st_ino) in known:
+            raise UserError(f"{file}: named twice", hint="name each folder or file once: its conversations are learned once")
+        known.add((status.st_dev, status.st_ino))
     return files
 
 
@@ -84,9 +96,11 @@ def prepare(
     The files are read twice: once for what decides the split, then conversation by conversation.
 
     Raises:
-        UserError: a bad line, `out` exists, or there is nothing to learn.
+        UserError: a bad line, a path named twice, `out` exists, or there is nothing to learn.
     """
-    members = split([entry for path in collected_files(paths) for entry in entries(path)], config)
+    found, again = once([entry for path in collected_files(paths) for entry in entries(path)])
+    members = split(found, config)
+    members = replace(members, left_out=members.left_out + Counter({AGAIN: again}))
     work = _Work(template, config, members, advance)
     info = {name: getattr(config, name) for name in SETTINGS} | {"tokenizer": template.fingerprint, **origin}
     with atomic_folder(out) as folder, ExitStack() as files:
@@ -137,6 +151,7 @@ class _Work:
             _refuse_nothing(self.tallies["train"], left_out)
         return {name: tally.to_json() for name, tally in self.tallies.items()} | {
             "openassistant_share_reached": self.mixture.reached,
+            "openassistant_all_taken": not self.beyond_share and any(e.source == openassistant.SOURCE for e in members.train),
             "left_out": dict(left_out),
             "held_out_groups": sorted(members.held_out_groups),
             "held_out_trees": sorted(members.held_out_trees),

@@ -1,11 +1,11 @@
 """Who is trained on, who is held out, who is set aside for a test: whole groups, so that nothing held out is trained on too."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlx_finetune.config import RunConfig
+from mlx_finetune.data.clusters import place, place_in_test
 from mlx_finetune.data.entries import Entry
 from mlx_finetune.data.sources import gptme, openassistant
 
@@ -26,20 +26,14 @@ class Split:
     held_out_trees: frozenset[str]  # of OpenAssistant
 
 
-def place(text: str) -> float:
-    """A number in [0, 1) that belongs to the text on every machine and for ever."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-
-
 def split(entries: Sequence[Entry], config: RunConfig) -> Split:
     """Test and validation come from gptme (where there is none, from other chats), and a few trees from OpenAssistant.
 
-    Whether a conversation is in the test split depends on its own name alone, so that it never changes.
+    Whether a group is in the test split depends on its label alone, so that it never changes, whichever of its members a
+    larger collection has.
     """
     judged = _judged(entries)
-    # Another number than the group's own, or the test would take just those that validation by hash would.
-    test = {e.name for e in judged if place(f"test {e.name}") < config.test_fraction}
-    tested = frozenset(e.group for e in judged if e.name in test)
+    tested = frozenset(e.group for e in judged if place_in_test(e.group) < config.test_fraction)
     rest = [e for e in judged if e.group not in tested]
     groups = _latest(rest)
     chosen = newest if config.validation_by == "time" else lowest
@@ -50,7 +44,7 @@ def split(entries: Sequence[Entry], config: RunConfig) -> Split:
     sources = {e.source for e in judged}
     for entry in entries:
         of_test, of_valid = entry.group in tested, entry.group in held_out
-        if of_test and not (entry.source in sources and entry.name in test):
+        if of_test and entry.source not in sources:
             left_out[WITH_TEST] += 1
         elif of_valid and entry.source not in sources:
             left_out[WITH_HELD_OUT] += 1

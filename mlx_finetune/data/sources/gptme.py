@@ -185,6 +185,7 @@ def _conversation(log: Log, branch: str, entries: Sequence[Entry], chat: Mapping
         "model": model,
         "turn_models": models if set(models) - {model} else None,  # until it is chosen by them (select.py)
         "time": _time(entries, log),
+        "begun": _begun(entries),
         "tools": [tool for tool in _list(chat.get("tools")) if isinstance(tool, str)],
         "interactive": chat["interactive"] if isinstance(chat.get("interactive"), bool) else None,
         "not_reproduced": sorted({what for entry in sent for what in entry.not_reproduced}),
@@ -225,6 +226,12 @@ def _time(entries: Sequence[Entry], log: Log) -> str:
     day = _moment(f"{named[0]}T00:00:00+00:00") if named else None
     latest = max(times) if times else day or datetime.fromtimestamp(log.path.lstat().st_mtime, UTC)
     return latest.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _begun(entries: Sequence[Entry]) -> str | None:
+    """When the first message was written, in UTC: it stays when the person goes on with the log."""
+    moment = _moment(entries[0].timestamp) if entries else None
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ") if moment else None
 
 
 def _moment_like(timestamp: str) -> bool:

@@ -1,0 +1,265 @@
+"""Chats as tokens with loss weights: which tokens a turn is, and whether a server would feed the very tokens before it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlx_finetune.data.conversation import Message
+from mlx_finetune.data.provenance import Refused, Span, locate
+from mlx_finetune.data.redact import PLACEHOLDER
+from mlx_finetune.data.rows import check_written, texts_of
+
+if TYPE_CHECKING:
+    from mlx_finetune.data.template import ChatTemplate
+
+Tools = Sequence[dict[str, Any]]
+NO_END = "no end-of-turn token follows an assistant message: the model would not learn to stop"
+THINK = ("<think>", "</think>")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens of a rendered chat; `weights[i]` is how much predicting `tokens[i]` counts."""
+
+    tokens: np.ndarray  # int32 [T]
+    weights: np.ndarray  # float32 [T]
+    turns: tuple[int, ...]  # indices of the messages that are learned
+    exact: tuple[bool, ...]  # of each turn, whether exactly the tokens stand before it that a server would feed
+    placeholders: int = 0  # tokens of the learned turns that stand for a redacted secret: weight 0
+
+    @property
+    def served(self) -> int:
+        """How many turns are exact."""
+        return sum(self.exact)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens with the characters that they stand for."""
+
+    ids: np.ndarray  # int32 [T]
+    starts: np.ndarray  # int64 [T]
+    ends: np.ndarray  # int64 [T], exclusive
+    kept_as_text: tuple[int, ...]  # where messages start that name a control token
+
+    def between(self, start: int, end: int) -> np.ndarray:
+        """bool [T]: the tokens of the turn from `start` on, and the control token that begins at `end`.
+
+        Raises:
+            Refused: a token straddles one of the two.
+        """
+        if any(np.any((self.starts < edge) & (self.ends > edge)) for edge in (start, end)):
+            raise Refused("a token straddles the edge of a turn")
+        return (self.starts >= start) & (self.starts <= end)
+
+    def touching(self, start: int, end: int) -> np.ndarray:
+        """bool [T]: the tokens that hold any character from `start` to `end` (exclusive)."""
+        return (self.starts < end) & (self.ends > start)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A learned turn: characters `start` to `end`, where the control token `ending` begins."""
+
+    start: int
+    end: int
+    ending: str
+
+
+def encode(template: "ChatTemplate", messages: Sequence[Message], tools: Tools = ()) -> Encoded:
+    """One rendering: every assistant message with its end-of-turn token is learned, and nothing else.
+
+    The tool calls of a message are a part of it. What stands for a redacted secret is read but not learned.
+
+    Raises:
+        Refused: the template loses or rewrites text, or a turn's edge falls inside a token.
+    """
+    messages = template.as_learned(messages)
+    text, spans = locate(lambda each: template.render(each, tools=tools), messages)
+    _check_no_control_token(template, messages, tools)
+    tokens = _tokenize(
+        template, text, [span for span in spans if span and template.names_control_token(text[span.start : span.end])]
+    )
+    weights = np.zeros(len(tokens.ids), np.float32)
+    learned = _learned(template, messages, tools, text, spans)
+    placeholders = 0
+    for index, turn in learned.items():
+        weights[tokens.between(turn.start, turn.end)] = messages[index].weight
+        for placeholder in PLACEHOLDER.finditer(text, turn.start, turn.end):
+            hidden = tokens.touching(*placeholder.span())
+            placeholders += int((weights[hidden] > 0).sum())
+            weights[hidden] = 0
+    endings = sorted({turn.ending for turn in learned.values()})
+    if len(endings) > 1:
+        raise Refused(f"the template ends assistant turns in different ways: {' '.join(endings)}")
+    if weights[:1].any():
+        raise Refused("nothing stands before the first turn")
+    exact = _exact(template, messages, tools, text, tokens, {index: turn.start for index, turn in learned.items()})
+    return Encoded(tokens.ids, weights, tuple(learned), exact, placeholders)
+
+
+def encode_turn(template: "ChatTemplate", messages: Sequence[Message], tools: Tools = ()) -> Encoded:
+    """The last message, an assistant's, in a context of its own: the tokens of `prompt(messages[:-1])`, then the turn.
+
+    Whatever the template makes of the messages before it (thinking taken out, a date) is what a server feeds too. An empty
+    think block that it would write before the turn is left out, for the prompt has none; what the model itself must write to get
+    to its answer (the end of thinking that the prompt began, a channel's name) is learned.
+
+    Raises:
+        Refused: the template loses or rewrites the turn, or writes nothing that ends it.
+    """
+    messages = template.as_learned(messages)
+    before, turn = messages[:-1], messages[-1]
+    assert turn.role == "assistant" and turn.weight > 0
+    _check_no_control_token(template, messages, tools)
+    prompt = template.render(before, True, tools)
+    written, ending = _emitted(template, messages, prompt, tools)
+    tokens, start = _joined(template, prompt, written, ending)
+    weights = np.zeros(len(tokens.ids), np.float32)
+    weights[tokens.starts >= start] = turn.weight
+    placeholders = 0
+    for placeholder in PLACEHOLDER.finditer(prompt + written, start):
+        hidden = tokens.touching(*placeholder.span())
+        placeholders += int((weights[hidden] > 0).sum())
+        weights[hidden] = 0
+    if not start:
+        raise Refused("nothing stands before the first turn")
+    return Encoded(tokens.ids, weights, (len(before),), (True,), placeholders)
+
+
+def _emitted(template: "ChatTemplate", messages: Sequence[Message], prompt: str, tools: Tools) -> tuple[str, str]:
+    """What the model is to write behind the prompt, and the control token that ends it."""
+    turn = messages[-1]
+    text = template.render(messages, tools=tools).rstrip()
+    ending = next((special for special in template.endings if text.endswith(special)), None)
+    if ending is None:
+        raise Refused(NO_END)
+    rest = text[len(prompt) : len(text) - len(ending)] if text.startswith(prompt) else None
+    core = turn.content
+    if turn.tool_calls:
+        if rest is None:
+            raise Refused("the template writes what stands before a tool call in another way than a server would")
+        check_written(turn.tool_calls, rest.replace(core, "", 1) if core else rest)
+        if core not in rest:
+            raise Refused("the template rewrites the text of a message with a tool call")
+    if rest is None:
+        return core, ending
+    lead, found, tail = rest.partition(core)
+    if not found:
+        if "".join(rest.split()) != "".join(core.split()):
+            raise Refused("the template rewrites a message of role assistant")
+        return rest, ending
+    thinks = [tag in lead for tag in THINK]
+    needed = not lead.strip() or thinks == [False, True] or template.names_control_token(lead)
+    return (rest if needed else core + tail), ending
+
+
+def _joined(template: "ChatTemplate", prompt: str, written: str, ending: str) -> tuple["_Tokens", int]:
+    """The tokens that a server feeds, those of the turn and its end, and the character at which the turn starts."""
+    text = prompt + written + ending
+    fed = template.prompt_tokens(prompt)
+    if not template.names_control_token(written):
+        whole = _tokenize(template, text, [])
+        if whole.ids[: len(fed)].tolist() == fed and (whole.starts[len(fed) :] >= len(prompt)).all():
+            return whole, len(prompt)
+    if not template.pieces_join:
+        raise Refused("a token straddles the edge of a turn")
+    turn = _tokenize(template, written + ending, [Span(0, len(written))] if template.names_control_token(written) else [])
+    places = np.full(len(fed), -1, np.int64)
+    starts, ends = np.concatenate([places, turn.starts + len(prompt)]), np.concatenate([places, turn.ends + len(prompt)])
+    return _Tokens(np.concatenate([np.array(fed, np.int32), turn.ids]), starts, ends, ()), len(prompt)
+
+
+def _learned(
+    template: "ChatTemplate", messages: Sequence[Message], tools: Tools, text: str, spans: Sequence[Span | None]
+) -> dict[int, _Turn]:
+    """Where each learned message stands; calls of the others are looked at too, for a dropped one would mislead."""
+    turns: dict[int, _Turn] = {}
+    for index, (message, span) in enumerate(zip(messages, spans, strict=True)):
+        if message.role == "assistant" and (message.tool_calls or (span and message.weight > 0)):
+            plain = span if not message.tool_calls else None
+            turn = turn_at(template, text, plain) if plain else _turn_with_calls(template, messages, index, text, span, tools)
+            turns |= {index: turn} if message.weight > 0 else {}
+    return turns
+
+
+def _exact(
+    template: "ChatTemplate", messages: Sequence[Message], tools: Tools, text: str, tokens: "_Tokens", starts: Mapping[int, int]
+) -> tuple[bool, ...]:
+    """Of each turn, whether a server would be asked for it with the very tokens that stand before it here."""
+    control = np.flatnonzero(np.isin(tokens.ids, template.special_ids))
+    exact = []
+    for index, start in starts.items():
+        as_text = any(place < start for place in tokens.kept_as_text)
+        if as_text or not _is_prompt(template, messages[:index], tools, text[:start]):
+            exact.append(False)
+            continue
+        count = int(np.searchsorted(tokens.starts, start))
+        # Whole words before a control token do not depend on what follows it: the last stretch is enough.
+        first = int(control[np.searchsorted(control, count) - 1]) if control.size and control[0] < count else 0
+        exact.append(template.prompt_tokens(text[tokens.starts[first] : start]) == tokens.ids[first:count].tolist())
+    return tuple(exact)
+
+
+def _is_prompt(template: "ChatTemplate", messages: Sequence[Message], tools: Tools, before: str) -> bool:
+    try:
+        return bool(messages) and template.render(messages, True, tools) == before
+    except Refused:
+        return False
+
+
+def _turn_with_calls(
+    template: "ChatTemplate", messages: Sequence[Message], index: int, text: str, span: Span | None, tools: Tools
+) -> _Turn:
+    """A turn with native calls: all that the template writes between the prompt for it and its end-of-turn token."""
+    before, through = template.render(messages[:index], True, tools), template.render(messages[: index + 1], tools=tools).rstrip()
+    if not text.startswith(before):
+        raise Refused("the template writes what stands before a tool call in another way than a server would")
+    # Not `through` itself: some templates (Qwen3) write the last turn of all in another way than this one.
+    ending = next((special for special in template.endings if through.endswith(special)), None)
+    start = len(before)
+    end = text.find(ending, max(start, span.end if span else 0)) if ending else -1
+    if ending is None or end < 0:
+        raise Refused(NO_END)
+    if span and span.start < start:
+        raise Refused("the template writes the text of a message with a tool call outside of its turn")
+    written = text[start:end] if not span else text[start : span.start] + text[span.end : end]
+    check_written(messages[index].tool_calls, written)
+    return _Turn(start, end, ending)
+
+
+def turn_at(template: "ChatTemplate", text: str, span: Span) -> _Turn:
+    """A turn of text: from its content to the control token that follows."""
+    end = span.end
+    while text[end : end + 1].isspace():
+        end += 1
+    special = next((special for special in template.special_texts if text.startswith(special, end)), None)
+    if special is None:
+        raise Refused(NO_END)
+    return _Turn(span.start, end, special)
+
+
+def _check_no_control_token(template: "ChatTemplate", messages: Sequence[Message], tools: Tools) -> None:
+    calls = [call for message in messages for call in message.tool_calls]
+    if any(template.names_control_token(text) for text in texts_of(calls, tools)):
+        raise Refused("a tool call or schema holds the text of a control token")
+
+
+def _tokenize(template: "ChatTemplate", text: str, as_text: Sequence[Span]) -> _Tokens:
+    """Tokens of the rendered chat; in the messages at `as_text` the name of a control token stays text."""
+    if as_text and not template.pieces_join:
+        raise Refused("a message holds the text of a control token, which this tokenizer cannot keep as text")
+    encodings, end = [], 0
+    for span in sorted(as_text, key=lambda span: span.start):
+        encodings += [
+            (template.special.encode(text[end : span.start], add_special_tokens=False), end),
+            (template.plain.encode(text[span.start : span.end], add_special_tokens=False), span.start),
+        ]
+        end = span.end
+    encodings.append((template.special.encode(text[end:], add_special_tokens=False), end))
+    ids = np.array([i for encoding, _ in encodings for i in encoding.ids], np.int32)
+    offsets = [(start + offset, end + offset) for encoding, offset in encodings for start, end in encoding.offsets]
+    starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
+    return _Tokens(ids, starts, ends, tuple(span.start for span in as_text))
