@@ -54,7 +54,7 @@ class RunConfig(BaseModel):
     )
     test_fraction: Fraction = Field(
         default=0.0,
-        description="share of gptme's conversations set aside by the name of their group, for ever: neither trained on nor looked at",
+        description="share of gptme's conversations set aside by their group, for ever: neither trained on nor looked at",
     )
 
     rank: int = Field(default=16, ge=1, description="width of the adapter")

@@ -81,8 +81,7 @@ class _Names:
 def refine(conversation: Conversation, settings: Settings, key: bytes) -> Refined | Rejected:
     """`key`: random bytes of this run, so that the digests of secrets say nothing once it is over."""
     selection = settings.selection
-    shown = without_secrets(conversation.name, settings.redaction)  # as the person knows it from tags.yaml
-    also = (shown, _as_written(conversation, settings, _Names(key)).id) if selection.names_ids else (shown,)
+    also = _names_as_written(conversation, settings, key) if selection.tags or selection.exclude else ()
     tag = selection.tag(conversation, also)
     reason = None if tag == KEEP else reason_in_name(conversation)
     reason = reason or reason_in_shape(conversation) or selection.reason_to_leave(conversation, also)
@@ -97,8 +96,12 @@ def refine(conversation: Conversation, settings: Settings, key: bytes) -> Refine
     return _refined(_clean(_as_served(conversation, settings), settings, names), settings, names)
 
 
-def _as_written(conversation: Conversation, settings: Settings, names: _Names) -> Conversation:
-    return _clean(_as_served(_judged(conversation, settings), settings), settings, names)
+def _names_as_written(conversation: Conversation, settings: Settings, key: bytes) -> tuple[str, ...]:
+    """Its name and id as the person knows them from tags.yaml."""
+    shown = without_secrets(conversation.name, settings.redaction)
+    if not settings.selection.names_ids:
+        return (shown,)
+    return shown, _clean(_as_served(_judged(conversation, settings), settings), settings, _Names(key)).id
 
 
 def _clean(conversation: Conversation, settings: Settings, names: _Names) -> Conversation:

@@ -46,6 +46,7 @@ PARAMETERS = {  # of a native call: what stands behind the fence, and in the blo
 FORMER_TAGS = {"bash": "shell", "sh": "shell", "terminal": "shell", "python": "ipython"}  # what older versions ran, and as what
 OPENING = re.compile(rf"```[^\S\n]*(?:{'|'.join(sorted(DEFAULT_TOOLS))}|py)\b")
 MAY_CLOSE = re.compile(r"^.*(?:```|</think).*$", re.MULTILINE)
+SORTED = json.JSONEncoder(sort_keys=True)
 MOST_READ_AGAIN = 2_000_000  # characters of one turn
 TOOL_USE = re.compile(r"^[ \t]*<(?:tool-use|function_calls)>", re.MULTILINE)
 
@@ -86,7 +87,7 @@ def fingerprint(call: Call) -> str:
     """16 hexadecimal digits, equal for calls that do the same, in whichever format they are written."""
     known = PARAMETERS.get(call.tool, ())
     more = {key: value for key, value in call.arguments.items() if key not in known or not isinstance(value, str)}
-    same = json.dumps([call.tool, call.argument.strip(), call.content.strip(), more], sort_keys=True)
+    same = SORTED.encode([call.tool, call.argument.strip(), call.content.strip(), more])
     return hashlib.sha256(same.encode()).hexdigest()[:16]
 
 

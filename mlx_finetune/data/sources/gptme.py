@@ -137,11 +137,12 @@ def read_log(log: Log) -> Iterator[Item]:
 
     A branch that holds only what the person took back is Rejected; any other is a conversation of the same group.
     """
-    branches, bad_branches = branches_of(log.folder) if log.folder else ([], [])
+    path, folder = log.path, log.folder
+    branches, bad_branches = branches_of(folder) if folder else ([], [])
     try:
-        compacted = log.folder if log.path.name == "lossless.jsonl" else None
-        entries, bad_lines = read_compacted(compacted, branches) if compacted else read_entries(log.path)
-        chat, bad_config = chat_config(log.folder / "config.toml") if log.folder else ({}, [])
+        compacted = folder if path.name == "lossless.jsonl" else None
+        entries, bad_lines = read_compacted(compacted, branches) if compacted else read_entries(path)
+        chat, bad_config = chat_config(folder / "config.toml") if folder else ({}, [])
     except OSError as error:
         yield Rejected(printable(log.name), SOURCE, f"cannot be read: {error.strerror}")
         return

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+DECODER = json.JSONDecoder()
 LONGEST_LINE = 16 * 2**20  # bytes; gptme sends at most 200,000 characters of files in a message
 
 
@@ -67,7 +68,7 @@ def json_object(line: Line) -> dict | None:
     if not text or text.isspace():
         return None
     try:
-        row = json.loads(text)
+        row = DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON, or cut off: {error.msg.removesuffix(' at')}, column {error.colno}") from error
     except RecursionError as error:
