@@ -101,16 +101,14 @@ class Conversation:
         """How many turns there are to learn."""
         return sum(message.role == "assistant" and message.weight > 0 for message in self.messages)
 
+    def head(self) -> dict[str, Any]:
+        """What the line of a collected file says of the conversation as a whole, before its messages."""
+        return {"id": self.id, "source": self.source, "group": self.group, "license": self.license, "meta": self.meta}
+
     def to_json(self) -> dict[str, Any]:
         """The line of a collected file; a weight stands there only where it is not 1."""
-        return {
-            "id": self.id,
-            "source": self.source,
-            "group": self.group,
-            "license": self.license,
-            "meta": self.meta,
-            "messages": [message.to_json() for message in self.messages],
-        } | ({"tools": list(self.tools)} if self.tools else {})
+        messages = {"messages": [message.to_json() for message in self.messages]}
+        return self.head() | messages | ({"tools": list(self.tools)} if self.tools else {})
 
 
 def write_conversations(path: Path, conversations: Iterable[Conversation]) -> int:

@@ -5,10 +5,11 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from mlx_finetune.data.clean import reason_in_name, reason_in_shape, without_empty_turns
-from mlx_finetune.data.conversation import LEAST_WEIGHT, MOST_WEIGHT, Conversation
+from mlx_finetune.data.conversation import LEAST_WEIGHT, MOST_WEIGHT, Conversation, Message
 from mlx_finetune.data.fingerprint import Fingerprint, fingerprint
 from mlx_finetune.data.redact import Rules, redact_conversation, redact_text
 from mlx_finetune.data.select import KEEP, Selection
@@ -18,6 +19,7 @@ from mlx_finetune.data.tool_calls import to_native
 from mlx_finetune.data.turns import TurnRules, judge, reason_to_reject_turns
 
 MARK = re.compile(r"\[REDACTED:([a-z0-9_]+):#([0-9]+)\]")  # a secret, until the whole collection gives it its number
+PROMPT = 2000  # characters from which a system message is likely a prompt
 ToolCalls = Literal["text", "native"]
 
 
@@ -173,18 +175,30 @@ def _as_served(conversation: Conversation, settings: Settings) -> Conversation:
 
 
 def _refined(conversation: Conversation, settings: Settings, names: _Names) -> Refined:
-    row = conversation.to_json()
-    body = {key: row.pop(key) for key in ("messages", "tools") if key in row}
+    head = conversation.head()
+    messages = b", ".join([_json_of(message) for message in conversation.messages])
+    tools = f', "tools": {json.dumps(list(conversation.tools), ensure_ascii=False)}'.encode() if conversation.tools else b""
     print_ = fingerprint(conversation, near=settings.near_duplicates is not None)
     return Refined(
         conversation.name,
         conversation.source,
-        json.dumps(row, ensure_ascii=False),
-        json.dumps(body, ensure_ascii=False)[1:].encode(),
+        json.dumps(head, ensure_ascii=False),
+        b'"messages": [' + messages + b"]" + tools + b"}",
         print_,
         _counts(conversation) + names.counts,
         names.secrets,
     )
+
+
+def _json_of(message: Message) -> bytes:
+    return _json_of_prompt(message) if len(message.content) >= PROMPT and message.role == "system" else _json(message)
+
+
+def _json(message: Message) -> bytes:
+    return json.dumps(message.to_json(), ensure_ascii=False).encode()
+
+
+_json_of_prompt = lru_cache(maxsize=64)(_json)  # most logs begin with a prompt that another one has
 
 
 def _counts(conversation: Conversation) -> Counter[str]:
