@@ -62,6 +62,12 @@ def atomic_folder(path: Path, replace_old: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sync(path: Path) -> None:
+    """Waits until the file stands on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def _swap(new: Path, old: Path) -> None:
     """`new` takes the name of `old`, which is then deleted; where that fails, `old` has its name again."""
     aside = Path(tempfile.mkdtemp(dir=old.parent, prefix=f".{old.name}.")) / old.name

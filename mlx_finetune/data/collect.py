@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ from mlx_finetune.data.summary import hint_for, summarise
 from mlx_finetune.data.tags import Line, any_meant, tag_lines
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
-from mlx_finetune.files import atomic_file, atomic_folder, write_json
+from mlx_finetune.files import atomic_file, atomic_folder, sync, write_json
 
 SPOOL = ".spool"
 NAMED_REASONS = 5
@@ -113,12 +114,14 @@ def collect(
     if earlier and not update:
         _refuse_without_update(out, earlier)
     known = {unit.key: unit for unit in read_index(out)} if earlier and not set(earlier.changed) - {"rendered_with"} else {}
-    with atomic_folder(out, replace_old=bool(earlier)) as folder:
+    with atomic_folder(out, replace_old=bool(earlier)) as folder, ThreadPoolExecutor(1) as disk:
         (folder / SPOOL).mkdir()
         reader = _Reader(Work(settings, secrets.token_bytes(32), str(folder / SPOOL)), known)
+        skipped = [replace(one, id=without_secrets(one.id, settings.redaction)) for one in skipped]
         units = [Unit("", "", (), tuple(skipped))] if skipped else []
         units += list(reader.read(logs, files, advance))
         written = _write(folder, units, settings, reader.placeholders)
+        on_disk = [disk.submit(sync, folder / f"{source}.jsonl") for source in {kept.source for kept in written.everything}]
         summary = summarise(units, written.decision, written.everything, reader.distinct)
         summary |= asked | {"version": VERSION, "state": state}
         if not written.places:
@@ -128,6 +131,8 @@ def collect(
             refused = write_rendered((one for path in kept for one in read_conversations(path)), template, folder)
             summary["not_rendered"] = dict(refused.most_common())
         _finish(folder, units, written, summary, settings.selection)
+        for done in on_disk:
+            done.result()
     return summary | {"unchanged": False, "changed_options": list(earlier.changed) if earlier else []}
 
 
@@ -217,8 +222,6 @@ def _write(folder: Path, units: Sequence[Unit], settings: Settings, placeholders
                 file.write(start + body + b"\n")
                 places[i] = (str(path), end + len(start), len(body))
                 end += len(start) + len(body) + 1
-            file.flush()
-            os.fsync(file.fileno())
     bodies.close()
     return _Written(everything, decision, places, frozenset(decision.context))
 

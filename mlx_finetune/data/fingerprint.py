@@ -71,8 +71,7 @@ def fingerprint(conversation: Conversation, near: bool = True) -> Fingerprint:
     hashes, turns = [], []
     for place, message in enumerate(messages[lead:], lead):
         calls = "".join(f"\0{call.name}\0{call.arguments}" for call in message.tool_calls)
-        for digest, text in ((so_far, message.content.strip() + calls), (exact, _folded(message.content + calls))):
-            raw = text.encode("utf-8", errors="surrogatepass")
+        for digest, raw in ((so_far, _bytes(message.content.strip() + calls)), (exact, _folded(message.content + calls))):
             digest.update(f"{message.role}\0{len(raw)}\0".encode() + raw)
         if message.role == "assistant":
             hashes.append(int.from_bytes(so_far.digest(), "little"))
@@ -100,8 +99,13 @@ def fingerprint(conversation: Conversation, near: bool = True) -> Fingerprint:
     )
 
 
-def _folded(text: str) -> str:
-    return " ".join(text.split()).casefold()
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", errors="surrogatepass")
+
+
+def _folded(text: str) -> bytes:
+    """Without blanks and in small letters."""
+    return _bytes(text.casefold()).translate(None, b" \t\n\r\v\f")
 
 
 def _texts(messages: Sequence[Message]) -> Iterator[str]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -176,7 +177,7 @@ def _as_served(conversation: Conversation, settings: Settings) -> Conversation:
 
 def _refined(conversation: Conversation, settings: Settings, names: _Names) -> Refined:
     head = conversation.head()
-    messages = b", ".join([_json_of(message) for message in conversation.messages])
+    messages = _json_of(conversation.messages)
     tools = f', "tools": {json.dumps(list(conversation.tools), ensure_ascii=False)}'.encode() if conversation.tools else b""
     print_ = fingerprint(conversation, near=settings.near_duplicates is not None)
     return Refined(
@@ -190,15 +191,16 @@ def _refined(conversation: Conversation, settings: Settings, names: _Names) -> R
     )
 
 
-def _json_of(message: Message) -> bytes:
-    return _json_of_prompt(message) if len(message.content) >= PROMPT and message.role == "system" else _json(message)
+def _json_of(messages: Sequence[Message]) -> bytes:
+    """What stands between the brackets; most logs begin with prompts that another one has."""
+    lead = next((i for i, m in enumerate(messages) if m.role != "system" or len(m.content) < PROMPT), len(messages))
+    rest = json.dumps([message.to_json() for message in messages[lead:]], ensure_ascii=False)[1:-1].encode()
+    return b", ".join([*map(_json_of_prompt, messages[:lead]), *([rest] if rest else [])])
 
 
-def _json(message: Message) -> bytes:
+@lru_cache(maxsize=64)
+def _json_of_prompt(message: Message) -> bytes:
     return json.dumps(message.to_json(), ensure_ascii=False).encode()
-
-
-_json_of_prompt = lru_cache(maxsize=64)(_json)  # most logs begin with a prompt that another one has
 
 
 def _counts(conversation: Conversation) -> Counter[str]:

@@ -83,12 +83,14 @@ def calls_in(text: str, tool_format: str = "markdown", tools: frozenset[str] = D
     return calls
 
 
-def fingerprint(call: Call) -> str:
-    """16 hexadecimal digits, equal for calls that do the same, in whichever format they are written."""
-    known = PARAMETERS.get(call.tool, ())
-    more = {key: value for key, value in call.arguments.items() if key not in known or not isinstance(value, str)}
-    same = SORTED.encode([call.tool, call.argument.strip(), call.content.strip(), more])
-    return hashlib.sha256(same.encode()).hexdigest()[:16]
+def fingerprint(call: Call) -> tuple[str, str, str, str]:
+    """Equal for calls that do the same, in whichever format they are written."""
+    more = ""
+    if call.arguments:
+        known = PARAMETERS.get(call.tool, ())
+        unknown = {key: value for key, value in call.arguments.items() if key not in known or not isinstance(value, str)}
+        more = SORTED.encode(unknown) if unknown else ""
+    return call.tool, call.argument.strip(), call.content.strip(), more
 
 
 def format_of(texts: Iterable[str]) -> Format | None:

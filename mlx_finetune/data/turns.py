@@ -104,7 +104,7 @@ class _Turn:
         return tuple(text.strip() for text in self.users if not HARNESS.search(text))
 
     @property
-    def key(self) -> tuple[str, ...]:
+    def key(self) -> tuple[Any, ...]:
         return tuple(fingerprint(call) for call in self.calls)
 
 

@@ -49,12 +49,14 @@ class Literals(Generic[T]):
 
     def _candidates(self, folded: bytes, start: int) -> np.ndarray:
         """Places in one block where the first four characters of a literal stand."""
-        count = min(BLOCK, len(folded) - start - WIDTH + 1)
-        windows = np.ndarray((count,), dtype="<u4", buffer=folded, offset=start, strides=(1,))
-        likely = self._table.take(_slots(windows)).nonzero()[0]
-        found = windows[likely]
+        block = folded[start : start + BLOCK + WIDTH - 1]
+        # The windows from every fourth byte on are aligned: four such passes are faster than one over all of them.
+        every = [np.frombuffer(block, "<u4", (len(block) - offset) // WIDTH, offset) for offset in range(WIDTH)]
+        likely = [self._table.take(_slots(windows)).nonzero()[0] for windows in every]
+        found = np.concatenate([windows[places] for windows, places in zip(every, likely, strict=True)])
+        places = np.concatenate([places * WIDTH + offset for offset, places in enumerate(likely)])
         sure = self._heads[np.minimum(np.searchsorted(self._heads, found), len(self._heads) - 1)] == found
-        return likely[sure] + start
+        return np.sort(places[sure]) + start
 
 
 def _slots(windows: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from mlx_finetune.data.sources import BadLine, Item, printable
 from mlx_finetune.data.sources.log_files import LONGEST_LINE, json_object, lines_at_once, lines_of, open_regular
 
 ROLES = ("system", "user", "assistant")
+PLAIN = frozenset(["role", "content", "timestamp", "pinned", "hide"])  # all that most rows have
 CACHE_BOUNDARY = "# System Prompt Cache Boundary\n"  # the message with this heading is never merged
 NO_HASHES: Mapping[str, str] = MappingProxyType({})
 LARGEST_LOG = 128 * 2**20  # bytes of one log; beyond, it is no conversation
@@ -49,6 +50,9 @@ def entry_of(row: Mapping[str, Any], halves: bool = True) -> Entry:
         raise ValueError(f"role {row.get('role')!r:.40} is not one of {', '.join(ROLES)}")
     if not isinstance(row.get("content"), str):
         raise ValueError("content is not a string")
+    if row.keys() <= PLAIN:
+        content = printable(row["content"]) if halves else row["content"]
+        return Entry(cast(Role, row["role"]), content, str(row.get("timestamp") or ""), pinned=bool(row.get("pinned")))
     files, hashes, metadata = row.get("files") or [], row.get("file_hashes") or {}, row.get("metadata") or {}
     if not isinstance(files, list) or not isinstance(hashes, dict) or not isinstance(metadata, dict):
         raise ValueError("files is not a list, or file_hashes or metadata is not an object")
