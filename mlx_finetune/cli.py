@@ -67,6 +67,7 @@ def prepare(
     openassistant_valid_fraction: Annotated[float, typer.Option(help=_help("openassistant_valid_fraction"))] = default(
         "openassistant_valid_fraction"
     ),
+    allow_inexact: Annotated[bool, typer.Option("--allow-inexact", help=_help("allow_inexact"))] = False,
     as_json: Json = False,
 ) -> None:
     """Render and tokenize conversations for one model: mixture, split, windows, loss masks."""

@@ -33,7 +33,9 @@ def prepare_command(collected: Sequence[Path], model: str, out: Path, settings: 
     template = ChatTemplate.load(folder)
     say(f"rendering {', '.join(map(str, collected))} with the chat template of {folder}")
     say(f"into windows of {config.max_length} tokens -> {out}")
-    origin = {"model": model, "model_fingerprint": fingerprint(folder), "chat_template": template.source}
+    for line in template.remarks:
+        say(line)
+    origin = {"model": model, "model_fingerprint": fingerprint(folder), **template.to_json()}
     with progress("prepare") as advance:
         info = prepare(collected, template, config, out, origin, advance)
     following = f"mlx-finetune train --model {model} --data {out} --out run"
@@ -54,7 +56,12 @@ def show_dataset(info: dict[str, Any]) -> None:
         "tokens": "tokens",
         "learned_tokens": "learned tokens",
         "learned_turns": "learned turns",
-        "served_as_trained": "of them after exactly what is served",
+        "exact_turns": "of them after exactly the tokens that are served",
+        "exact_in_one_rendering": "  how many in one rendering a window",
+        "turns_of_own_context": "  examples with a context of their own for it",
+        "tokens_of_own_contexts": "  and their tokens",
+        "served_as_trained": "of them with all that came before",
+        "turns_behind_control_text": "turns after the name of a control token, kept as text",
         "placeholder_tokens": "tokens in place of secrets, not learned",
         "turns_too_long": "turns too long for a window, not learned",
         "messages_shortened": "long messages shortened where only read",
@@ -70,6 +77,8 @@ def show_dataset(info: dict[str, Any]) -> None:
         for reason, count in each["turns_refused"].items():
             if count:
                 print(f"not learned: {count} turns ({reason})")
+        for reason, count in each["turns_inexact"].items():
+            print(f"learned in another context than is served: {count} turns ({reason})")
     for reason, count in info["left_out"].items():
         print(f"left out: {count} conversations ({reason})")
     if line := _share_line(info):
@@ -171,12 +180,13 @@ def fuse_command(run: Path, out: Path, checkpoint: str, as_json: bool) -> None:
     """`mlx-finetune fuse`."""
     from mlx_finetune.evaluation.compare import open_run
     from mlx_finetune.export.verify import PROBE_TEXTS, fuse_and_verify
+    from mlx_finetune.training.checkpoint import trained_template
 
     refuse_existing(out)
     _, model, folder = open_run(run, checkpoint)
     say(f"adding {folder} to the weights of {model}, into {out}")
     with progress("fuse") as advance:
-        fused, verified = fuse_and_verify(model, folder, out, PROBE_TEXTS, advance)
+        fused, verified = fuse_and_verify(model, folder, out, PROBE_TEXTS, advance, trained_template(run))
     result = {"fused": vars(fused), "verified": vars(verified), "out": str(out)}
 
     def show() -> None:

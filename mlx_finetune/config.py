@@ -57,6 +57,8 @@ class RunConfig(BaseModel):
         description="share of gptme's conversations set aside by their group, for ever: neither trained on nor looked at",
     )
 
+    allow_inexact: bool = Field(default=False, description="also learn turns whose context cannot be made that which is served")
+
     rank: int = Field(default=16, ge=1, description="width of the adapter")
     alpha: float = Field(default=32.0, gt=0, description="the adapter is scaled by alpha / rank")
     dropout: Fraction = Field(default=0.0, description="on the adapter's input while training")
@@ -110,7 +112,7 @@ def make_config(values: Mapping[str, Any], place: str) -> RunConfig:
             near = difflib.get_close_matches(str(key), FIELDS, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known settings: {', '.join(FIELDS)}"
             raise UserError(f"{place}: unknown setting {key!r}", hint=hint)
-        if isinstance(value, bool):  # pydantic would read `yes` as 1
+        if isinstance(value, bool) and RunConfig.model_fields[key].annotation is not bool:  # pydantic would read `yes` as 1
             description = RunConfig.model_fields[key].description
             raise UserError(f"{place}: {key} = {value!r}: yes or no is no value for it", hint=f"{key}: {description}")
     try:

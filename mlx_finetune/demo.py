@@ -21,6 +21,7 @@ from mlx_finetune.files import refuse_existing, write_json
 from mlx_finetune.models.gguf import find_smollm2, gguf_to_hugging_face
 from mlx_finetune.models.weights import fingerprint
 from mlx_finetune.terminal import finish, progress, say, table
+from mlx_finetune.training.checkpoint import trained_template
 from mlx_finetune.training.loop import Trained
 from mlx_finetune.training.run import execute, plan_run
 
@@ -76,7 +77,9 @@ def run_demo(out: Path, engine: str, as_json: bool) -> None:
     del opened
     say(f"6/6 fuse: adapter into the original weights -> {out / 'tuned'}, then compared with base + adapter")
     with progress("fuse") as advance:
-        fused, verified = fuse_and_verify(out / "model", out / "run" / "best", out / "tuned", PROBE_TEXTS, advance)
+        fused, verified = fuse_and_verify(
+            out / "model", out / "run" / "best", out / "tuned", PROBE_TEXTS, advance, trained_template(out / "run")
+        )
     result = _result(comparison, trained, memory, fused, verified, answers)
     write_json(out / "demo.json", result)
 
@@ -91,7 +94,7 @@ def run_demo(out: Path, engine: str, as_json: bool) -> None:
 def _prepare(config: RunConfig, out: Path) -> tuple[dict[str, Any], ChatTemplate]:
     say(f"3/6 prepare: windows of {config.max_length} tokens -> {config.data}")
     template = ChatTemplate.load(Path(config.model))
-    origin = {"model": config.model, "model_fingerprint": fingerprint(Path(config.model)), "chat_template": template.source}
+    origin = {"model": config.model, "model_fingerprint": fingerprint(Path(config.model)), **template.to_json()}
     with progress("prepare") as advance:
         return prepare([out / "collected"], template, config, Path(config.data), origin, advance), template
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chats import DEFAULT_PROMPT, DROPS_SYSTEM, chat, conversation_of, random_chat, template_of, to_learn
+from chats import DEFAULT_PROMPT, ZEPHYR, chat, conversation_of, random_chat, template_of, to_learn
 from tiny_models import CHATML
 
 import mlx_finetune
@@ -127,12 +127,12 @@ def test_what_one_window_cannot_hold_does_not_cost_the_others(tiny: ChatTemplate
 
 
 def test_a_template_that_drops_tool_output_loses_nothing_without_a_count(tmp_path: Path) -> None:
-    template = template_of(tmp_path / "model", DROPS_SYSTEM)
-    with_output = conversation_of([*chat("a", "b"), Message("system", "output"), *chat("c", "d")], "one")
+    template = template_of(tmp_path / "model", ZEPHYR, eos="<|im_end|>")
+    with_output = conversation_of([*chat("a", "b"), Message("tool", "output"), *chat("c", "d")], "one")
     conversations = [with_output, conversation_of(chat("a", "b"), "two"), conversation_of(chat("e", "f"), "three")]
     dataset = prepared(tmp_path, conversations, template, valid_fraction=0)
     check_tally(dataset, conversations)
-    assert dataset.info["train"]["turns_refused"] == {"the template drops a message of role system": 2}
+    assert dataset.info["train"]["turns_refused"] == {"the template drops a message of role tool": 1}
 
 
 @pytest.mark.parametrize("size", [200, 230, 256, 300])

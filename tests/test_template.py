@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 from chats import (
     BEYOND,
-    DROPS_SYSTEM,
     END_ONLY_LAST,
     ESCAPES,
     LLAMA3,
     NO_END,
-    RAISES,
     REPEATS_SYSTEM,
     SPACED,
     STRIPS_THINKING,
@@ -224,8 +222,6 @@ THOUGHT = chat("hello", "<think>\nwell\n</think>\n\ngood day", "and?", "<think>\
 @pytest.mark.parametrize(
     ("jinja", "messages", "reason"),
     [
-        (DROPS_SYSTEM, SYSTEM_BETWEEN, "drops a message of role system"),
-        (RAISES, SYSTEM_BETWEEN, "does not take these messages: system first"),
         (ZEPHYR, [*chat("list", "```\nls\n```"), Message("tool", "a.txt"), *chat("so?", "fine")], "drops a message of role tool"),
         (ZEPHYR, [*chat("列", "是"), Message("tool", "文"), *chat("么", "好")], "drops or rewrites a message of role tool"),
         (STRIPS_THINKING, THOUGHT, "rewrites a message of role assistant"),

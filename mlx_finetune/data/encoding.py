@@ -27,6 +27,7 @@ class Encoded:
     weights: np.ndarray  # float32 [T]
     turns: tuple[int, ...]  # indices of the messages that are learned
     exact: tuple[bool, ...]  # of each turn, whether exactly the tokens stand before it that a server would feed
+    as_text: tuple[bool, ...]  # of each turn, whether before it the name of a control token stands as text, which a server misreads
     placeholders: int = 0  # tokens of the learned turns that stand for a redacted secret: weight 0
 
     @property
@@ -97,7 +98,8 @@ def encode(template: "ChatTemplate", messages: Sequence[Message], tools: Tools =
     if weights[:1].any():
         raise Refused("nothing stands before the first turn")
     exact = _exact(template, messages, tools, text, tokens, {index: turn.start for index, turn in learned.items()})
-    return Encoded(tokens.ids, weights, tuple(learned), exact, placeholders)
+    as_text = tuple(any(place < turn.start for place in tokens.kept_as_text) for turn in learned.values())
+    return Encoded(tokens.ids, weights, tuple(learned), exact, as_text, placeholders)
 
 
 def encode_turn(template: "ChatTemplate", messages: Sequence[Message], tools: Tools = ()) -> Encoded:
@@ -108,13 +110,13 @@ def encode_turn(template: "ChatTemplate", messages: Sequence[Message], tools: To
     to its answer (the end of thinking that the prompt began, a channel's name) is learned.
 
     Raises:
-        Refused: the template loses or rewrites the turn, or writes nothing that ends it.
+        Refused: the template loses what others said before the turn, rewrites the turn, or writes nothing that ends it.
     """
     messages = template.as_learned(messages)
     before, turn = messages[:-1], messages[-1]
     assert turn.role == "assistant" and turn.weight > 0
     _check_no_control_token(template, messages, tools)
-    prompt = template.render(before, True, tools)
+    prompt, _ = locate(lambda each: template.render(each, True, tools), before, lenient=True)
     written, ending = _emitted(template, messages, prompt, tools)
     tokens, start = _joined(template, prompt, written, ending)
     weights = np.zeros(len(tokens.ids), np.float32)
@@ -126,7 +128,7 @@ def encode_turn(template: "ChatTemplate", messages: Sequence[Message], tools: To
         weights[hidden] = 0
     if not start:
         raise Refused("nothing stands before the first turn")
-    return Encoded(tokens.ids, weights, (len(before),), (True,), placeholders)
+    return Encoded(tokens.ids, weights, (len(before),), (True,), (False,), placeholders)
 
 
 def _emitted(template: "ChatTemplate", messages: Sequence[Message], prompt: str, tools: Tools) -> tuple[str, str]:
@@ -137,13 +139,17 @@ def _emitted(template: "ChatTemplate", messages: Sequence[Message], prompt: str,
     if ending is None:
         raise Refused(NO_END)
     rest = text[len(prompt) : len(text) - len(ending)] if text.startswith(prompt) else None
-    core = turn.content
+    core, opened = turn.content, prompt.rstrip().endswith(THINK[0])
+    if opened and core.startswith(THINK[0]):
+        core, opened = core.removeprefix(THINK[0]).lstrip(), False  # it stands in the prompt already
     if turn.tool_calls:
         if rest is None:
             raise Refused("the template writes what stands before a tool call in another way than a server would")
         check_written(turn.tool_calls, rest.replace(core, "", 1) if core else rest)
         if core not in rest:
             raise Refused("the template rewrites the text of a message with a tool call")
+    if rest is None and opened:
+        raise Refused("the prompt begins to think, and this turn has no thinking that the template would end")
     if rest is None:
         return core, ending
     lead, found, tail = rest.partition(core)

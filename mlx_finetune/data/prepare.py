@@ -13,6 +13,7 @@ from mlx_finetune.data.batches import Example
 from mlx_finetune.data.conversation import Conversation
 from mlx_finetune.data.dataset import SPLITS, write_dataset
 from mlx_finetune.data.entries import Entry, entries, read_entry
+from mlx_finetune.data.exact import Piece, pieces_of
 from mlx_finetune.data.mixture import Mixture, in_order
 from mlx_finetune.data.overlap import AGAIN, once
 from mlx_finetune.data.provenance import Refused
@@ -26,6 +27,7 @@ from mlx_finetune.files import atomic_file, atomic_folder
 NOT_CONVERSATIONS = ("rejected.jsonl", *(f"{name}.jsonl" for name in SPLITS))
 SETTINGS = (
     "max_length", "valid_fraction", "validation_by", "openassistant_valid_fraction", "openassistant_share", "test_fraction",
+    "allow_inexact",
 )  # fmt: skip  # those of RunConfig that prepare obeys
 Advance = Callable[[int, int], None]  # conversations done, conversations in all
 
@@ -41,11 +43,34 @@ class Tally:
     learned_tokens_by_source: Counter[str] = field(default_factory=Counter)
     placeholder_tokens: int = 0  # in learned turns, where a secret was: read, not learned
     learned_turns: int = 0
-    served_as_trained: int = 0  # learned turns that stand after exactly what a server would send
+    exact_turns: int = 0  # learned turns that stand after exactly the tokens that a server feeds for the same messages
+    exact_in_one_rendering: int = 0  # how many it would be if each window were rendered once
+    served_as_trained: int = 0  # exact turns before which nothing of the conversation was cut
+    turns_of_own_context: int = 0  # examples that exactness takes, and their tokens
+    tokens_of_own_contexts: int = 0
+    turns_behind_control_text: int = 0  # after text that names a control token, kept as text
+    turns_inexact: Counter[str] = field(default_factory=Counter)  # learned in another context than is served, by reason
     turns_too_long: int = 0
     messages_shortened: int = 0
     messages_left_out: int = 0  # only read, and no window had room for them
     turns_refused: Counter[str] = field(default_factory=Counter)  # by reason
+
+    def count(self, piece: Piece, conversation: Conversation) -> None:
+        """Counts one example."""
+        encoded, turns = piece.encoded, len(piece.window.turns)
+        learned = int((encoded.weights > 0).sum())
+        self.examples += 1
+        self.tokens += len(encoded.tokens)
+        self.learned_tokens += learned
+        self.learned_tokens_by_source[conversation.source] += learned
+        self.placeholder_tokens += encoded.placeholders
+        self.learned_turns += turns
+        self.exact_turns += encoded.served
+        self.turns_behind_control_text += sum(encoded.as_text)
+        whole = piece.window.whole and not conversation.meta.get("not_reproduced")
+        self.served_as_trained += encoded.served if whole else 0
+        self.turns_of_own_context += piece.own
+        self.tokens_of_own_contexts += len(encoded.tokens) if piece.own else 0
 
     def add(self, other: "Tally") -> None:
         """Counts what the other has counted as well."""
@@ -149,6 +174,8 @@ class _Work:
             )
         if not self.tallies["train"].examples:
             _refuse_nothing(self.tallies["train"], left_out)
+        if not self.config.allow_inexact:
+            _refuse_inexact(sum((tally.turns_inexact for tally in self.tallies.values()), Counter()))
         return {name: tally.to_json() for name, tally in self.tallies.items()} | {
             "openassistant_share_reached": self.mixture.reached,
             "openassistant_all_taken": not self.beyond_share and any(e.source == openassistant.SOURCE for e in members.train),
@@ -167,6 +194,15 @@ def _refuse_nothing(train: Tally, left_out: Counter[str]) -> None:
     raise UserError(f"no conversation left to learn from: {reasons}", hint="collect more, or a larger max_length")
 
 
+def _refuse_inexact(turns: Counter[str]) -> None:
+    if turns:
+        reason, count = turns.most_common(1)[0]
+        raise UserError(
+            f"{sum(turns.values())} turns would be learned in another context than is served, {count} of them: {reason}",
+            hint="--allow-inexact learns them all the same",
+        )
+
+
 def _encoded(
     conversation: Conversation, template: ChatTemplate, max_length: int, tally: Tally
 ) -> Iterator[tuple[Window, tuple[int, ...], Encoded]]:
@@ -178,24 +214,13 @@ def _encoded(
     tally.messages_shortened += windows.shortened
     tally.messages_left_out += windows.left_out
     for window, result in zip(windows.windows, results, strict=True):
-        if isinstance(result, Refused):
-            tally.turns_refused[str(result)] += len(window.turns)
-            continue
-        places = [i for i, message in enumerate(window.messages) if message.role == "assistant" and message.weight > 0]
-        turns = tuple(turn for turn, place in zip(window.turns, places, strict=True) if place in result.turns)
-        if blank := len(window.turns) - len(turns):
-            tally.turns_refused["a turn of blanks"] += blank
-        if not turns:
-            continue
-        tally.examples += 1
-        tally.tokens += len(result.tokens)
-        learned = int((result.weights > 0).sum())
-        tally.learned_tokens += learned
-        tally.learned_tokens_by_source[conversation.source] += learned
-        tally.placeholder_tokens += result.placeholders
-        tally.learned_turns += len(turns)
-        tally.served_as_trained += result.served if window.whole and not conversation.meta.get("not_reproduced") else 0
-        yield window, turns, result
+        pieces = pieces_of(window, result, template, conversation.tools, max_length)
+        tally.turns_refused += pieces.refused
+        tally.turns_inexact += pieces.inexact
+        tally.exact_in_one_rendering += pieces.one_rendering
+        for piece in pieces.pieces:
+            tally.count(piece, conversation)
+            yield piece.window, piece.window.turns, piece.encoded
 
 
 def _fitting(conversation: Conversation, template: ChatTemplate, max_length: int) -> tuple[Windows, list[Encoded | Refused]]:

@@ -37,8 +37,10 @@ class Span:
     end: int
 
 
-def locate(render: Render, messages: Sequence[Message]) -> tuple[str, list[Span | None]]:
+def locate(render: Render, messages: Sequence[Message], lenient: bool = False) -> tuple[str, list[Span | None]]:
     """The rendered text and, for each message, where its content stands in it; None for a message of blanks.
+
+    `lenient`: what the template makes of assistant messages is let pass, and None where it is not the message.
 
     Raises:
         Refused: the template drops, repeats, mixes or rewrites the text of a message.
@@ -53,7 +55,15 @@ def locate(render: Render, messages: Sequence[Message]) -> tuple[str, list[Span 
     if _undo(codes) != text:
         raise Refused("the template treats a message by what its words are")
     owners = np.where((codes >= BASE) & (codes < TOP), (codes - BASE) // STEP, -1)
-    return text, [_span(render, messages, k, text, np.flatnonzero(owners == k)) for k in range(len(messages))]
+    spans: list[Span | None] = []
+    for k, message in enumerate(messages):
+        try:
+            spans.append(_span(render, messages, k, text, np.flatnonzero(owners == k)))
+        except Refused:
+            if not lenient or message.role != "assistant":
+                raise
+            spans.append(None)
+    return text, spans
 
 
 def _span(render: Render, messages: Sequence[Message], k: int, text: str, positions: np.ndarray) -> Span | None:

@@ -4,7 +4,9 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import numpy as np
 
 from mlx_finetune.data.conversation import Message
 from mlx_finetune.data.encoding import Encoded, Tools, encode, encode_turn, turn_at
+from mlx_finetune.data.oddities import oddities
+from mlx_finetune.data.policies import POLICIES, Policy, policy_of, with_dates
 from mlx_finetune.data.provenance import Refused, locate
 from mlx_finetune.data.rows import rows_of
 from mlx_finetune.errors import UserError
@@ -21,16 +25,26 @@ from mlx_finetune.files import read_json
 CALL_OVERHEAD = 24  # tokens that a template adds to a call, about: its tags and the names of its fields
 PROBE = (Message("system", "S"), Message("user", "U"), Message("assistant", "A"), Message("user", "V"), Message("assistant", "B"))
 
+# As gptme sends a chat: three system messages first, the output of tools as later ones, and sometimes a role twice.
+GPTME = (
+    *(Message("system", text) for text in ("prompt", "boundary", "date")),
+    *(Message("user", "do it"), Message("assistant", "call"), Message("system", "output"), Message("assistant", "done")),
+    *(Message("user", "why"), Message("user", "tell me"), Message("assistant", "so"), Message("system", "note")),
+    *(Message("system", "more"), Message("assistant", "end")),
+)
+
 
 class ChatTemplate:
     """Renders and tokenizes; build it with `ChatTemplate.load`."""
 
-    def __init__(self, tokenizer: Any, stop_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Any, stop_ids: frozenset[int], policy: Policy = POLICIES[0]) -> None:
         """`tokenizer`: a fast tokenizer of transformers with a chat template; `stop_ids`: where a server stops."""
         from tokenizers import Tokenizer
 
-        self._tokenizer = tokenizer
+        self._tokenizer, self._jinja = tokenizer, tokenizer.get_chat_template()
+        self._another_for_tools = isinstance(tokenizer.chat_template, dict) and "tool_use" in tokenizer.chat_template
         self.stop_ids = stop_ids
+        self.policy, self.why = policy, ""  # what the template does to roles, and why
         # Its post-processor could only add tokens that the template writes itself, or trim the offsets that masks rest on.
         backend = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | {"post_processor": None})
         self.special, self.plain = Tokenizer.from_str(backend), Tokenizer.from_str(backend)
@@ -43,34 +57,71 @@ class ChatTemplate:
         self.special_texts = sorted(control.values(), key=len, reverse=True)
 
     @classmethod
-    def load(cls, folder: Path) -> "ChatTemplate":
+    def load(cls, folder: Path, served: str = "") -> "ChatTemplate":
         """Reads tokenizer and chat template of a model folder; no code from the folder is run.
+
+        `served` is the template of an earlier `load`, `source`, which stays in force. Without it the first policy is chosen with
+        which the model's own neither raises nor loses text of a chat as gptme sends it, and its dates are those of now.
 
         Raises:
             UserError: there is no tokenizer or no chat template, or it is one that cannot be learned from exactly.
         """
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"{folder}: tokenizer cannot be read: {reason}", hint="use a model with a tokenizer.json") from error
-        if not tokenizer.chat_template:
-            raise UserError(f"{folder}: no chat template", hint="use the instruct or chat version of this model")
-        if not tokenizer.is_fast:
-            raise UserError(f"{folder}: only a slow tokenizer", hint="use a model with a tokenizer.json")
-        template = cls(tokenizer, _stop_ids(folder, tokenizer))
-        try:
-            template.encode(PROBE)
-        except Refused as refused:
-            raise UserError(f"{folder}: chat template cannot be learned from: {refused}", hint="choose another model") from refused
+        tokenizer = _tokenizer(folder)
+        stops = _stop_ids(folder, tokenizer)
+        if served:
+            name = policy_of(served)
+            return cls(tokenizer, stops).with_source(served, next((one for one in POLICIES if one.name == name), POLICIES[0]))
+        first = cls(tokenizer, stops)
+        own = with_dates(first.source, datetime.now().astimezone())
+        reasons = []
+        for policy in POLICIES:
+            template = first.with_source(policy.before(own), policy)
+            reasons.append(template.refusal_of(PROBE) or template.refusal_of(GPTME))
+            if not reasons[-1]:
+                template.why = f"without it: {reasons[0]}" if reasons[0] else ""
+                return template
+        template = first.with_source(own, POLICIES[0])
+        if refusal := template.refusal_of(PROBE):
+            raise UserError(f"{folder}: chat template cannot be learned from: {refusal}", hint="choose another model")
+        template.why = f"no policy helps: {reasons[0]}"
         return template
+
+    def with_source(self, source: str, policy: Policy) -> "ChatTemplate":
+        """The same tokenizer with another template."""
+        other = copy(self)
+        for name in ("fingerprint", "oddities", "endings", "pieces_join", "_overhead"):
+            vars(other).pop(name, None)
+        other._jinja, other.policy = source, policy
+        return other
+
+    def refusal_of(self, messages: Sequence[Message]) -> str:
+        """Why these messages cannot be learned from in one rendering; empty where they can."""
+        try:
+            self.encode(messages)
+        except Refused as refused:
+            return str(refused)
+        return ""
 
     @property
     def source(self) -> str:
         """The template itself, for the record."""
-        return str(self._tokenizer.chat_template)
+        return str(self._jinja)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in dataset.json."""
+        policy = {"name": self.policy.name, "what": self.policy.what, "why": self.why}
+        return {"chat_template": self.source, "role_policy": policy, "template_oddities": list(self.oddities)}
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a person should know of it, a line each."""
+        lines = [f"roles {self.policy.name}: {self.policy.what}"] if self.policy.jinja else []
+        return lines + ([f"  {self.why}"] if self.why else []) + [f"the chat template {oddity}" for oddity in self.oddities]
+
+    @cached_property
+    def oddities(self) -> tuple[str, ...]:
+        """What the template does that a person would not expect."""
+        return tuple(oddities(self.render, self.source, self._tokenizer.pad_token_id in self.stop_ids))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -93,10 +144,18 @@ class ChatTemplate:
 
         # What a template may raise of its own, and what Python raises where it counts or looks something up.
         errors = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
+        if tools and self._another_for_tools:
+            raise Refused("the model has another chat template for tools")
         rows, schemas = rows_of(messages), list(tools) or None
         apply = self._tokenizer.apply_chat_template
         try:
-            text = apply(rows, tools=schemas, tokenize=False, add_generation_prompt=generation_prompt)
+            text = apply(
+                rows,
+                tools=schemas,
+                chat_template=self._jinja,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+            )
         except errors as error:
             raise Refused(f"the template does not take these messages: {' '.join(str(error).split())}") from error
         return str(text)
@@ -160,6 +219,26 @@ class ChatTemplate:
     def _overhead(self) -> int:
         """Tokens that the template adds to a message, rounded up."""
         return math.ceil(len(self.encode(PROBE).tokens) / len(PROBE)) + 1
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{folder}: tokenizer cannot be read: {reason}", hint="use a model with a tokenizer.json") from error
+    if not tokenizer.chat_template:
+        raise UserError(f"{folder}: no chat template", hint="use the instruct or chat version of this model")
+    if not tokenizer.is_fast:
+        raise UserError(f"{folder}: only a slow tokenizer", hint="use a model with a tokenizer.json")
+    try:
+        tokenizer.get_chat_template()
+    except ValueError as error:
+        reason = "multiple chat templates and none that is the default"
+        raise UserError(f"{folder}: {reason}", hint="keep the one for chats as chat_template.jinja") from error
+    return tokenizer
 
 
 def _stop_ids(folder: Path, tokenizer: Any) -> frozenset[int]:

@@ -36,8 +36,8 @@ def cut(conversation: Conversation, count: Count, max_length: int, tools: int = 
     """Windows of at most `max_length` tokens by `count`, each ending on a learned turn; `tools` is what the schemas take of it.
 
     A conversation that fits is one window, untouched. Else every window begins with the system prompt (shortened where it takes
-    more than three quarters), goes on with up to a quarter of earlier messages that are only read, and long tool output keeps
-    its head and its tail. A tool's result stands in no window without its call, and a call is never shortened.
+    more than three quarters), goes on with what the person asked last and up to a quarter of earlier messages that are
+    only read, and long tool output keeps its head and its tail. A tool's result stands in no window without its call, and a call is never shortened.
     """
     messages, max_length = conversation.messages, max_length - tools
     turns = tuple(i for i, message in enumerate(messages) if message.role == "assistant" and message.weight > 0)
@@ -75,7 +75,7 @@ def _windows(
     calls = _calls_of(body)
     windows, left_out, done, fresh = [], 0, 0, lead  # `fresh`: the first message that no window had yet
     while done < len(turns):
-        start, used, last = _first(body, sizes, calls, lead, fresh, turns[done], room)
+        start, used, last, asked = _first_asked(body, sizes, calls, lead, fresh, turns[done], room)
         left_out += max(start - fresh, 0)
         following = done + 1
         while following < len(turns) and used + sum(sizes[last + 1 : turns[following] + 1]) <= room:
@@ -86,7 +86,7 @@ def _windows(
             following += 1
         learned = turns[done:following]
         kept = [m if i in learned else replace(m, weight=0.0) for i, m in enumerate(body[start : last + 1], start)]
-        windows.append(Window((*system, *kept), tuple(learned), whole=False))
+        windows.append(Window((*system, *body[asked : asked + 1 if asked >= 0 else 0], *kept), tuple(learned), whole=False))
         done, fresh = following, last + 1
     return windows, left_out
 
@@ -100,6 +100,24 @@ def _calls_of(body: Sequence[Message]) -> dict[int, int]:
         if message.role == "tool" and message.tool_call_id in made:
             calls[i] = made[message.tool_call_id]
     return calls
+
+
+def _first_asked(
+    body: list[Message], sizes: list[int], calls: dict[int, int], lead: int, fresh: int, turn: int, room: int
+) -> tuple[int, int, int, int]:
+    """As `_first`, and the place of what the person asked last before it; -1 where it begins with a person's message itself.
+
+    A tool's output right behind the system prompt would be taken for a part of that; and the model would not know its task.
+    """
+    taken = 0
+    while True:
+        start, used, last = _first(body, sizes, calls, lead, fresh, turn, room - taken)
+        asked = max((i for i in range(lead, start) if body[i].role == "user"), default=-1)
+        if body[start].role == "user" or asked < 0 or sizes[asked] + sizes[turn] > room:
+            return start, used, last, -1
+        if used + sizes[asked] <= room:
+            return start, used + sizes[asked], last, asked
+        taken = max(sizes[asked], taken + 1)
 
 
 def _first(

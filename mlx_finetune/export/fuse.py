@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from mlx_finetune.errors import UserError
-from mlx_finetune.files import atomic_folder, read_json
+from mlx_finetune.files import atomic_folder, read_json, write_json
 from mlx_finetune.models.weights import (
     ITEM_BYTES,
     TensorLocation,
@@ -102,6 +102,18 @@ def fuse_into(model: Path, checkpoint: Path, folder: Path, progress: Progress | 
         dtypes = ", ".join(sorted({location.dtype for location in targets.values()}))
         raise UserError(f"{checkpoint}: the adapter changes no weight at the precision of {dtypes}", hint="train longer")
     return Fused(len(targets), tuple(sorted({location.dtype for location in targets.values()})), copied)
+
+
+def write_template(folder: Path, template: str) -> None:
+    """Makes `template` the chat template of a model folder, where it is not that already: any server serves what was trained."""
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    settings = read_json(config) if config.is_file() else {}
+    own = file.read_bytes().decode() if file.is_file() else settings.get("chat_template") if isinstance(settings, dict) else None
+    if own == template:
+        return
+    file.write_bytes(template.encode())
+    if isinstance(settings, dict) and settings.pop("chat_template", None) is not None:
+        write_json(config, settings)
 
 
 def read_adapter(checkpoint: Path) -> Adapter:

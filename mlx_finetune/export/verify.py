@@ -25,6 +25,7 @@ from mlx_finetune.export.fuse import (
     base_weights,
     fuse_into,
     read_adapter,
+    write_template,
 )
 from mlx_finetune.files import atomic_folder, read_json
 from mlx_finetune.models.weights import tensor_headers
@@ -93,9 +94,9 @@ class Distances:
 
 
 def fuse_and_verify(
-    model: Path, checkpoint: Path, out: Path, texts: Sequence[str], progress: Progress | None = None
+    model: Path, checkpoint: Path, out: Path, texts: Sequence[str], progress: Progress | None = None, template: str = ""
 ) -> tuple[Fused, Verified]:
-    """`fuse`, then `verify`; `out` appears only if the fused model passed.
+    """`fuse`, then `verify`; `out` appears only if the fused model passed. `template`: the chat template that was trained.
 
     Raises:
         UserError: as `fuse`.
@@ -103,6 +104,8 @@ def fuse_and_verify(
     """
     with atomic_folder(out) as folder:
         fused = fuse_into(model, checkpoint, folder, progress)
+        if template:
+            write_template(folder, template)
         verified = verify(model, checkpoint, folder, texts)
         if not verified.passed:
             raise VerificationError(f"{out} was not written: the fused model is not base + adapter: {verified}")

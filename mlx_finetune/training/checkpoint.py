@@ -16,6 +16,7 @@ from mlx_finetune.engines.adapter import MOMENTS, PEFT_PREFIX, peft_config
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_folder, read_json, write_json
 
+TEMPLATE = "chat_template.jinja"  # in a run's folder: the chat template with which its data was rendered
 DAMAGED = "remove this folder to go on from the one before"
 PACKAGES = ("mlx-finetune", "mlx", "mlx-lm", "torch", "transformers")
 
@@ -31,6 +32,12 @@ class Origin:
 def checkpoint_folder(run: Path, step: int) -> Path:
     """Where the checkpoint of `step` stands."""
     return run / "checkpoints" / f"step-{step:06d}"
+
+
+def trained_template(run: Path) -> str:
+    """The chat template with which the data of the run was rendered; empty where the run does not know it."""
+    path = run / TEMPLATE
+    return path.read_bytes().decode() if path.is_file() else ""
 
 
 def save_checkpoint(run: Path, engine: Engine, step: int, config: RunConfig, origin: Origin) -> Path:

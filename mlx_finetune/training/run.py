@@ -10,11 +10,11 @@ from mlx_finetune.data.prepare import SETTINGS
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.engines import Engine, choose_engine, open_engine
 from mlx_finetune.errors import UserError
-from mlx_finetune.files import new_folder, read_json, refuse_existing
+from mlx_finetune.files import atomic_file, new_folder, read_json, refuse_existing
 from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.mlx_config import check_supported, max_exact_length
 from mlx_finetune.models.weights import fingerprint, tensor_headers
-from mlx_finetune.training.checkpoint import Origin, check_origin, read_progress, resume
+from mlx_finetune.training.checkpoint import TEMPLATE, Origin, check_origin, read_progress, resume
 from mlx_finetune.training.loop import Advance, Trained, total_steps, train
 
 # What may differ when a run goes on: where things stand, what computes, and when to look.
@@ -81,9 +81,9 @@ def _plan(config: RunConfig, run: Path, resumed: bool) -> Plan:
     check_model_folder(model)
     if (engine := choose_engine(config.engine)) == "mlx":
         check_mlx(model, dataset)
-    if ChatTemplate.load(model).fingerprint != dataset.info["tokenizer"]:
+    if ChatTemplate.load(model, dataset.info["chat_template"]).fingerprint != dataset.info["tokenizer"]:
         raise UserError(
-            f"{config.data}: prepared for another tokenizer or chat template than {config.model}",
+            f"{config.data}: prepared for another tokenizer than that of {config.model}",
             hint=f"mlx-finetune prepare --model {config.model}",
         )
     origin = Origin(data=dataset.id, model=fingerprint(model))
@@ -150,4 +150,6 @@ def execute(plan: Plan, advance: Advance) -> tuple[Trained, Engine]:
     if not plan.resumed:
         new_folder(plan.run)
     save_config(plan.run / "config.yaml", plan.config)
+    with atomic_file(plan.run / TEMPLATE) as file:
+        file.write(plan.dataset.info["chat_template"])
     return train(engine, plan.dataset, plan.config, plan.run, plan.origin, start, advance), engine

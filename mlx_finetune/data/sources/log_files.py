@@ -65,6 +65,7 @@ def json_object(line: Line) -> dict | None:
     if line.raw is None:
         raise ValueError(f"longer than {LONGEST_LINE // 2**20} MB")
     text = line.raw.decode("utf-8", errors="replace")
+    text = text.removeprefix("\ufeff") if line.number == 1 else text  # a byte order mark
     if not text or text.isspace():
         return None
     try:
