@@ -35,7 +35,7 @@ def prepare_command(collected: Sequence[Path], model: str, out: Path, settings: 
     say(f"into windows of {config.max_length} tokens -> {out}")
     for line in template.remarks:
         say(line)
-    origin = {"model": model, "model_fingerprint": fingerprint(folder), **template.to_json()}
+    origin = {"model": model, "model_fingerprint": fingerprint(folder)}
     with progress("prepare") as advance:
         info = prepare(collected, template, config, out, origin, advance)
     following = f"mlx-finetune train --model {model} --data {out} --out run"

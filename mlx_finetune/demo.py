@@ -94,7 +94,7 @@ def run_demo(out: Path, engine: str, as_json: bool) -> None:
 def _prepare(config: RunConfig, out: Path) -> tuple[dict[str, Any], ChatTemplate]:
     say(f"3/6 prepare: windows of {config.max_length} tokens -> {config.data}")
     template = ChatTemplate.load(Path(config.model))
-    origin = {"model": config.model, "model_fingerprint": fingerprint(Path(config.model)), **template.to_json()}
+    origin = {"model": config.model, "model_fingerprint": fingerprint(Path(config.model))}
     with progress("prepare") as advance:
         return prepare([out / "collected"], template, config, Path(config.data), origin, advance), template
 

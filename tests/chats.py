@@ -28,6 +28,7 @@ SPACED = (
 )
 RAISES = "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}{{ raise_exception('system\nfirst') }}"
 RAISES += "{% endif %}{% endfor %}" + CHATML
+NO_POLICY = RAISES.replace("and not loop.first", "and not loop.first or m['role'] == 'tool' or '<system>' in m['content']")
 NO_END = CHATML.replace("<|im_end|>", "")
 END_ONLY_LAST = NO_END + "{% if not add_generation_prompt %}{{ '<|im_end|>' }}{% endif %}"
 

@@ -3,12 +3,14 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from chats import RAISES
 
 from mlx_finetune.cli import app, main
 from mlx_finetune.config import FIELDS
@@ -81,6 +83,30 @@ def test_the_whole_road_by_its_verbs(made: Path, cli: Callable[..., Answer], tmp
     status, out, err = cli("fuse", made / "run", "--out", tmp_path / "tuned", "--json")
     assert status == 0 and json.loads(out)["verified"]["largest_difference"] < 1e-3
     assert (tmp_path / "tuned" / "tokenizer.json").is_file()
+
+
+def test_a_model_whose_template_needs_a_policy_is_handed_back_with_the_template_that_was_trained(
+    tiny_llama: Path, cli: Callable[..., Answer], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = RAISES
+    tokenizer.save_pretrained(model)
+    own = (model / "chat_template.jinja").read_bytes()
+    assert cli("collect", LOGS, "--out", "c")[0] == 0
+    status, out, err = cli("prepare", "c", "--model", model, "--max-length", "512", "--out", "d", "--json")
+    info = json.loads(out)
+    assert status == 0 and "roles folded: " in err and info["role_policy"]["name"] == "folded"
+    assert info["train"]["exact_turns"] == info["train"]["learned_turns"] > 50
+    train = ("train", "--model", model, "--data", "d", "--out", "r", "--set", "steps=1", "--set", "rank=2")
+    assert cli(*train, "--set", "learning_rate=0.01")[0] == 0
+    assert cli("fuse", "r", "--out", "tuned")[0] == 0
+    served = AutoTokenizer.from_pretrained(tmp_path / "tuned").chat_template
+    assert served == info["chat_template"] == (tmp_path / "r" / "chat_template.jinja").read_bytes().decode() != own.decode()
+    assert (model / "chat_template.jinja").read_bytes() == own
 
 
 def test_every_verb_ends_with_its_path_and_the_next_command(made: Path, cli: Callable[..., Answer]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from chats import RAISES, template_of
+from chats import NO_POLICY, template_of
 
 from mlx_finetune.data import refining
 from mlx_finetune.data.clean import reason_in_name, reason_in_shape
@@ -396,7 +396,7 @@ def test_what_a_template_would_lose_is_left_out_of_the_rendered_files_and_counte
 
 def test_a_conversation_that_the_template_does_not_take_is_named_and_leaves_no_folder(tmp_path: Path) -> None:
     write_log(tmp_path / "logs", "one", ("user", "list"), ("assistant", "ls"), ("system", "a.txt"), ("assistant", "one file"))
-    template = template_of(tmp_path / "model", RAISES)
+    template = template_of(tmp_path / "model", NO_POLICY)
     with pytest.raises(UserError, match=r"^one: the template does not take these messages") as error:
         collect(Sources(tmp_path / "logs"), PLAIN, tmp_path / "out", template=template)
     assert "collect without --model" in error.value.hint

@@ -338,7 +338,7 @@ def other_version(folder: Path) -> None:
 
 
 def no_sizes(folder: Path) -> None:
-    (folder / "dataset.json").write_text('{"version": 2, "id": "a"}', encoding="utf-8")
+    (folder / "dataset.json").write_text('{"version": 3, "id": "a"}', encoding="utf-8")
 
 
 def garbled(folder: Path) -> None:
@@ -352,9 +352,9 @@ def garbled(folder: Path) -> None:
         (cut_off, "train.arrow: missing or not whole"),
         (lambda folder: (folder / "valid.arrow").unlink(), "valid.arrow: missing or not whole"),
         (garbled, "train.arrow: not an Arrow file"),
-        (other_version, "version 1, not 2"),
+        (other_version, "version 1, not 3"),
         (no_sizes, "not whole"),
-        (lambda folder: (folder / "dataset.json").write_text("[]"), "version None, not 2"),
+        (lambda folder: (folder / "dataset.json").write_text("[]"), "version None, not 3"),
         (lambda folder: (folder / "dataset.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "dataset.json").unlink(), "not a prepared data set"),
     ],

@@ -145,7 +145,7 @@ def test_a_context_of_its_own_masks_placeholders_and_keeps_the_weight(tmp_path: 
 
 def test_what_cannot_be_exact_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
     template = template_of(tmp_path / "model", QWEN35, eos="<|im_end|>")
-    odd = [conversation_of(chat("what?", "half a thought</think>an answer", "so?", "so."))]
+    odd = [conversation_of(chat("what?", "half a thought</think>an answer"), "a"), conversation_of(chat("so?", "so."), "b")]
     with pytest.raises(UserError, match="1 turns would be learned in another context than is served") as error:
         prepared(tmp_path, odd, template)
     assert "--allow-inexact" in error.value.hint and not (tmp_path / "dataset").exists()

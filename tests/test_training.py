@@ -121,7 +121,9 @@ def test_a_checkpoint_moves_between_engines(first: str, then: str, tiny_llama: P
 
 def test_a_run_falls_in_loss_and_leaves_what_the_contract_names(engine_name: str, straight: dict[str, Path]) -> None:
     folder = straight[engine_name]
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints", "latest", "best"}
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.yaml", "chat_template.jinja", "metrics.jsonl", "checkpoints", "latest", "best")
+    }
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())][-1] == "step-000010"
     names = {path.name for path in (folder / "latest").iterdir()}
     assert names == {"adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "progress.json"}

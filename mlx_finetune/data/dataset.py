@@ -13,7 +13,7 @@ from mlx_finetune.data.batches import Batch, Example, examples_at, steps_per_epo
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json, write_json
 
-VERSION = 2  # 2: a test split, validation by time, a share of OpenAssistant
+VERSION = 3  # 3: role policies, contexts of their own; 2: a test split, validation by time, a share of OpenAssistant
 SPLITS = ("train", "valid", "test")
 EXAMPLES_IN_MEMORY = 100  # before they are written: windows may be long
 

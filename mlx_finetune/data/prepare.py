@@ -127,7 +127,7 @@ def prepare(
     members = split(found, config)
     members = replace(members, left_out=members.left_out + Counter({AGAIN: again}))
     work = _Work(template, config, members, advance)
-    info = {name: getattr(config, name) for name in SETTINGS} | {"tokenizer": template.fingerprint, **origin}
+    info = {name: getattr(config, name) for name in SETTINGS} | {"tokenizer": template.fingerprint, **template.to_json(), **origin}
     with atomic_folder(out) as folder, ExitStack() as files:
         beside = {name: files.enter_context(atomic_file(folder / f"{name}.jsonl")) for name in SPLITS}
         examples = {name: work.examples(name, beside[name]) for name in SPLITS}

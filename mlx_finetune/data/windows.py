@@ -36,8 +36,9 @@ def cut(conversation: Conversation, count: Count, max_length: int, tools: int = 
     """Windows of at most `max_length` tokens by `count`, each ending on a learned turn; `tools` is what the schemas take of it.
 
     A conversation that fits is one window, untouched. Else every window begins with the system prompt (shortened where it takes
-    more than three quarters), goes on with what the person asked last and up to a quarter of earlier messages that are
-    only read, and long tool output keeps its head and its tail. A tool's result stands in no window without its call, and a call is never shortened.
+    more than three quarters), goes on with what the person asked last and up to a quarter of earlier messages that are only
+    read, and long tool output keeps its head and its tail. A tool's result stands in no window without its call, and a call is
+    never shortened.
     """
     messages, max_length = conversation.messages, max_length - tools
     turns = tuple(i for i, message in enumerate(messages) if message.role == "assistant" and message.weight > 0)
