@@ -15,9 +15,10 @@ DEFAULT_PROMPT = 3  # words
 
 
 def oddities(render: Render, source: str, pad_ends_turns: bool) -> Iterator[str]:
-    """One phrase each, to follow "the chat template". `source`: its Jinja; a chat that it refuses tells nothing."""
+    """One sentence each. `source`: its Jinja; a chat that it refuses tells nothing."""
     if prints_date(source):
-        yield "prints the date: today's stands in its place for good" if FROZEN in source else "prints the date of each day"
+        fate = "and that of today stays in it" if FROZEN in source else "of each day, which cannot be kept"
+        yield f"the chat template prints the date, {fate}"
     checks: tuple[tuple[Callable[[], bool], str], ...] = (
         (lambda: BLANKS not in render([Message("user", BLANKS), ANSWER], False), "takes blanks off the edges of messages"),
         (lambda: "why" not in render([USER, THOUGHT, USER, ANSWER], False), "takes thinking out of earlier turns"),
@@ -28,11 +29,11 @@ def oddities(render: Render, source: str, pad_ends_turns: bool) -> Iterator[str]
     for check, text in checks:
         try:
             if check():
-                yield text
+                yield f"the chat template {text}"
         except Refused:
             continue
     if pad_ends_turns:
-        yield "has a model that pads with a token which ends turns: here padding is told by its place"
+        yield "the tokenizer pads with a token that ends turns; here padding is told by its place"
 
 
 def _words_of_its_own(render: Render) -> int:

@@ -116,7 +116,7 @@ class ChatTemplate:
     def remarks(self) -> list[str]:
         """What a person should know of it, a line each."""
         lines = [f"roles {self.policy.name}: {self.policy.what}"] if self.policy.jinja else []
-        return lines + ([f"  {self.why}"] if self.why else []) + [f"the chat template {oddity}" for oddity in self.oddities]
+        return lines + ([f"  {self.why}"] if self.why else []) + list(self.oddities)
 
     @cached_property
     def oddities(self) -> tuple[str, ...]:
