@@ -10,6 +10,7 @@ from mlx_finetune.data.conversation import Message
 from mlx_finetune.data.provenance import Refused, Span, locate
 from mlx_finetune.data.redact import PLACEHOLDER
 from mlx_finetune.data.rows import check_written, texts_of
+from mlx_finetune.data.segments import Ids, arrays_of, moved
 
 if TYPE_CHECKING:
     from mlx_finetune.data.template import ChatTemplate
@@ -257,15 +258,12 @@ def _tokenize(template: "ChatTemplate", text: str, as_text: Sequence[Span]) -> _
     """Tokens of the rendered chat; in the messages at `as_text` the name of a control token stays text."""
     if as_text and not template.pieces_join:
         raise Refused("a message holds the text of a control token, which this tokenizer cannot keep as text")
-    encodings, end = [], 0
+    pieces: list[Ids] = []
+    end = 0
     for span in sorted(as_text, key=lambda span: span.start):
-        encodings += [
-            (template.special.encode(text[end : span.start], add_special_tokens=False), end),
-            (template.plain.encode(text[span.start : span.end], add_special_tokens=False), span.start),
-        ]
+        plain = template.plain.encode(text[span.start : span.end], add_special_tokens=False)
+        pieces += [moved(template.segments.encode(text[end : span.start]), end), moved(arrays_of(plain), span.start)]
         end = span.end
-    encodings.append((template.special.encode(text[end:], add_special_tokens=False), end))
-    ids = np.array([i for encoding, _ in encodings for i in encoding.ids], np.int32)
-    offsets = [(start + offset, end + offset) for encoding, offset in encodings for start, end in encoding.offsets]
-    starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
+    pieces.append(moved(template.segments.encode(text[end:]), end))
+    ids, starts, ends = (np.concatenate(each) for each in zip(*pieces, strict=True))
     return _Tokens(ids, starts, ends, tuple(span.start for span in as_text))

@@ -226,6 +226,7 @@ def _encoded(
 def _fitting(conversation: Conversation, template: ChatTemplate, max_length: int) -> tuple[Windows, list[Encoded | Refused]]:
     """Windows that keep to `max_length` when they are rendered, and what became of each."""
     limit, tools = max_length, template.count_tools(conversation.tools)
+    template.look_ahead(conversation.messages)
     while True:
         windows = cut(conversation, template.count, limit, tools)
         results = [_encode(window, template, conversation.tools) for window in windows.windows]

@@ -19,6 +19,8 @@ Render = Callable[[Sequence[Message]], str]
 BASE, TOP, STEP = 0x40000, 0xE0000, 128  # planes 4 to 13 of Unicode hold no characters
 MOST_MESSAGES = (TOP - BASE) // STEP
 MOVED = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789`.,:;!?*#-_+=()$%@~^")
+IS_MOVED = np.array([chr(code) in MOVED for code in range(STEP)])  # no character beyond ASCII; the last of ASCII is none
+UTF32 = ("utf-32-le", "surrogatepass")
 # Templates look for text such as </think> or [INST] in a message, so what looks like a tag stays as it is.
 TAG = re.compile(r"</?[A-Za-z][\w|:.-]*>|<\|[^|>]*\|>|<｜[^｜]*｜>|\[/?[A-Z_]+\]")
 UNASSIGNED = re.compile(f"[{chr(BASE)}-{chr(TOP - 1)}]")
@@ -51,7 +53,7 @@ def locate(render: Render, messages: Sequence[Message], lenient: bool = False) -
     if UNASSIGNED.search(text):
         raise Refused("unassigned characters in a message")
     moved = render([replace(message, content=_move(message.content, k)) for k, message in enumerate(messages)])
-    codes = np.frombuffer(moved.encode("utf-32-le"), np.uint32).astype(np.int64)
+    codes = _codes(moved).astype(np.int64)
     if _undo(codes) != text:
         raise Refused("the template treats a message by what its words are")
     owners = np.where((codes >= BASE) & (codes < TOP), (codes - BASE) // STEP, -1)
@@ -70,13 +72,14 @@ def _span(render: Render, messages: Sequence[Message], k: int, text: str, positi
     content, role = messages[k].content, messages[k].role
     if not content.strip():
         return None
-    marked = [i for i, code in enumerate(_move(content, k)) if BASE <= ord(code) < TOP]
-    if not marked:
+    marked = np.flatnonzero(_movable(content))
+    if not marked.size:
         return _span_by_sentinel(render, messages, k, text)
     if not positions.size:
         raise Refused(f"the template drops a message of role {role}")
     first, last = int(positions[0]), int(positions[-1])
-    before, inside, after = content[: marked[0]], content[marked[0] : marked[-1] + 1], content[marked[-1] + 1 :]
+    begin, end = int(marked[0]), int(marked[-1]) + 1
+    before, inside, after = content[:begin], content[begin:end], content[end:]
     if role == "tool" and text[first : last + 1] != inside:  # Llama 3 writes the result of a tool as JSON
         before, inside, after = (json.dumps(part, ensure_ascii=False)[1:-1] for part in (before, inside, after))
     if text[first : last + 1] != inside:
@@ -103,15 +106,23 @@ def _span_by_sentinel(render: Render, messages: Sequence[Message], k: int, text:
 
 
 def _move(content: str, k: int) -> str:
-    pieces, end = [], 0
-    for tag in TAG.finditer(content):
-        pieces += [_shift(content[end : tag.start()], k), tag.group()]
-        end = tag.end()
-    return "".join([*pieces, _shift(content[end:], k)])
+    codes = _codes(content)
+    return np.where(_movable(content), codes + np.uint32(BASE + k * STEP), codes).astype("<u4").tobytes().decode(*UTF32)
 
 
-def _shift(text: str, k: int) -> str:
-    return "".join(chr(BASE + k * STEP + ord(c)) if c in MOVED else c for c in text)
+def _movable(content: str) -> np.ndarray:
+    """bool [characters]: those that may be moved."""
+    codes = _codes(content)
+    movable = IS_MOVED[np.minimum(codes, STEP - 1)]
+    if "<" in content or "[" in content:
+        for tag in TAG.finditer(content):
+            movable[tag.start() : tag.end()] = False
+    return movable
+
+
+def _codes(text: str) -> np.ndarray:
+    """uint32 [characters]: their code points."""
+    return np.frombuffer(text.encode(*UTF32), "<u4")
 
 
 def _undo(codes: np.ndarray) -> str:

@@ -19,6 +19,7 @@ from mlx_finetune.data.oddities import oddities
 from mlx_finetune.data.policies import POLICIES, Policy, policy_of, with_dates
 from mlx_finetune.data.provenance import Refused, locate
 from mlx_finetune.data.rows import rows_of
+from mlx_finetune.data.segments import Segments
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 
@@ -52,9 +53,10 @@ class ChatTemplate:
         for encoder in (self.special, self.plain):
             encoder.no_truncation()
             encoder.no_padding()
-        control = {i: token.content for i, token in self.special.get_added_tokens_decoder().items() if token.special}
+        control = {i: token for i, token in self.special.get_added_tokens_decoder().items() if token.special}
         self.special_ids = list(control)
-        self.special_texts = sorted(control.values(), key=len, reverse=True)
+        self.special_texts = sorted((token.content for token in control.values()), key=len, reverse=True)
+        self.segments = Segments(self.special, self.plain, control)
 
     @classmethod
     def load(cls, folder: Path, served: str = "") -> "ChatTemplate":
@@ -171,9 +173,11 @@ class ChatTemplate:
 
     def count(self, message: Message) -> int:
         """About how many tokens the message takes in a chat; never fewer than its own."""
-        texts = [message.content, *(text for call in message.tool_calls for text in (call.name, call.arguments))]
-        own = sum(len(self.plain.encode(text, add_special_tokens=False).ids) for text in texts)
-        return own + self._overhead + CALL_OVERHEAD * len(message.tool_calls)
+        return self.segments.count(_texts_of(message)) + self._overhead + CALL_OVERHEAD * len(message.tool_calls)
+
+    def look_ahead(self, messages: Sequence[Message]) -> None:
+        """Makes `count` fast for all of them."""
+        self.segments.look_ahead([text for message in messages for text in _texts_of(message)])
 
     def count_tools(self, tools: Tools) -> int:
         """How many tokens the schemas add to a chat; 0 where the template writes none."""
@@ -196,7 +200,7 @@ class ChatTemplate:
 
     def prompt_tokens(self, text: str) -> list[int]:
         """What a server makes of a rendered text."""
-        return list(self.special.encode(text, add_special_tokens=False).ids)
+        return list(self.segments.encode(text)[0].tolist())
 
     @cached_property
     def endings(self) -> list[str]:
@@ -219,6 +223,10 @@ class ChatTemplate:
     def _overhead(self) -> int:
         """Tokens that the template adds to a message, rounded up."""
         return math.ceil(len(self.encode(PROBE).tokens) / len(PROBE)) + 1
+
+
+def _texts_of(message: Message) -> list[str]:
+    return [message.content, *(text for call in message.tool_calls for text in (call.name, call.arguments))]
 
 
 def _tokenizer(folder: Path) -> Any:

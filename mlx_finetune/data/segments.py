@@ -1,0 +1,96 @@
+"""Tokenizing without doing the same work twice: texts are cut at control tokens, and a long part that comes again is known.
+
+Most logs begin with a prompt that another one has; and the parts of one chat are tokenized side by side on all cores.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Ids = tuple[np.ndarray, np.ndarray, np.ndarray]  # int32 ids; int64 first characters; int64 ends, exclusive
+
+LONG = 1000  # characters from which a part is kept
+MOST_KEPT = 256  # long parts; some megabytes
+MOST_COUNTS = 2**14
+SAMPLE = " one\ntwo  three\n\n", "", "four's\n", "'\"x ", "\nfive 5 "
+
+
+class Segments:
+    """`special` finds control tokens in a text, `plain` takes them for text; `control`: ids and added tokens by id."""
+
+    def __init__(self, special: Any, plain: Any, control: Mapping[int, Any]) -> None:
+        self._special, self._plain = special, plain
+        self._ids = {token.content: number for number, token in control.items()}
+        self._known: dict[str, Ids] = {}
+        self._counts: dict[str, int] = {}
+        blanks = any(token.lstrip or token.rstrip or token.single_word for token in control.values())  # takes more than its text
+        names = sorted(self._ids, key=len, reverse=True)
+        self._cut = re.compile(f"({'|'.join(map(re.escape, names))})") if names and not blanks else None
+        if self._cut and not self._joins(names):
+            self._cut = None  # what stands before or behind a control token changes the part beside it
+
+    def _joins(self, names: Sequence[str]) -> bool:
+        texts = [names[0].join(SAMPLE), "".join(part + name for part, name in zip(SAMPLE, names, strict=False))]
+        return all(self.encode(text)[0].tolist() == self._special.encode(text, add_special_tokens=False).ids for text in texts)
+
+    def encode(self, text: str) -> Ids:
+        """As `special` tokenizes the text, with the characters that each token stands for."""
+        if self._cut is None:
+            return arrays_of(self._special.encode(text, add_special_tokens=False))
+        parts = self._cut.split(text)  # text and control token in turn
+        encoded = self._encoded(part for part in parts[::2] if part)
+        pieces: list[Ids] = []
+        place = 0
+        for i, part in enumerate(parts):
+            if i % 2:
+                pieces.append((np.array([self._ids[part]], np.int32), np.array([place]), np.array([place + len(part)])))
+            elif part:
+                pieces.append(moved(encoded[part], place))
+            place += len(part)
+        if not pieces:
+            return arrays_of(self._special.encode("", add_special_tokens=False))
+        ids, starts, ends = (np.concatenate(each) for each in zip(*pieces, strict=True))
+        return ids, starts, ends
+
+    def _encoded(self, parts: Iterable[str]) -> dict[str, Ids]:
+        found = {part: self._known.get(part) for part in parts}
+        new = [part for part, known in found.items() if known is None]
+        encodings = self._plain.encode_batch(new, add_special_tokens=False) if new else []
+        arrays = {part: arrays_of(encoding) for part, encoding in zip(new, encodings, strict=True)}
+        self._known |= {part: each for part, each in arrays.items() if len(part) >= LONG}
+        while len(self._known) > MOST_KEPT:
+            del self._known[next(iter(self._known))]
+        return {part: known if known is not None else arrays[part] for part, known in found.items()}
+
+    def count(self, texts: Sequence[str]) -> int:
+        """How many tokens `plain` makes of the texts, together; a few more where paragraphs would share one."""
+        self.look_ahead(texts)
+        return sum(self._counts[part] for text in texts for part in _paragraphs(text))
+
+    def look_ahead(self, texts: Iterable[str]) -> None:
+        """Counts all of their paragraphs at once, for `count`: prompts have most of them in common."""
+        parts = dict.fromkeys(part for text in texts for part in _paragraphs(text))
+        if len(self._counts) + len(parts) > MOST_COUNTS:
+            self._counts = {part: self._counts[part] for part in parts if part in self._counts}
+        new = [part for part in parts if part not in self._counts]
+        encodings = self._plain.encode_batch_fast(new, add_special_tokens=False) if new else []
+        self._counts |= {text: len(encoding.ids) for text, encoding in zip(new, encodings, strict=True)}
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Each with the empty line before it, on both sides of which few tokens stand."""
+    first, *others = text.split("\n\n")
+    return [first, *("\n\n" + part for part in others)]
+
+
+def arrays_of(encoding: Any) -> Ids:
+    """Of an encoding of `tokenizers`."""
+    starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+    return np.array(encoding.ids, np.int32), starts, ends
+
+
+def moved(ids: Ids, by: int) -> Ids:
+    """The same tokens, so many characters further on."""
+    return ids[0], ids[1] + by, ids[2] + by
