@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from chats import DEFAULT_PROMPT, DROPS_SYSTEM, LLAMA3, RAISES, STRIPS_THINKING, chat, chatml_with, template_of
+from chats import DEFAULT_PROMPT, DROPS_SYSTEM, LLAMA3, PROMPT, RAISES, STRIPS_THINKING, chat, chatml_with, template_of
 from tiny_models import CHATML
 
 from mlx_finetune.data.conversation import Message
@@ -130,6 +130,23 @@ def test_the_date_that_a_template_prints_stays_that_of_the_day_of_preparing(tmp_
 def test_what_is_odd_in_a_template_is_said(tmp_path: Path, jinja: str, oddity: str) -> None:
     found = [one for one in template_of(tmp_path, jinja).oddities if "pads" not in one]
     assert len(found) == 1 and oddity in found[0]
+
+
+@pytest.mark.parametrize(("header", "agree"), [(False, True), (True, False)])
+def test_marks_of_what_a_model_writes_are_compared_with_what_is_learned(tmp_path: Path, header: bool, agree: bool) -> None:
+    start, end = (
+        ("", "{% generation %}{{ '<|im_start|>assistant\n' }}")
+        if header
+        else ("{{ '<|im_start|>assistant\n' }}", "{% generation %}")
+    )
+    marked = start + end + "{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    other = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    jinja = (
+        f"{{% for m in messages %}}{{% if m.role == 'assistant' %}}{marked}{{% else %}}{other}{{% endif %}}{{% endfor %}}{PROMPT}"
+    )
+    template = template_of(tmp_path, jinja)
+    assert template.render(chat("a", "b")) == template_of(tmp_path / "plain", CHATML).render(chat("a", "b"))
+    assert any("generation" in oddity for oddity in template.oddities) != agree
 
 
 def test_nothing_is_odd_in_chatml(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
@@ -24,6 +25,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 
 CALL_OVERHEAD = 24  # tokens that a template adds to a call, about: its tags and the names of its fields
+GENERATION = re.compile(r"\{%-?\s*generation\b")
 PROBE = (Message("system", "S"), Message("user", "U"), Message("assistant", "A"), Message("user", "V"), Message("assistant", "B"))
 
 # As gptme sends a chat: three system messages first, the output of tools as later ones, and sometimes a role twice.
@@ -123,7 +125,21 @@ class ChatTemplate:
     @cached_property
     def oddities(self) -> tuple[str, ...]:
         """What the template does that a person would not expect."""
-        return tuple(oddities(self.render, self.source, self._tokenizer.pad_token_id in self.stop_ids))
+        found = list(oddities(self.render, self.source, self._tokenizer.pad_token_id in self.stop_ids))
+        if GENERATION.search(self.source) and not self._markers_agree():
+            found.append(
+                "the chat template marks other tokens with {% generation %} than turns and their ends, which are learned here"
+            )
+        return tuple(found)
+
+    def _markers_agree(self) -> bool:
+        """Whether the template's own marks of what a model writes are the tokens that are learned."""
+        marked = self._tokenizer.apply_chat_template(
+            rows_of(PROBE), chat_template=self._jinja, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        encoded = self.encode(PROBE)
+        learned = [*zip(encoded.tokens.tolist(), (encoded.weights > 0).tolist(), strict=True)]
+        return learned == [*zip(marked["input_ids"], map(bool, marked["assistant_masks"]), strict=True)]
 
     @cached_property
     def fingerprint(self) -> str:
