@@ -128,6 +128,12 @@ def test_lines_that_are_no_messages_are_named_and_blank_ones_are_no_fault(tmp_pa
         assert any(word in line.reason for word in part.split("|")), line.reason
 
 
+def test_a_byte_order_mark_costs_no_line(tmp_path: Path) -> None:
+    write_log(tmp_path, "one", "\ufeff" + json.dumps(said("user", "hi")), said("assistant", "ho"))
+    read = read_all(tmp_path)
+    assert messages_of(read) == [("user", "hi"), ("assistant", "ho")] and not read.bad_lines
+
+
 def test_bytes_and_surrogates_that_are_not_text_become_marks(tmp_path: Path) -> None:
     log = write_log(tmp_path, "log", said("user", "a\ud83db"))
     log.write_bytes(log.read_bytes() + b'{"role": "assistant", "content": "caf\xe9"}\n')
