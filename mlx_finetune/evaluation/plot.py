@@ -35,7 +35,7 @@ def draw_loss(run: Path) -> Path | None:
     axes.set(xlabel="step", ylabel="loss (nats a learned token)", title=run.resolve().name)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)  # beside the curves, wherever they run
     figure.savefig(run / "loss.png")
     return run / "loss.png"
 
