@@ -77,6 +77,25 @@ def prepare(
     prepare_command(collected, model, out, settings, as_json)
 
 
+@app.command()
+def inspect(
+    dataset: Annotated[Path, typer.Argument(help="Folder that prepare made.")],
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "train",
+    example: Annotated[list[int] | None, typer.Option(help="Only this example, by its number from 0 (repeatable).")] = None,
+    conversation: Annotated[str, typer.Option(help="Only examples of the conversation with this id.")] = "",
+    source: Annotated[str, typer.Option(help="Only examples of this source, such as gptme.")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="How many examples. Default: 5, on a page 200.")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Do not fold long context.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write one page to this file, which must not exist.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what training is fed, token by token: what is learned, what is only read, and statistics."""
+    options = dict(locals())
+    from mlx_finetune.inspecting import InspectOptions, inspect_command
+
+    inspect_command(InspectOptions(**options))
+
+
 @app.command(epilog=SETTINGS)
 def train(
     config: Annotated[Path | None, typer.Argument(help="YAML file of settings.")] = None,

@@ -21,6 +21,7 @@ from mlx_finetune.data.policies import POLICIES, Policy, policy_of, with_dates
 from mlx_finetune.data.provenance import Refused, locate
 from mlx_finetune.data.rows import rows_of
 from mlx_finetune.data.segments import Segments
+from mlx_finetune.data.token_text import texts_of_tokens
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 
@@ -186,6 +187,10 @@ class ChatTemplate:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of `tokens`, special tokens left out."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """Text of each token, control tokens too, which join to the text of all; a split character stands at its last token."""
+        return texts_of_tokens(lambda ids: str(self.special.decode(ids, skip_special_tokens=False)), tokens)
 
     def count(self, message: Message) -> int:
         """About how many tokens the message takes in a chat; never fewer than its own."""
