@@ -39,10 +39,11 @@ from mlx_finetune.data.conversation import Conversation, conversation_of, read_c
 from mlx_finetune.data.dedupe import Decision, decide
 from mlx_finetune.data.fingerprint import shingles_of
 from mlx_finetune.data.redact import Rules
-from mlx_finetune.data.refine import Settings, lifted_by_keep, without_secrets
+from mlx_finetune.data.refine import Settings, without_secrets
 from mlx_finetune.data.refining import Advance, FileSource, Work, number_secrets, refine_file, refine_logs
 from mlx_finetune.data.rendered import write_rendered
-from mlx_finetune.data.select import DROPPED, ID, Selection
+from mlx_finetune.data.select import ID, Selection
+from mlx_finetune.data.sources import Rejected
 from mlx_finetune.data.sources import gptme as gptme_source
 from mlx_finetune.data.sources.openassistant import Options
 from mlx_finetune.data.summary import hint_for, summarise
@@ -248,12 +249,13 @@ def _as_context(body: bytes, turns: Iterable[int]) -> bytes:
 
 
 def _finish(folder: Path, units: Sequence[Unit], written: _Written, summary: dict[str, Any], chosen: Selection) -> None:
-    rejected = [(one.id, one.source, one.reason) for unit in units for one in unit.rejected]
+    rejected = [one for unit in units for one in unit.rejected]
     rejected += [
-        (written.everything[i].name, written.everything[i].source, why) for i, why in sorted(written.decision.dropped.items())
+        Rejected(written.everything[i].name, written.everything[i].source, why)
+        for i, why in sorted(written.decision.dropped.items())
     ]
     with atomic_file(folder / "rejected.jsonl") as file:
-        rows = ({"id": name, "source": source, "reason": why} for name, source, why in rejected)
+        rows = ({"id": one.id, "source": one.source, "reason": one.reason} for one in rejected)
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with atomic_file(folder / TAGS) as file:
         file.writelines(tag_lines(_tagged(written, rejected), chosen.tags))
@@ -267,25 +269,23 @@ def _finish(folder: Path, units: Sequence[Unit], written: _Written, summary: dic
     write_json(folder / "collect.json", summary)
 
 
-def _unmatched(written: _Written, rejected: Iterable[tuple[str, str, str]], chosen: Selection) -> list[str]:
+def _unmatched(written: _Written, rejected: Iterable[Rejected], chosen: Selection) -> list[str]:
     """What the tags and --exclude name that nothing is called; an id of what was left out cannot be known."""
     asked = [name for name in (*chosen.tags, *chosen.exclude) if not ID.fullmatch(name)]
     if not asked:
         return []
-    names = {name for line in _tagged(written, ()) for name in line.names} | {name for name, _, _ in rejected}
+    names = {name for line in _tagged(written, ()) for name in line.names} | {one.id for one in rejected}
     return [name for name in asked if name not in names and not any_meant(name, names)]
 
 
-def _tagged(written: _Written, rejected: Iterable[tuple[str, str, str]]) -> Iterator[Line]:
+def _tagged(written: _Written, rejected: Iterable[Rejected]) -> Iterator[Line]:
     for i in written.places:
         kept = written.everything[i]
         head = json.loads(kept.head)
         turns = kept.counts["turns"]
         note = f"{head['meta'].get('title') or ''} ({turns} turn{'s' if turns != 1 else ''})".lstrip()
         yield Line((kept.name, head["id"], kept.print.group), note)
-    for name, _, reason in rejected:
-        if reason == DROPPED or lifted_by_keep(reason):
-            yield Line((name,), "", reason)
+    yield from (Line((one.id,), "", one.reason) for one in rejected if one.by_tag)
 
 
 def _refuse_nothing_left(summary: Mapping[str, Any], out: Path) -> None:

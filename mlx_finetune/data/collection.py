@@ -136,7 +136,7 @@ def _unit(row: dict[str, Any], folder: Path) -> Unit:
         )
         for one in row["kept"]
     )
-    rejected = tuple(Rejected(one["id"], one["source"], one["reason"], one.get("countable", "")) for one in row["rejected"])
+    rejected = tuple(Rejected(**one) for one in row["rejected"])
     bad_lines = tuple(BadLine(Path(path), line, reason) for path, line, reason in row["bad_lines"])
     return Unit(row["unit"], row["stamp"], kept, rejected, bad_lines, row["more_bad_lines"])
 

@@ -13,9 +13,10 @@ from mlx_finetune.data.clean import reason_in_name, reason_in_shape, without_emp
 from mlx_finetune.data.conversation import LEAST_WEIGHT, MOST_WEIGHT, Conversation, Message
 from mlx_finetune.data.fingerprint import Fingerprint, fingerprint
 from mlx_finetune.data.redact import Rules, redact_conversation, redact_text
-from mlx_finetune.data.select import KEEP, Selection
+from mlx_finetune.data.select import Selection
 from mlx_finetune.data.sources import Rejected
 from mlx_finetune.data.system_prompt import System, replace_system
+from mlx_finetune.data.tags import KEEP
 from mlx_finetune.data.tool_calls import to_native
 from mlx_finetune.data.turns import TurnRules, judge, reason_to_reject_turns
 
@@ -86,15 +87,18 @@ def refine(conversation: Conversation, settings: Settings, key: bytes) -> Refine
     selection = settings.selection
     also = _names_as_written(conversation, settings, key) if selection.tags or selection.exclude else ()
     tag = selection.tag(conversation, also)
-    reason = None if tag == KEEP else reason_in_name(conversation)
-    reason = reason or reason_in_shape(conversation) or selection.reason_to_leave(conversation, also)
-    if reason:
+    if tag != KEEP and (reason := reason_in_name(conversation)):
+        return Rejected(conversation.name, conversation.source, reason, by_tag=True)
+    if reason := reason_in_shape(conversation):
         return Rejected(conversation.name, conversation.source, reason)
+    if left := selection.leaves(conversation, also):
+        return left
     conversation = selection.of_wanted_models(_judged(conversation, settings), tag)
     conversation = _weighted(conversation, 1.0 if tag is None or isinstance(tag, str) else tag)
-    reason = reason_in_shape(conversation) or (None if tag == KEEP else reason_to_reject_turns(conversation.messages))
-    if reason:
+    if reason := reason_in_shape(conversation):
         return Rejected(conversation.name, conversation.source, reason)
+    if tag != KEEP and (reason := reason_to_reject_turns(conversation.messages)):
+        return Rejected(conversation.name, conversation.source, reason, by_tag=True)
     names = _Names(key)
     return _refined(_clean(_as_served(conversation, settings), settings, names), settings, names)
 
@@ -109,22 +113,6 @@ def _names_as_written(conversation: Conversation, settings: Settings, key: bytes
 
 def _clean(conversation: Conversation, settings: Settings, names: _Names) -> Conversation:
     return redact_conversation(conversation, settings.redaction, names) if settings.redaction else conversation
-
-
-LIFTED = (
-    "a temporary or test log",
-    "a gptme evaluation",
-    "goes in circles",
-    "apologises",
-    "not selected: another",
-    "not selected: outside",
-    "not selected: no call",
-)
-
-
-def lifted_by_keep(reason: str) -> bool:
-    """Whether a conversation that was rejected for this reason is taken where the tags file says keep."""
-    return reason.startswith(LIFTED)
 
 
 def without_secrets(text: str, rules: Rules | None) -> str:

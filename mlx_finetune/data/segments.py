@@ -66,12 +66,16 @@ class Segments:
 
     def count(self, texts: Sequence[str]) -> int:
         """How many tokens `plain` makes of the texts, together; a few more where paragraphs would share one."""
-        self.look_ahead(texts)
-        return sum(self._counts[part] for text in texts for part in _paragraphs(text))
+        parts = [part for text in texts for part in _paragraphs(text)]
+        self._count(parts)
+        return sum(self._counts[part] for part in parts)
 
     def look_ahead(self, texts: Iterable[str]) -> None:
         """Counts all of their paragraphs at once, for `count`: prompts have most of them in common."""
-        parts = dict.fromkeys(part for text in texts for part in _paragraphs(text))
+        self._count(part for text in texts for part in _paragraphs(text))
+
+    def _count(self, texts: Iterable[str]) -> None:
+        parts = dict.fromkeys(texts)
         if len(self._counts) + len(parts) > MOST_COUNTS:
             self._counts = {part: self._counts[part] for part in parts if part in self._counts}
         new = [part for part in parts if part not in self._counts]

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from mlx_finetune.data.conversation import Conversation
+from mlx_finetune.data.sources import Rejected
 from mlx_finetune.data.tags import DROP, KEEP, Tag, is_meant, tag_of
 from mlx_finetune.data.turns import calls_of
 
@@ -45,14 +46,19 @@ class Selection:
         """What the tags file says of it (see `tag_of`); `also` are its name and id as they were written, without secrets."""
         return tag_of((*names_of(conversation), *also), self.tags) if self.tags else None
 
-    def reason_to_leave(self, conversation: Conversation, also: Sequence[str] = ()) -> str | None:
-        """Why it was not asked for; None where it was. `also` as in `tag`."""
+    def leaves(self, conversation: Conversation, also: Sequence[str] = ()) -> Rejected | None:
+        """What was not asked for, with the reason; None where it was. `also` as in `tag`."""
         tag = self.tag(conversation, also)
+        rejected = Rejected(conversation.name, conversation.source, DROPPED, by_tag=True)
         if tag in (DROP, 0):
-            return DROPPED
+            return rejected
         if self.exclude and any(is_meant(pattern, (*names_of(conversation), *also)) for pattern in self.exclude):
-            return "not selected: --exclude"
-        if tag == KEEP or conversation.source == "openassistant":
+            return replace(rejected, reason="not selected: --exclude", by_tag=False)
+        reason = None if tag == KEEP else self._reason_not_asked_for(conversation)
+        return replace(rejected, reason=reason) if reason else None
+
+    def _reason_not_asked_for(self, conversation: Conversation) -> str | None:
+        if conversation.source == "openassistant":
             return None
         meta = conversation.meta
         time = str(meta.get("time") or "")

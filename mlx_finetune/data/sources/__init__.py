@@ -12,18 +12,19 @@ from mlx_finetune.data.conversation import Conversation
 class Rejected:
     """One conversation that was not kept. `id` is the source's own name for it: a log's folder, a tree's id.
 
-    `countable` is the reason without places and values, where it has some.
+    `countable` is the reason without places and values, where it has some; `by_tag`: tags.yaml may take it all the same.
     """
 
     id: str
     source: str
     reason: str
     countable: str = ""
+    by_tag: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the index."""
         row = {"id": self.id, "source": self.source, "reason": self.reason}
-        return row | {"countable": self.countable} if self.countable else row
+        return row | {name: value for name in ("countable", "by_tag") if (value := getattr(self, name))}
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ def gather(items: Iterable[Item]) -> Read:
         tuple(item for item in every if isinstance(item, Rejected)),
         tuple(item for item in every if isinstance(item, BadLine)),
     )
+
+
+def without_pairs(value: Any) -> Any:
+    """A list of pairs as the map that it was: pyarrow gives a map as pairs, and nothing else; any other value as it is."""
+    pairs = isinstance(value, list) and value and all(isinstance(one, tuple) and len(one) == 2 for one in value)
+    return dict(value) if pairs else value
 
 
 def printable(text: str) -> str:

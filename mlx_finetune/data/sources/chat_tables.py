@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from mlx_finetune.data.sources import without_pairs
 from mlx_finetune.data.sources.chat_files import Row
 from mlx_finetune.data.sources.chat_values import NotJson
 from mlx_finetune.errors import UserError
@@ -78,8 +79,7 @@ def plain(value: Any) -> Any:
 
     Nulls in objects go: a table has every key in every row, and fills in what a row has not.
     """
-    if isinstance(value, list) and value and all(isinstance(one, tuple) and len(one) == 2 for one in value):
-        value = dict(value)  # pyarrow gives a map as pairs, and nothing else
+    value = without_pairs(value)
     if isinstance(value, Mapping):
         return {_key(key): plain(one) for key, one in value.items() if not _is_null(one)}
     if isinstance(value, list | tuple):

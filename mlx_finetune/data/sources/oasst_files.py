@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_finetune.data.sources import BadLine, printable
+from mlx_finetune.data.sources import BadLine, printable, without_pairs
 from mlx_finetune.data.sources.log_files import LONGEST_LINE, Line, lines_of
 from mlx_finetune.errors import UserError
 
@@ -181,11 +181,8 @@ def _parquet_rows(path: Path) -> Iterator[Row | BadLine]:
 
 
 def _with_objects(value: Any) -> Any:
-    """Maps are objects; pyarrow gives them as pairs, and nothing else."""
+    """Maps, at any depth, are objects."""
+    value = without_pairs(value)
     if isinstance(value, dict):
         return {key: _with_objects(one) for key, one in value.items()}
-    if not isinstance(value, list):
-        return value
-    if value and all(isinstance(one, tuple) and len(one) == 2 for one in value):
-        return {key: _with_objects(one) for key, one in value}
-    return [_with_objects(one) for one in value]
+    return [_with_objects(one) for one in value] if isinstance(value, list) else value
