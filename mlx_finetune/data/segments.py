@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-Ids = tuple[np.ndarray, np.ndarray, np.ndarray]  # int32 ids; int64 first characters; int64 ends, exclusive
+from mlx_finetune.data.words import Ids, Words, arrays_of
 
 LONG = 1000  # characters from which a part is kept
 MOST_KEPT = 256  # long parts; some megabytes
@@ -21,7 +21,7 @@ class Segments:
     """`special` finds control tokens in a text, `plain` takes them for text; `control`: ids and added tokens by id."""
 
     def __init__(self, special: Any, plain: Any, control: Mapping[int, Any]) -> None:
-        self._special, self._plain = special, plain
+        self._special, self._words = special, Words(plain)
         self._ids = {token.content: number for number, token in control.items()}
         self._known: dict[str, Ids] = {}
         self._counts: dict[str, int] = {}
@@ -57,8 +57,7 @@ class Segments:
     def _encoded(self, parts: Iterable[str]) -> dict[str, Ids]:
         found = {part: self._known.get(part) for part in parts}
         new = [part for part, known in found.items() if known is None]
-        encodings = self._plain.encode_batch(new, add_special_tokens=False) if new else []
-        arrays = {part: arrays_of(encoding) for part, encoding in zip(new, encodings, strict=True)}
+        arrays = dict(zip(new, self._words.encode(new), strict=True))
         self._known |= {part: each for part, each in arrays.items() if len(part) >= LONG}
         while len(self._known) > MOST_KEPT:
             del self._known[next(iter(self._known))]
@@ -79,20 +78,13 @@ class Segments:
         if len(self._counts) + len(parts) > MOST_COUNTS:
             self._counts = {part: self._counts[part] for part in parts if part in self._counts}
         new = [part for part in parts if part not in self._counts]
-        encodings = self._plain.encode_batch_fast(new, add_special_tokens=False) if new else []
-        self._counts |= {text: len(encoding.ids) for text, encoding in zip(new, encodings, strict=True)}
+        self._counts |= zip(new, self._words.count(new), strict=True)
 
 
 def _paragraphs(text: str) -> list[str]:
     """Each with the empty line before it, on both sides of which few tokens stand."""
     first, *others = text.split("\n\n")
     return [first, *("\n\n" + part for part in others)]
-
-
-def arrays_of(encoding: Any) -> Ids:
-    """Of an encoding of `tokenizers`."""
-    starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-    return np.array(encoding.ids, np.int32), starts, ends
 
 
 def moved(ids: Ids, by: int) -> Ids:
