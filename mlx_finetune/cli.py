@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 from mlx_finetune.cli_collect import collect
 from mlx_finetune.config import FIELDS, RunConfig, default
 from mlx_finetune.errors import UserError
+from mlx_finetune.terminal import one_line
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -68,13 +69,16 @@ def prepare(
         "openassistant_valid_fraction"
     ),
     allow_inexact: Annotated[bool, typer.Option("--allow-inexact", help=_help("allow_inexact"))] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Where --out was prepared from something else: prepare it anew.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Render and tokenize conversations for one model: mixture, split, windows, loss masks."""
     settings = {name: value for name, value in locals().items() if name in FIELDS and name not in ("model", "out")}
     from mlx_finetune.commands import prepare_command
 
-    prepare_command(collected, model, out, settings, as_json)
+    prepare_command(collected, model, out, settings, as_json, update)
 
 
 @app.command()
@@ -184,15 +188,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str, hint: str) -> None:
-    print(f"error: {_one_line(message)}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     if hint:
-        print(f"hint: {_one_line(hint)}", file=sys.stderr)
+        print(f"hint: {one_line(hint)}", file=sys.stderr)
     sys.exit(2)
-
-
-def _one_line(text: str) -> str:
-    """Without control characters, which a file's name may hold."""
-    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
 
 
 if __name__ == "__main__":

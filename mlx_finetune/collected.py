@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_finetune.data.scan import Hit
 from mlx_finetune.data.sources import BadLine
-from mlx_finetune.terminal import table
+from mlx_finetune.terminal import one_line, printable, table
 
 CHARACTERS_A_TOKEN = 3.3  # 3.33 in 22 genuine logs and 14 trees with SmolLM2's tokenizer; 2.9 in what assistants write
 ROLES = ("system", "user", "assistant", "tool")
@@ -43,18 +43,18 @@ def show_collection(summary: Mapping[str, Any]) -> None:
         table("secrets replaced, by kind", secrets, ("kind", "places", "different"))
         print("no rule finds every secret: look at what you share\n")
     for options, count in list(summary["served_by"].items())[:SERVED]:
-        print(f"{count:,} system prompts are what this serves: gptme {_printable(options)}")
+        print(f"{count:,} system prompts are what this serves: gptme {printable(options)}")
     if len(summary["served_by"]) > SERVED:
         print(f"and {len(summary['served_by']) - SERVED} other sets of options serve the others: see served_by in collect.json")
     for bad in summary["bad_lines"][:SHOWN]:
-        print(f"skipped: {_printable(bad['file'])}:{bad['line']}: {_printable(bad['reason'])}")
+        print(f"skipped: {printable(bad['file'])}:{bad['line']}: {printable(bad['reason'])}")
     if summary["bad_line_count"] > SHOWN:
         print(f"skipped: {summary['bad_line_count'] - SHOWN:,} more lines; the first hundred stand in collect.json")
 
 
 def _counts(title: str, counts: Mapping[str, int]) -> None:
     if counts:
-        rows = [(_one_line(name), f"{count:,}") for name, count in counts.items()]
+        rows = [(one_line(name, WIDTH), f"{count:,}") for name, count in counts.items()]
         if len(rows) > ROWS + 1:
             rest = sum(list(counts.values())[ROWS:])
             rows[ROWS:] = [(f"and {len(rows) - ROWS} others, in collect.json", f"{rest:,}")]
@@ -65,9 +65,9 @@ def show_hits(hits: Sequence[Hit], unread: Sequence[BadLine]) -> None:
     """Where secrets stand, a line each as compilers write it, never the secrets; and what could not be looked at."""
     for hit in hits:
         times = f" ({hit.count} times)" if hit.count > 1 else ""
-        print(f"{_printable(hit.file)}:{hit.line}: {hit.kind}{times}")
+        print(f"{printable(hit.file)}:{hit.line}: {hit.kind}{times}")
     for one in unread[:SHOWN]:
-        print(f"not read: {_printable(str(one.path))}:{one.line}: {_printable(one.reason)}")
+        print(f"not read: {printable(str(one.path))}:{one.line}: {printable(one.reason)}")
     if len(unread) > SHOWN:
         print(f"not read: {len(unread) - SHOWN:,} more")
     print(f"{sum(hit.count for hit in hits):,} secrets found; no rule finds every secret")
@@ -80,13 +80,13 @@ def show_examples(out: Path, summary: Mapping[str, Any]) -> None:
     for row in _shared([_random_lines(out / f"{source}.jsonl", random) for source in summary["conversations"]]):
         turns = [m for m in row["messages"] if m["role"] == "assistant"]
         learned = sum(m.get("weight", 1) > 0 for m in turns)
-        name, title = row["meta"].get("name") or row["id"], _one_line(row["meta"].get("title") or "")
-        print(f"  {row['source']} {_one_line(name)}{f': {title}' if title else ''}")
+        name, title = row["meta"].get("name") or row["id"], one_line(row["meta"].get("title") or "", WIDTH)
+        print(f"  {row['source']} {one_line(name, WIDTH)}{f': {title}' if title else ''}")
         print(f"    {learned} of {len(turns)} turns learned; asked: {_first(row['messages'], 'user')}")
         print(f"    answered: {_first(row['messages'], 'assistant')}")
     print("rejected, for example:")
     for row in _shared(_lines_by_source(out / "rejected.jsonl", random)):
-        print(f"  {row['source']} {_one_line(row['id'])}: {_one_line(row['reason'])}")
+        print(f"  {row['source']} {one_line(row['id'], WIDTH)}: {one_line(row['reason'], WIDTH)}")
 
 
 def _shared(by_source: Sequence[Sequence[bytes]]) -> list[Any]:
@@ -118,17 +118,7 @@ def _line_at(file: IO[bytes], place: int) -> bytes:
 
 
 def _first(messages: Sequence[Mapping[str, Any]], role: str) -> str:
-    return _one_line(next((m["content"] for m in messages if m["role"] == role), ""))
-
-
-def _printable(text: str) -> str:
-    """What a terminal shows as it stands: no control characters, which could move its cursor."""
-    return "".join(sign if sign.isprintable() else " " for sign in text)
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(_printable(text[: 4 * WIDTH]).split())
-    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
+    return one_line(next((m["content"] for m in messages if m["role"] == role), ""), WIDTH)
 
 
 def _random_lines(path: Path, random: np.random.Generator) -> list[bytes]:

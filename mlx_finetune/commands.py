@@ -7,6 +7,8 @@ from typing import Any
 import typer
 
 from mlx_finetune.config import RunConfig, default, load_config, make_config, parse_assignments
+from mlx_finetune.data.batches import efficiency
+from mlx_finetune.data.dataset import prepared_before
 from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
@@ -23,11 +25,13 @@ def load_template(model: str) -> ChatTemplate:
     return ChatTemplate.load(folder)
 
 
-def prepare_command(collected: Sequence[Path], model: str, out: Path, settings: dict[str, Any], as_json: bool) -> None:
+def prepare_command(
+    collected: Sequence[Path], model: str, out: Path, settings: dict[str, Any], as_json: bool, update: bool = False
+) -> None:
     """`mlx-finetune prepare`."""
     _refuse_share_of_all(settings["openassistant_share"])
     config = make_config(settings, "prepare")
-    refuse_existing(out)
+    prepared_before(out)
     folder = model_folder(model)
     check_model_folder(folder)
     template = ChatTemplate.load(folder)
@@ -37,7 +41,9 @@ def prepare_command(collected: Sequence[Path], model: str, out: Path, settings: 
         say(line)
     origin = {"model": model, "model_fingerprint": fingerprint(folder)}
     with progress("prepare") as advance:
-        info = prepare(collected, template, config, out, origin, advance)
+        info = prepare(collected, template, config, out, origin, advance, update)
+    if info.get("unchanged"):
+        say("nothing has changed since it was prepared")
     following = f"mlx-finetune train --model {model} --data {out} --out run"
     finish(info | {"out": str(out)}, as_json, lambda: show_dataset(info), out, following)
 
@@ -72,6 +78,11 @@ def show_dataset(info: dict[str, Any]) -> None:
         counts = (each["learned_tokens_by_source"].get(source, 0) for each in splits.values())
         rows.append((f"learned tokens of {source}", *(f"{count:,}" for count in counts)))
     rows += [(text, *(f"{each[name]:,}" for each in splits.values())) for name, text in names.items()]
+    shares = {
+        "turn_tokens_learned": "share of the assistant's tokens that is learned",
+        "turn_tokens_by_truncation": "  if what is longer than a window were cut off",
+    }
+    rows += [(text, *(_share(each[name], each["turn_tokens"]) for each in splits.values())) for name, text in shares.items()]
     table("prepared", rows, ("", *splits))
     for each in splits.values():
         for reason, count in each["turns_refused"].items():
@@ -85,6 +96,10 @@ def show_dataset(info: dict[str, Any]) -> None:
         print(line)
     if not info["examples"]["valid"]:
         print("nothing is held out: that takes two or more conversations and a valid_fraction")
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
 def _share_line(info: dict[str, Any]) -> str:
@@ -121,6 +136,7 @@ def train_command(
     start = f", going on from {plan.checkpoint.name}" if plan.checkpoint else ""
     say(f"training {config.model} on {examples} examples of {config.data}")
     say(f"{plan.steps} steps{start} -> {plan.run}")
+    say(f"{100 * efficiency(plan.dataset.train.lengths, config.batch_size, config.seed):.1f} % of the tokens read are no padding")
     if dry_run:
         result = {"steps": plan.steps, "config": config.to_dict()}
         finish(result, as_json, lambda: show_config(config), None, "the same without --dry-run")

@@ -13,6 +13,17 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def printable(text: str) -> str:
+    """What a terminal shows as it stands: blanks for control characters, which could move its cursor, and for line breaks."""
+    return text if text.isprintable() else "".join(sign if sign.isprintable() else " " for sign in text)
+
+
+def one_line(text: str, width: int | None = None) -> str:
+    """The words of the text, however it was laid out; only the first `width` characters where that is given."""
+    line = " ".join(printable(text[: 4 * width] if width else text).split())
+    return line if width is None or len(line) <= width else line[: width - 1] + "…"
+
+
 @contextmanager
 def progress(title: str) -> Iterator[Callable[..., None]]:
     """A bar on stderr; gives a function (done, total, note=""). Where stderr is no terminal: a line at every tenth."""

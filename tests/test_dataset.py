@@ -397,6 +397,49 @@ def test_a_bad_line_or_a_folder_that_exists_changes_nothing(tiny: ChatTemplate, 
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_several_processes_make_the_same_folder_as_one(
+    tiny: ChatTemplate, sample: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"max_length": 1024, "test_fraction": 0.2, "openassistant_share": 0.1}
+    alone = prepared(tmp_path / "alone", sample, tiny, **settings)
+    monkeypatch.setattr("mlx_finetune.data.examples.MUCH", 0)
+    monkeypatch.setattr("mlx_finetune.data.examples.workers", lambda: 2)
+    monkeypatch.setattr("mlx_finetune.data.examples.CHUNK", 1)  # many are asked for before the share is known to be reached
+    together = prepared(tmp_path / "together", sample, tiny, **settings)
+    for path in sorted(alone.folder.iterdir()):
+        assert path.read_bytes() == (together.folder / path.name).read_bytes(), path.name
+    assert alone.info["left_out"]
+
+
+def test_nothing_is_done_where_nothing_has_changed_and_nothing_stale_is_used(tiny: ChatTemplate, tmp_path: Path) -> None:
+    def again(template: ChatTemplate = tiny, update: bool = False, model: str = "tiny", **settings: Any) -> dict[str, Any]:
+        paths = [tmp_path / "all.jsonl"]
+        return prepare(paths, template, make_config(settings, "test"), tmp_path / "dataset", {"model": model}, update=update)
+
+    chats = of_times(6)
+    first = prepared(tmp_path, chats, tiny)
+    stamp = (tmp_path / "dataset").stat().st_ino
+    assert again()["unchanged"] and again(update=True)["id"] == first.id and (tmp_path / "dataset").stat().st_ino == stamp
+    other = template_of(tmp_path / "other", ZEPHYR, eos="<|im_end|>")
+    with pytest.raises(UserError, match="prepared with max_length 8192"):
+        again(max_length=4096)
+    with pytest.raises(UserError, match="prepared with another tokenizer or chat template"):
+        again(other)
+    with pytest.raises(UserError, match="prepared with model tiny"):
+        again(model="large")
+    assert Dataset.open(tmp_path / "dataset").id == first.id
+    write_conversations(tmp_path / "all.jsonl", chats[:-1])
+    with pytest.raises(UserError, match="prepared with other conversations") as error:
+        again()
+    assert "--update" in error.value.hint
+    assert again(update=True)["id"] != first.id and again()["unchanged"]
+    assert again(other, update=True)["tokenizer"] == other.fingerprint == Dataset.open(tmp_path / "dataset").info["tokenizer"]
+    (tmp_path / "dataset" / "valid.jsonl").unlink()
+    with pytest.raises(UserError, match="files that are no longer whole"):
+        again(other)
+    assert "unchanged" not in again(other, update=True) and again(other)["unchanged"]
+
+
 def test_an_interrupted_writing_leaves_no_folder(tiny: ChatTemplate, tmp_path: Path) -> None:
     write_conversations(tmp_path / "all.jsonl", [conversation_of(chat("a", str(i)), str(i)) for i in range(9)])
 

@@ -107,7 +107,32 @@ def test_long_output_keeps_its_head_and_its_tail() -> None:
     assert windows.too_long == () and windows.shortened == 3
     (shown,) = {m.content for w in windows.windows for m in w.messages if m.content.startswith("output1")}
     assert "\n… " in shown and shown.endswith(" lines cut …\n" + "line of output\n" * shown.rpartition("…")[2].count("line"))
-    assert words(Message("system", shown)) <= 64
+    assert words(Message("system", shown)) <= 256 / 8
+
+
+def test_later_windows_have_the_system_prompt_in_an_eighth_and_the_first_one_whole() -> None:
+    conversation = log(30, 8, system=100)
+    windows = cut(conversation, words, 256)
+    check(conversation, windows, 256)
+    first, *later = windows.windows
+    assert first.whole and first.messages[0] == conversation.messages[0] and len(later) > 1
+    assert {words(window.messages[0]) for window in later} == {min(words(window.messages[0]) for window in later)}
+    assert all(words(window.messages[0]) <= 256 / 8 and not window.whole for window in later)
+    assert windows.shortened == 1 and windows.too_long == ()
+
+
+def test_a_short_system_prompt_is_the_same_in_all_windows() -> None:
+    windows = cut(log(40, 8, system=20), words, 256).windows
+    assert len(windows) > 2 and {window.messages[0].content for window in windows} == {"rule " * 20}
+
+
+def test_it_is_known_what_plain_truncation_would_learn() -> None:
+    conversation = log(4, 8)  # 12 tokens of system prompt, then 11 of each message
+    windows = cut(conversation, words, 12 + 5 * 11 + 3)
+    assert (windows.turn_tokens, windows.truncated_tokens) == (4 * 11, 2 * 11 + 3)
+    whole = cut(conversation, words, 1000)
+    assert whole.turn_tokens == whole.truncated_tokens == 4 * 11
+    assert cut(log(4, 8, system=500), words, 128).truncated_tokens == 0
 
 
 def test_a_long_system_prompt_is_shortened_in_every_window() -> None:
@@ -127,7 +152,7 @@ def test_a_turn_that_no_window_has_room_for_is_counted_and_read_in_part() -> Non
     assert windows.too_long == (1,)
     assert [window.turns for window in windows.windows] == [(3, 5)]
     assert [m.weight for m in windows.windows[0].messages if m.role == "assistant"] == [0, 1, 1]
-    assert cut(conversation_of(chat("a", "b " * 500)), words, 128) == Windows((), (1,), 0, 0)
+    assert cut(conversation_of(chat("a", "b " * 500)), words, 128) == Windows((), (1,), 0, 0, turn_tokens=502, truncated_tokens=125)
 
 
 def test_messages_that_no_window_has_room_for_are_counted() -> None:

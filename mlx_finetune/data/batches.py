@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 WIDTHS = 32  # batches are padded to a multiple of this: few shapes, little tracing
+NOISE = 1.02  # in the order of lengths, as a factor; more costs padding
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,23 @@ def examples_at(lengths: tuple[int, ...], batch_size: int, accumulation: int, se
     return _epoch(lengths, batch_size, seed, epoch)[place_in_epoch * accumulation :][:accumulation]
 
 
+def efficiency(lengths: tuple[int, ...], batch_size: int, seed: int) -> float:
+    """Which part of the tokens that the first epoch reads are no padding."""
+    known = np.array(lengths)
+    slots = sum(len(indices) * int(_widths(known[indices]).max()) for indices in _epoch(lengths, batch_size, seed, 0))
+    return float((known - 1).sum()) / slots
+
+
+def _widths(lengths: np.ndarray) -> np.ndarray:
+    """Of examples alone in a batch: the last token is only a target."""
+    return np.ceil((lengths - 1) / WIDTHS) * WIDTHS
+
+
 @lru_cache(maxsize=2)
 def _epoch(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Near in length share a micro-batch (little padding), with noise so that neighbours change; micro-batches are shuffled."""
     random = np.random.default_rng((seed, epoch))
-    noisy = np.array(lengths, np.float64) * random.uniform(0.8, 1.25, len(lengths))
+    noisy = _widths(np.array(lengths)) * random.uniform(1 / NOISE, NOISE, len(lengths))
     order = np.argsort(noisy, kind="stable").tolist()
     micro_batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return [micro_batches[i] for i in random.permutation(len(micro_batches))]

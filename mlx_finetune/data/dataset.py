@@ -1,7 +1,8 @@
 """Dataset: the folder that `prepare` makes. Tokens lie in Arrow files, opened memory-mapped through `datasets`."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,20 @@ import numpy as np
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch, Example, examples_at, steps_per_epoch
 from mlx_finetune.errors import UserError
-from mlx_finetune.files import read_json, write_json
+from mlx_finetune.files import read_json, refuse_existing, write_json
 
 VERSION = 3  # 3: role policies, contexts of their own; 2: a test split, validation by time, a share of OpenAssistant
 SPLITS = ("train", "valid", "test")
 EXAMPLES_IN_MEMORY = 100  # before they are written: windows may be long
+# What the inputs are called where they are another than before.
+WORDS = {
+    "conversations": "other conversations",
+    "tokenizer": "another tokenizer or chat template",
+    "chat_template": "another chat template",
+    "role_policy": "another role policy",
+    "template_oddities": "another chat template",
+    "model_fingerprint": "other weights of the model",
+}
 
 
 class ExampleStore:
@@ -99,6 +109,49 @@ class Dataset:
             groups = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
             batches[source] = [Batch.of([self.valid[i] for i in group]) for group in groups]
         return batches
+
+
+def digest_of(files: Sequence[Path]) -> str:
+    """32 hexadecimal digits: equal where the files hold the same bytes in the same order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}", hint="mlx-finetune collect makes such files") from error
+    return digest.hexdigest()
+
+
+def prepared_before(folder: Path) -> dict[str, Any] | None:
+    """`dataset.json` of a folder that `prepare` made, of whatever version; None where nothing is there.
+
+    Raises:
+        UserError: something else is there.
+    """
+    if not (folder / "dataset.json").is_file():
+        refuse_existing(folder)
+        return None
+    info = read_json(folder / "dataset.json")
+    if not isinstance(info, dict) or "version" not in info or "bytes" not in info:
+        refuse_existing(folder)
+    return dict(info)
+
+
+def changed_inputs(folder: Path, info: Mapping[str, Any], inputs: Mapping[str, Any]) -> str | None:
+    """What the data was prepared with that is another now, in words; None where all is the same and the files are whole."""
+    if info["version"] != VERSION:
+        return "another version of mlx-finetune"
+    arrows, beside = ([folder / f"{split}.{kind}" for split in SPLITS] for kind in ("arrow", "jsonl"))
+    sizes = [path.stat().st_size if path.is_file() else None for path in arrows]
+    if sizes != [info["bytes"].get(split) for split in SPLITS] or not all(path.is_file() for path in beside):
+        return "files that are no longer whole"
+    asked = json.loads(json.dumps(dict(inputs)))
+    for name, value in asked.items():
+        if info.get(name) != value:
+            plain = isinstance(value, str | int | float | bool) and name not in WORDS
+            return WORDS.get(name) or (f"{name} {info.get(name)}" if plain else f"another {name}")
+    return None
 
 
 def write_dataset(folder: Path, splits: Mapping[str, Iterable[Example]], info: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -1,32 +1,26 @@
 """Many conversations refined: logs in several processes where there is much to do, files one row after the other."""
 
-import gc
 import hashlib
 import os
 import re
-import signal
 import stat
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
 from mlx_finetune.data.collection import Kept, Place, Secret, Unit, key_of
 from mlx_finetune.data.conversation import Conversation
+from mlx_finetune.data.pool import chunks, spread, workers
 from mlx_finetune.data.refine import MARK, Refined, Settings, refine, without_secrets
 from mlx_finetune.data.sources import BadLine, Item, Rejected, chat_formats, openassistant
 from mlx_finetune.data.sources import gptme as gptme_source
-from mlx_finetune.errors import UserError
 
 TOKEN_LIKE = re.compile(r"[A-Za-z0-9_\-/+=]{24,}")  # what may be a secret of which a reason holds only the beginning
 MUCH = 32 * 2**20  # bytes of logs from which starting processes pays
 CHUNK = 2 * 2**20  # bytes of logs that one process takes at a time
-MOST_WORKERS = 4
 NAMED_BAD_LINES = 20  # of one log or file; the others are counted
 
 
@@ -106,45 +100,11 @@ class FileSource:
 
 def refine_logs(logs: Sequence[gptme_source.Log], work: Work) -> Iterator[Unit]:
     """One unit a log, in order."""
-    workers = min(os.cpu_count() or 1, MOST_WORKERS)
-    if workers == 1 or sum(log.size for log in logs) < MUCH:
-        for chunk in _chunks(logs):
-            yield from _refine_chunk(chunk, work)
-        return
-    waiting: deque[Future[list[Unit]]] = deque()
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_helper)
-    try:
-        for chunk in _chunks(logs):
-            waiting.append(pool.submit(_refine_chunk, chunk, work))
-            if len(waiting) > 2 * workers:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    except BrokenProcessPool as error:
-        message = "a helper process was ended from outside, perhaps for want of memory"
-        raise UserError(message, hint="close other programs and collect again") from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_helper() -> None:
-    """Interrupts are for the parent; and what is imported need not be looked through for garbage."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.freeze()
-    gc.set_threshold(5_000, 50, 100)
-
-
-def _chunks(logs: Iterable[gptme_source.Log]) -> Iterator[list[gptme_source.Log]]:
-    chunk: list[gptme_source.Log] = []
-    size = 0
-    for log in logs:
-        chunk.append(log)
-        size += log.size
-        if size >= CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+    parts = chunks(logs, lambda log: log.size, CHUNK)
+    refine_chunk = partial(_refine_chunk, work=work)
+    alone = workers() == 1 or sum(log.size for log in logs) < MUCH
+    for units in map(refine_chunk, parts) if alone else spread(refine_chunk, parts, "collect"):
+        yield from units
 
 
 def _refine_chunk(logs: Iterable[gptme_source.Log], work: Work) -> list[Unit]:

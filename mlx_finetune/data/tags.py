@@ -11,6 +11,7 @@ import yaml
 from mlx_finetune.data.conversation import LEAST_WEIGHT, MOST_WEIGHT
 from mlx_finetune.data.sources.log_files import open_regular
 from mlx_finetune.errors import UserError
+from mlx_finetune.terminal import printable
 
 KEEP, DROP = "keep", "drop"
 Tag = str | float  # keep, drop, or a weight
@@ -92,7 +93,7 @@ def tag_lines(lines: Iterable[Line], tags: Mapping[str, Tag]) -> Iterator[str]:
         if pattern not in own:
             yield f"{json.dumps(pattern, ensure_ascii=False)}: {_text(tag)}\n"
     for line in lines:
-        name, note = json.dumps(line.names[0], ensure_ascii=False), _printable(line.note or line.reason)
+        name, note = json.dumps(line.names[0], ensure_ascii=False), printable(line.note or line.reason)
         if line.names[0] in tags:
             yield f"{name}: {_text(tags[line.names[0]])}  # {note}\n"
         elif tag_of(line.names, tags) is not None:
@@ -105,7 +106,3 @@ def tag_lines(lines: Iterable[Line], tags: Mapping[str, Tag]) -> Iterator[str]:
 
 def _text(tag: Tag) -> str:
     return tag if isinstance(tag, str) else f"{tag:g}"
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else "".join(sign for sign in text if sign.isprintable())

@@ -3,14 +3,17 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from mlx_finetune.data.conversation import Conversation, Message
 
 Count = Callable[[Message], int]  # tokens that a message takes
 
-WHOLE_SYSTEM = 3 / 4  # of a window: a longer system prompt is shortened
-SHORT_SYSTEM = 1 / 8  # of a window: to this much
-OLD_CONTEXT = 1 / 4  # of the room beside the system prompt: messages that an earlier window had already
-LONG_MESSAGE = 1 / 4  # of that room: a longer message is shortened where it is only read
+WHOLE_SYSTEM = 3 / 4  # of a window: a longer system prompt is shortened in the first window too
+SHORT_SYSTEM = 1 / 8  # of a window: to this much, in all windows that do not begin with the conversation
+LONG_OUTPUT = 1 / 8  # of a window: what a tool wrote is shortened to this
+LONG_MESSAGE = 1 / 4  # of the room beside the system prompt: any other message that is only read
+OLD_CONTEXT = 1 / 4  # of that room: messages that an earlier window had already
 
 
 @dataclass(frozen=True)
@@ -30,39 +33,66 @@ class Windows:
     too_long: tuple[int, ...]  # places of the assistant turns that no window has room for: not learned
     shortened: int  # messages that are only read and had lines cut from their middle
     left_out: int  # messages that are only read and that no window has room for
+    turn_tokens: int = 0  # of all turns that are to be learned
+    truncated_tokens: int = 0  # how many of them stand in the first `max_length` tokens, which plain truncation would learn
 
 
 def cut(conversation: Conversation, count: Count, max_length: int, tools: int = 0) -> Windows:
     """Windows of at most `max_length` tokens by `count`, each ending on a learned turn; `tools` is what the schemas take of it.
 
-    A conversation that fits is one window, untouched. Else every window begins with the system prompt (shortened where it takes
-    more than three quarters), goes on with what the person asked last and up to a quarter of earlier messages that are only
-    read, and long tool output keeps its head and its tail. A tool's result stands in no window without its call, and a call is
-    never shortened.
+    A conversation that fits is one window, untouched. Else the first window is as much of it as fits whole: what a server is sent.
+    Every later one begins with the system prompt in an eighth of a window, goes on with what the person asked last and up to a
+    quarter of earlier messages that are only read, and long tool output keeps its head and its tail. A tool's result stands in
+    no window without its call, and a call is never shortened.
     """
     messages, max_length = conversation.messages, max_length - tools
-    turns = tuple(i for i, message in enumerate(messages) if message.role == "assistant" and message.weight > 0)
+    turns = [i for i, message in enumerate(messages) if message.role == "assistant" and message.weight > 0]
     if not turns:
         return Windows((), (), 0, 0)
     body = list(messages[: turns[-1] + 1])
     sizes = [count(message) for message in body]
+    counted = sum(sizes[i] for i in turns), _truncated(sizes, turns, max_length)
     if sum(sizes) <= max_length:
-        return Windows((Window(tuple(body), turns, whole=True),), (), 0, 0)
+        return Windows((Window(tuple(body), tuple(turns), whole=True),), (), 0, 0, *counted)
     lead = next(i for i, message in enumerate(body) if message.role != "system")
-    system, taken, shortened = _fit_system(body[:lead], sum(sizes[:lead]), count, max_length)
+    first = _fitting(sizes, turns, max_length) if sum(sizes[:lead]) <= max_length * WHOLE_SYSTEM else []
+    windows = [Window(tuple(body[: first[-1] + 1]), tuple(first), whole=True)] if first else []
+    rest = [i for i in turns if i not in first]
+    system, taken = _fit_system(body[:lead], sum(sizes[:lead]), count, int(max_length * SHORT_SYSTEM))
     room = max_length - taken
-    left = [i for i in turns if sizes[i] <= room * (1 - LONG_MESSAGE)]
-    if not left:
-        return Windows((), turns, 0, 0)
-    for i in sorted(set(range(lead, len(body))) - set(left)):
-        if sizes[i] > room * LONG_MESSAGE and not body[i].tool_calls:
-            short = shorten(body[i], count, int(room * LONG_MESSAGE))
+    left = [i for i in rest if sizes[i] <= room * (1 - LONG_MESSAGE)]
+    shortened = lead if left and system != tuple(body[:lead]) else 0
+    if left:
+        read = sorted(set(range(lead, len(body))) - set(left))
+        shortened += _shorten_read(body, sizes, read, count, int(max_length * LONG_OUTPUT), int(room * LONG_MESSAGE))
+    later, left_out = _windows(system, body, sizes, lead, first[-1] + 1 if first else lead, left, room)
+    windows += [replace(window, whole=_is_start_of(messages, window)) for window in later]
+    return Windows(tuple(windows), tuple(i for i in rest if i not in left), shortened, left_out, *counted)
+
+
+def _truncated(sizes: Sequence[int], turns: Sequence[int], max_length: int) -> int:
+    """Tokens of the turns that stand in the first `max_length`."""
+    ends = np.cumsum(sizes)
+    return sum(int(np.clip(max_length - (ends[i] - sizes[i]), 0, sizes[i])) for i in turns)
+
+
+def _fitting(sizes: Sequence[int], turns: Sequence[int], max_length: int) -> list[int]:
+    """The turns up to which the conversation fits as it is."""
+    ends = np.cumsum(sizes)
+    return [i for i in turns if ends[i] <= max_length]
+
+
+def _shorten_read(body: list[Message], sizes: list[int], read: Sequence[int], count: Count, output: int, message: int) -> int:
+    """Shortens those that are only read: a tool's output to `output` tokens, others to `message`. How many there were."""
+    shortened = 0
+    for i in read:
+        limit = output if body[i].role in ("system", "tool") else message
+        if sizes[i] > limit and not body[i].tool_calls:
+            short = shorten(body[i], count, limit)
             if (size := count(short)) < sizes[i]:
                 body[i], sizes[i] = short, size
                 shortened += 1
-    windows, left_out = _windows(system, body, sizes, lead, left, room)
-    windows = [replace(window, whole=_is_start_of(messages, window)) for window in windows]
-    return Windows(tuple(windows), tuple(i for i in turns if i not in left), shortened, left_out)
+    return shortened
 
 
 def _is_start_of(messages: Sequence[Message], window: Window) -> bool:
@@ -70,13 +100,13 @@ def _is_start_of(messages: Sequence[Message], window: Window) -> bool:
 
 
 def _windows(
-    system: Sequence[Message], body: list[Message], sizes: list[int], lead: int, turns: list[int], room: int
+    system: Sequence[Message], body: list[Message], sizes: list[int], lead: int, fresh: int, turns: list[int], room: int
 ) -> tuple[list[Window], int]:
-    """The windows, and how many messages stand in none of them."""
+    """The windows, and how many messages stand in none of them. `fresh`: the first message that no window had yet."""
     calls = _calls_of(body)
-    windows, left_out, done, fresh = [], 0, 0, lead  # `fresh`: the first message that no window had yet
+    windows, left_out, done = [], 0, 0
     while done < len(turns):
-        start, used, last, asked = _first_asked(body, sizes, calls, lead, fresh, turns[done], room)
+        start, used, last, question = _first_asked(body, sizes, calls, lead, fresh, turns[done], room)
         left_out += max(start - fresh, 0)
         following = done + 1
         while following < len(turns) and used + sum(sizes[last + 1 : turns[following] + 1]) <= room:
@@ -87,7 +117,7 @@ def _windows(
             following += 1
         learned = turns[done:following]
         kept = [m if i in learned else replace(m, weight=0.0) for i, m in enumerate(body[start : last + 1], start)]
-        windows.append(Window((*system, *body[asked : asked + 1 if asked >= 0 else 0], *kept), tuple(learned), whole=False))
+        windows.append(Window((*system, *question, *kept), tuple(learned), whole=False))
         done, fresh = following, last + 1
     return windows, left_out
 
@@ -105,8 +135,8 @@ def _calls_of(body: Sequence[Message]) -> dict[int, int]:
 
 def _first_asked(
     body: list[Message], sizes: list[int], calls: dict[int, int], lead: int, fresh: int, turn: int, room: int
-) -> tuple[int, int, int, int]:
-    """As `_first`, and the place of what the person asked last before it; -1 where it begins with a person's message itself.
+) -> tuple[int, int, int, tuple[Message, ...]]:
+    """As `_first`, and what the person asked last before it; nothing where it begins with a person's message itself.
 
     A tool's output right behind the system prompt would be taken for a part of that; and the model would not know its task.
     """
@@ -115,9 +145,9 @@ def _first_asked(
         start, used, last = _first(body, sizes, calls, lead, fresh, turn, room - taken)
         asked = max((i for i in range(lead, start) if body[i].role == "user"), default=-1)
         if body[start].role == "user" or asked < 0 or sizes[asked] + sizes[turn] > room:
-            return start, used, last, -1
+            return start, used, last, ()
         if used + sizes[asked] <= room:
-            return start, used + sizes[asked], last, asked
+            return start, used + sizes[asked], last, (body[asked],)
         taken = max(sizes[asked], taken + 1)
 
 
@@ -150,13 +180,12 @@ def _sensible_start(body: list[Message], calls: dict[int, int], start: int, fres
             return start
 
 
-def _fit_system(system: Sequence[Message], size: int, count: Count, max_length: int) -> tuple[tuple[Message, ...], int, int]:
-    """The system prompt as every window begins with it, its tokens, and how many messages were shortened for it."""
-    if size <= max_length * WHOLE_SYSTEM:
-        return tuple(system), size, 0
-    joined = Message("system", "\n\n".join(message.content for message in system))
-    short = shorten(joined, count, int(max_length * SHORT_SYSTEM))
-    return (short,), count(short), len(system)
+def _fit_system(system: Sequence[Message], size: int, count: Count, limit: int) -> tuple[tuple[Message, ...], int]:
+    """The system prompt as later windows begin with it, and its tokens."""
+    if size <= limit:
+        return tuple(system), size
+    short = shorten(Message("system", "\n\n".join(message.content for message in system)), count, limit)
+    return ((short,), taken) if (taken := count(short)) < size else (tuple(system), size)
 
 
 def shorten(message: Message, count: Count, limit: int) -> Message:
