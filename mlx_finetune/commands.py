@@ -71,6 +71,7 @@ def show_dataset(info: dict[str, Any]) -> None:
         "placeholder_tokens": "tokens in place of secrets, not learned",
         "turns_too_long": "turns too long for a window, not learned",
         "messages_shortened": "long messages shortened where only read",
+        "windows_with_short_prompt": "windows with a part of the system prompt only",
         "messages_left_out": "messages only read that no window had room for",
     }
     rows = [("conversations", *(f"{sum(each['conversations'].values()):,}" for each in splits.values()))]
@@ -92,6 +93,8 @@ def show_dataset(info: dict[str, Any]) -> None:
             print(f"learned in another context than is served: {count} turns ({reason})")
     for reason, count in info["left_out"].items():
         print(f"left out: {count} conversations ({reason})")
+    if any(each["windows_with_short_prompt"] for each in splits.values()):
+        print("a part of the system prompt only: collect --system short has one that fits whole, and that gptme serves")
     if line := _share_line(info):
         print(line)
     if not info["examples"]["valid"]:

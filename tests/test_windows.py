@@ -118,12 +118,13 @@ def test_later_windows_have_the_system_prompt_in_an_eighth_and_the_first_one_who
     assert first.whole and first.messages[0] == conversation.messages[0] and len(later) > 1
     assert {words(window.messages[0]) for window in later} == {min(words(window.messages[0]) for window in later)}
     assert all(words(window.messages[0]) <= 256 / 8 and not window.whole for window in later)
-    assert windows.shortened == 1 and windows.too_long == ()
+    assert windows.shortened == 1 and windows.too_long == () and windows.short_prompts == len(later)
 
 
 def test_a_short_system_prompt_is_the_same_in_all_windows() -> None:
-    windows = cut(log(40, 8, system=20), words, 256).windows
-    assert len(windows) > 2 and {window.messages[0].content for window in windows} == {"rule " * 20}
+    cut_up = cut(log(40, 8, system=20), words, 256)
+    assert len(cut_up.windows) > 2 and cut_up.short_prompts == 0
+    assert {window.messages[0].content for window in cut_up.windows} == {"rule " * 20}
 
 
 def test_it_is_known_what_plain_truncation_would_learn() -> None:

@@ -73,6 +73,7 @@ def make_examples(conversation: Conversation, template: ChatTemplate, max_length
     tally.turns_too_long += len(windows.too_long)
     tally.messages_shortened += windows.shortened
     tally.messages_left_out += windows.left_out
+    tally.windows_with_short_prompt += windows.short_prompts
     examples, lines = [], []
     for window, result in zip(windows.windows, results, strict=True):
         pieces = pieces_of(window, result, template, conversation.tools, max_length)

@@ -28,6 +28,7 @@ class Tally:
     turns_inexact: Counter[str] = field(default_factory=Counter)  # learned in another context than is served, by reason
     turns_too_long: int = 0
     messages_shortened: int = 0
+    windows_with_short_prompt: int = 0  # which begin with a part of the system prompt
     messages_left_out: int = 0  # only read, and no window had room for them
     turns_refused: Counter[str] = field(default_factory=Counter)  # by reason
     # Tokens by the count that windows are cut by, a few more a turn than there are.

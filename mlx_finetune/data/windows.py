@@ -35,6 +35,7 @@ class Windows:
     left_out: int  # messages that are only read and that no window has room for
     turn_tokens: int = 0  # of all turns that are to be learned
     truncated_tokens: int = 0  # how many of them stand in the first `max_length` tokens, which plain truncation would learn
+    short_prompts: int = 0  # windows that begin with a part of the system prompt
 
 
 def cut(conversation: Conversation, count: Count, max_length: int, tools: int = 0) -> Windows:
@@ -51,23 +52,27 @@ def cut(conversation: Conversation, count: Count, max_length: int, tools: int = 
         return Windows((), (), 0, 0)
     body = list(messages[: turns[-1] + 1])
     sizes = [count(message) for message in body]
-    counted = sum(sizes[i] for i in turns), _truncated(sizes, turns, max_length)
+    counted = Windows((), (), 0, 0, turn_tokens=sum(sizes[i] for i in turns), truncated_tokens=_truncated(sizes, turns, max_length))
     if sum(sizes) <= max_length:
-        return Windows((Window(tuple(body), tuple(turns), whole=True),), (), 0, 0, *counted)
+        return replace(counted, windows=(Window(tuple(body), tuple(turns), whole=True),))
     lead = next(i for i, message in enumerate(body) if message.role != "system")
     first = _fitting(sizes, turns, max_length) if sum(sizes[:lead]) <= max_length * WHOLE_SYSTEM else []
     windows = [Window(tuple(body[: first[-1] + 1]), tuple(first), whole=True)] if first else []
-    rest = [i for i in turns if i not in first]
+    rest = turns[len(first) :]
     system, taken = _fit_system(body[:lead], sum(sizes[:lead]), count, int(max_length * SHORT_SYSTEM))
     room = max_length - taken
     left = [i for i in rest if sizes[i] <= room * (1 - LONG_MESSAGE)]
-    shortened = lead if left and system != tuple(body[:lead]) else 0
+    cut_prompt = system != tuple(body[:lead])
+    shortened = lead if left and cut_prompt else 0
     if left:
         read = sorted(set(range(lead, len(body))) - set(left))
         shortened += _shorten_read(body, sizes, read, count, int(max_length * LONG_OUTPUT), int(room * LONG_MESSAGE))
     later, left_out = _windows(system, body, sizes, lead, first[-1] + 1 if first else lead, left, room)
     windows += [replace(window, whole=_is_start_of(messages, window)) for window in later]
-    return Windows(tuple(windows), tuple(i for i in rest if i not in left), shortened, left_out, *counted)
+    short_prompts, too_long = len(later) if cut_prompt else 0, tuple(sorted(set(rest) - set(left)))
+    return replace(
+        counted, windows=tuple(windows), too_long=too_long, shortened=shortened, left_out=left_out, short_prompts=short_prompts
+    )
 
 
 def _truncated(sizes: Sequence[int], turns: Sequence[int], max_length: int) -> int:
