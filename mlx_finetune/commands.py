@@ -15,6 +15,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.files import refuse_existing
 from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.weights import fingerprint
+from mlx_finetune.prepared import show_dataset
 from mlx_finetune.terminal import finish, progress, say, table
 
 
@@ -52,67 +53,6 @@ def _refuse_share_of_all(share: float) -> None:
     if share >= 1:
         hint = "0.99 makes it 99 %; for OpenAssistant alone prepare its own file, COLLECTED/openassistant.jsonl"
         raise UserError(f"--openassistant-share {share:g}: a share beside other conversations is less than 1", hint=hint)
-
-
-def show_dataset(info: dict[str, Any]) -> None:
-    """What became of the conversations, as a table."""
-    splits = {"training": info["train"], "held out": info["valid"]} | ({"test": info["test"]} if info["examples"]["test"] else {})
-    names = {
-        "examples": "examples",
-        "tokens": "tokens",
-        "learned_tokens": "learned tokens",
-        "learned_turns": "learned turns",
-        "exact_turns": "of them after exactly the tokens that are served",
-        "exact_in_one_rendering": "  how many in one rendering a window",
-        "turns_of_own_context": "  examples with a context of their own for it",
-        "tokens_of_own_contexts": "  and their tokens",
-        "served_as_trained": "of them with all that came before",
-        "turns_behind_control_text": "turns after the name of a control token, kept as text",
-        "placeholder_tokens": "tokens in place of secrets, not learned",
-        "turns_too_long": "turns too long for a window, not learned",
-        "messages_shortened": "long messages shortened where only read",
-        "windows_with_short_prompt": "windows with a part of the system prompt only",
-        "messages_left_out": "messages only read that no window had room for",
-    }
-    rows = [("conversations", *(f"{sum(each['conversations'].values()):,}" for each in splits.values()))]
-    for source in info["train"]["learned_tokens_by_source"]:
-        counts = (each["learned_tokens_by_source"].get(source, 0) for each in splits.values())
-        rows.append((f"learned tokens of {source}", *(f"{count:,}" for count in counts)))
-    rows += [(text, *(f"{each[name]:,}" for each in splits.values())) for name, text in names.items()]
-    shares = {
-        "turn_tokens_learned": "share of the assistant's tokens that is learned",
-        "turn_tokens_by_truncation": "  if what is longer than a window were cut off",
-    }
-    rows += [(text, *(_share(each[name], each["turn_tokens"]) for each in splits.values())) for name, text in shares.items()]
-    table("prepared", rows, ("", *splits))
-    for each in splits.values():
-        for reason, count in each["turns_refused"].items():
-            if count:
-                print(f"not learned: {count} turns ({reason})")
-        for reason, count in each["turns_inexact"].items():
-            print(f"learned in another context than is served: {count} turns ({reason})")
-    for reason, count in info["left_out"].items():
-        print(f"left out: {count} conversations ({reason})")
-    if any(each["windows_with_short_prompt"] for each in splits.values()):
-        print("a part of the system prompt only: collect --system short has one that fits whole, and that gptme serves")
-    if line := _share_line(info):
-        print(line)
-    if not info["examples"]["valid"]:
-        print("nothing is held out: that takes two or more conversations and a valid_fraction")
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "-"
-
-
-def _share_line(info: dict[str, Any]) -> str:
-    """How much of OpenAssistant there is, and why not as much as was asked; empty where none was to be had."""
-    asked, reached = 100 * info["openassistant_share"], 100 * info["openassistant_share_reached"]
-    line = f"OpenAssistant: {reached:.1f} % of the learned tokens" if reached else ""
-    if not line or asked - reached < 0.1:
-        return line
-    why = "all there is was taken" if info["openassistant_all_taken"] else "the next would go beyond"
-    return f"{line}, asked {asked:g} %: {why}"
 
 
 def train_command(

@@ -18,7 +18,7 @@ LAYERS = (
     ("training",),
     ("export",),
     ("evaluation",),
-    ("demo", "commands", "collected", "collecting", "inspecting", "inspect_page", "inspect_terminal"),
+    ("demo", "commands", "collected", "collecting", "prepared", "inspecting", "inspect_page", "inspect_terminal"),
     ("cli", "cli_collect"),
 )
 MODULES = sorted(path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py"))

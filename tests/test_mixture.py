@@ -10,7 +10,7 @@ import pytest
 from chats import chat, conversation_of, template_of
 from tiny_models import CHATML
 
-from mlx_finetune.commands import prepare_command, show_dataset
+from mlx_finetune.commands import prepare_command
 from mlx_finetune.config import make_config
 from mlx_finetune.data.clusters import place
 from mlx_finetune.data.conversation import Conversation, write_conversations
@@ -19,6 +19,7 @@ from mlx_finetune.data.mixture import GIVE_UP, Mixture
 from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
+from mlx_finetune.prepared import show_dataset
 
 
 @pytest.fixture(scope="module")
