@@ -11,10 +11,19 @@ import numpy as np
 
 from mlx_finetune.data.shown import Folded, Run, ShownExample, folded, visible
 from mlx_finetune.files import atomic_file
-from mlx_finetune.inspect_terminal import TURNS, template_lines
+from mlx_finetune.inspect_terminal import (
+    LONGEST_HEADER,
+    NOT_COUNTED,
+    ROLE_HEADER,
+    TURN_HEADER,
+    TURNS,
+    longest_rows,
+    role_rows,
+    template_lines,
+)
 
-BARS, WIDTH, HEIGHT, MARGIN = 32, 640, 140, 22  # of the histogram
-SHARE = 160  # width of the bar of a learned share
+BARS, WIDTH, HEIGHT = 32, 640, 120  # of the histogram
+SHARE = 80  # width of the bar of a learned share
 
 
 def write_page(path: Path, statistics: Mapping[str, Any], shown: Sequence[ShownExample], lengths: np.ndarray) -> None:
@@ -63,27 +72,41 @@ def _table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
 def _statistics(statistics: Mapping[str, Any], lengths: np.ndarray) -> Iterator[str]:
     rows = [(_text(name), *_counts(counts)) for name, counts in statistics["by_source"].items()]
     header = ("source", "examples", "conversations", "tokens", "learned", "share", "")
-    yield f"<h2>Learned share by source</h2>\n{_table([*rows, ('all', *_counts(statistics))], header)}"
-    yield f"<h2>Lengths in tokens</h2>\n<figure>{histogram(lengths)}<figcaption>All {len(lengths):,} examples: at most "
-    yield f"{statistics['max_length']:,} tokens; the median is {statistics['median_tokens']:,.0f}.</figcaption></figure>\n"
-    longest = [
-        (f"{e['example']}", _text(e["source"]), _text(e["conversation"]), f"{e['tokens']:,}", f"{e['learned_tokens']:,}")
-        for e in statistics["longest"]
+    of_all = _table([*rows, ("all", *_counts(statistics))], header)
+    yield f"<div class=columns><div class=whole><h2>Learned share by source</h2>\n{of_all}</div>\n"
+    yield f"<div><h2>Tokens by role</h2>\n{_roles(statistics)}</div>\n"
+    yield f"<div><h2>Lengths in tokens</h2>\n{histogram(lengths)}<p class=faint>{len(lengths):,} in all: at most "
+    yield f"{statistics['max_length']:,} tokens; the median is {statistics['median_tokens']:,.0f}.</p></div>\n"
+    yield f"<div><h2>Turns</h2>\n{_table([(text, f'{statistics[name]:,}') for name, text in TURNS.items()])}</div>\n"
+    for title, name, columns in (
+        ("Longest examples", "longest", LONGEST_HEADER),
+        ("Longest learned turns", "longest_turns", TURN_HEADER),
+    ):
+        longest = [tuple(map(_text, row)) for row in longest_rows(statistics[name])]
+        yield f"<div><h2>{title}</h2>\n{_table(longest, columns)}</div>\n"
+    lines = "".join(f"<p>{escape(line)}</p>\n" for line in template_lines(statistics))
+    yield f"<div><h2>Chat template</h2>\n{lines}</div></div>\n"
+
+
+def _roles(statistics: Mapping[str, Any]) -> str:
+    if not statistics["by_role"]:
+        return f"<p class=faint>{_text(NOT_COUNTED)}</p>\n"
+    rows = [
+        (*row, _bar(role["tokens"] / statistics["tokens"], role["learned_tokens"] / statistics["tokens"]))
+        for row, role in zip(role_rows(statistics), statistics["by_role"].values(), strict=True)
     ]
-    turns = [(text, f"{statistics[name]:,}") for name, text in TURNS.items()]
-    yield f"<div class=columns><div><h2>Turns</h2>\n{_table(turns)}</div>\n<div><h2>Longest examples</h2>\n"
-    yield f"{_table(longest, ('example', 'source', 'conversation', 'tokens', 'learned'))}</div></div>\n"
-    yield "<h2>Chat template</h2>\n" + "".join(f"<p>{escape(line)}</p>\n" for line in template_lines(statistics))
+    return _table(rows, (*ROLE_HEADER, ""))
 
 
 def _counts(counts: Mapping[str, Any]) -> tuple[str, ...]:
-    share = counts["learned_share"]
     numbers = (f"{counts[key]:,}" for key in ("examples", "conversations", "tokens", "learned_tokens"))
-    bar = (
-        f'<svg width="{SHARE}" height="10" role="img" aria-label="{100 * share:.1f} % learned"><rect class="rest" width="{SHARE}" '
-    )
-    bar += f'height="10"/><rect class="bar" width="{SHARE * share:.1f}" height="10"/></svg>'
-    return (*numbers, f"{100 * share:.1f} %", bar)
+    return (*numbers, f"{100 * counts['learned_share']:.1f} %", _bar(1, counts["learned_share"]))
+
+
+def _bar(read: float, learned: float) -> str:
+    """Of all, what is read, and in it what is learned; the numbers stand beside it."""
+    rects = (f'<rect class="{kind}" width="{SHARE * of:.1f}" height="10"/>' for kind, of in (("rest", read), ("bar", learned)))
+    return f'<svg width="{SHARE}" height="10" aria-hidden="true">{"".join(rects)}</svg>'
 
 
 def histogram(lengths: np.ndarray) -> str:
@@ -92,17 +115,15 @@ def histogram(lengths: np.ndarray) -> str:
     wide, most = WIDTH / BARS, int(counts.max())
     bars = []
     for i, count in enumerate(counts.tolist()):
-        tall = (HEIGHT - MARGIN) * count / most
-        told = f"{count:,} examples of {edges[i]:,.0f} to {edges[i + 1]:,.0f} tokens"
-        bars.append(f'<rect class="bar" x="{i * wide + 1:.1f}" y="{MARGIN + HEIGHT - MARGIN - tall:.1f}" width="{wide - 2:.1f}" ')
+        tall = HEIGHT * count / most
+        told = f"{count:,} example{'s'[count == 1 :]} of {edges[i]:,.0f} to {edges[i + 1]:,.0f} tokens"
+        bars.append(f'<rect class="bar" x="{i * wide + 1:.1f}" y="{HEIGHT - tall:.1f}" width="{wide - 2:.1f}" ')
         bars.append(f'height="{tall:.1f}"><title>{told}</title></rect>')
-    ticks = []
-    for share, anchor in ((0, "start"), (0.5, "middle"), (1, "end")):
-        value = f"{edges[-1] * share:,.0f}"
-        ticks.append(f'<text x="{WIDTH * share:.0f}" y="{HEIGHT + 16}" text-anchor="{anchor}">{value}</text>')
-    base = f'<line x1="0" x2="{WIDTH}" y1="{HEIGHT}" y2="{HEIGHT}"/><text x="0" y="12">{most:,} examples</text>'
-    size = f'width="{WIDTH}" height="{HEIGHT + MARGIN}" viewBox="0 0 {WIDTH} {HEIGHT + MARGIN}"'
-    return f'<svg {size} role="img" aria-label="Histogram of lengths">{"".join(bars)}{base}{"".join(ticks)}</svg>'
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="Histogram of lengths"'
+    ticks = "".join(f"<span>{edges[-1] * share:,.0f}</span>" for share in (0, 0.5, 1))
+    base = f'<line x1="0" x2="{WIDTH}" y1="{HEIGHT}" y2="{HEIGHT}"/>'
+    highest = f"{most:,} example{'s'[most == 1 :]}"
+    return f"<figure><span>{highest}</span><svg {size}>{''.join(bars)}{base}</svg><div class=ticks>{ticks}</div></figure>"
 
 
 def _controls(statistics: Mapping[str, Any], shown: Sequence[ShownExample]) -> Iterator[str]:
@@ -120,17 +141,23 @@ def _controls(statistics: Mapping[str, Any], shown: Sequence[ShownExample]) -> I
 def _article(each: ShownExample) -> Iterator[str]:
     facts = " · ".join(map(_text, each.facts))
     yield f'<article data-source="{_text(each.example.source)}"><h3><b>example {each.number}</b> · {facts}</h3><div class="text">'
+    weight = 0.0  # of the run before
     for part in folded(each.runs):
         if isinstance(part, Folded):
-            inside = "".join(map(_run, part.runs))
+            inside = "".join(_run(run, 0) for run in part.runs)
             yield f"<details><summary>… {part.tokens:,} tokens of context …</summary>{inside}</details>"
         else:
-            yield _run(part)
+            yield _run(part, weight)
+            weight = part.weight
     yield "</div></article>\n"
 
 
-def _run(run: Run) -> str:
+def _run(run: Run, before: float) -> str:
+    """`before`: weight of the run before it; another weight than 1 is said once, at its first run."""
     text = f"<i>{_text(run.text)}</i>" if run.special else _text(run.text)
     if not run.learned:
         return text
-    return f"<mark>{text}</mark>" if run.weight == 1 else f'<mark class="other" data-weight="{run.weight:g}">{text}</mark>'
+    if run.weight == 1:
+        return f"<mark>{text}</mark>"
+    told = f' data-weight="{run.weight:g}"' if run.weight != before else ""
+    return f'<mark class="other"{told}>{text}</mark>'

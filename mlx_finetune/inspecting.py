@@ -1,6 +1,7 @@
 """The verb `inspect`: what the engine is fed, token by token, in the terminal or on a page, with statistics."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -9,16 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from mlx_finetune.data.dataset import SPLITS, Dataset, ExampleStore
-from mlx_finetune.data.own_contexts import own_contexts
-from mlx_finetune.data.shown import Overview, ShownExample, overview, runs_of
+from mlx_finetune.data.conversation import ROLES
+from mlx_finetune.data.dataset import SPLITS, Dataset
+from mlx_finetune.data.overview import Overview, overview
+from mlx_finetune.data.own_contexts import exact_turns, own_contexts
+from mlx_finetune.data.shown import ShownExample, runs_of
 from mlx_finetune.data.template import ChatTemplate
+from mlx_finetune.data.token_roles import TEMPLATE
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import refuse_existing
 from mlx_finetune.inspect_page import write_page
 from mlx_finetune.inspect_terminal import show_examples, show_statistics
 from mlx_finetune.models.hub import model_folder
-from mlx_finetune.terminal import finish, progress, say
+from mlx_finetune.terminal import finish, one_line, progress, say
 
 SHOWN, ON_PAGE = 5, 200  # examples, unless --limit says how many
 LONGEST = 5
@@ -50,9 +54,9 @@ def inspect_command(options: InspectOptions) -> None:
     if options.html:
         refuse_existing(options.html, hint="choose another --html, or move the old one away")
     dataset = Dataset.open(options.dataset)
-    examples = overview(options.dataset / f"{options.split}.arrow")
-    chosen = choose(examples, options)
     template = template_of(dataset)
+    examples = overview(options.dataset / f"{options.split}.arrow", template.special_ids)
+    chosen = choose(examples, options)
     shown = _read(dataset, template, examples, chosen, options)
     statistics = statistics_of(dataset, examples, options.split)
     if options.html:
@@ -128,45 +132,67 @@ def _read(
 ) -> list[ShownExample]:
     """The very arrays that are fed to the engine, decoded."""
     store = {"train": dataset.train, "valid": dataset.valid, "test": dataset.test}[options.split]
-    model = dataset.info["model"]
-    say(f"{len(chosen):,} of {len(examples):,} examples of {options.split} in {dataset.folder}, as {model} reads them")
+    tally, where = dataset.info[options.split], f"{options.split} in {dataset.folder}"
+    say(one_line(f"{len(chosen):,} of {len(examples):,} examples of {where}, as {dataset.info['model']} reads them"))
     own: Mapping[int, bool] = dict.fromkeys(chosen, False)
-    if dataset.info[options.split]["turns_of_own_context"]:
-        own = own_contexts(dataset.folder / f"{options.split}.jsonl", examples, chosen, template)
+    beside = dataset.folder / f"{options.split}.jsonl"
+    if tally["turns_of_own_context"]:
+        own = own_contexts(beside, examples, chosen, template)
+    found = {i: store[i] for i in chosen}
+    exact: Mapping[int, int] = {i: len(found[i].turns) for i in chosen}
+    if tally["exact_turns"] < tally["learned_turns"]:
+        exact = exact_turns(beside, found, own, template)
     with progress("decode") if options.html else nullcontext(lambda done, total: None) as advance:
-        return list(_shown(store, template, chosen, own, advance))
-
-
-def _shown(
-    store: ExampleStore, template: ChatTemplate, chosen: Sequence[int], own: Mapping[int, bool], advance: Callable[..., None]
-) -> Iterator[ShownExample]:
-    for done, i in enumerate(chosen, 1):
-        yield ShownExample(i, store[i], own.get(i), tuple(runs_of(store[i], template)))
-        advance(done, len(chosen))
+        shown = []
+        for i, example in found.items():
+            runs = tuple(runs_of(example, template))
+            shown.append(ShownExample(i, example, examples.part(i), own.get(i), exact.get(i), runs))
+            advance(len(shown), len(found))
+        return shown
 
 
 def statistics_of(dataset: Dataset, examples: Overview, split: str) -> dict[str, Any]:
-    """Counts of the split from its arrays, and what `dataset.json` says of its turns and of the template."""
+    """Counts of the split from its arrays, and what `dataset.json` says of its turns, of roles and of the template."""
     info = dataset.info
     sources, conversations = np.array(examples.sources), np.array(examples.conversations)
-    longest = np.argsort(-examples.tokens, kind="stable")[:LONGEST].tolist()
+    by_role = info[split].get("tokens_by_role")
+    by_source = {name: _counts(examples, conversations, sources == name) for name in sorted(set(examples.sources))}
+    for name, counts in by_source.items() if by_role else ():
+        counts["by_role"] = _roles(by_role.get(name, {}), counts["learned_tokens"])
+    whole = _counts(examples, conversations, np.full(len(examples), True))
+    together = sum((Counter(counts) for counts in by_role.values()), Counter()) if by_role else {}
     return {
         "dataset": str(dataset.folder),
         "model": info["model"],
         "split": split,
-        **_counts(examples, conversations, np.full(len(examples), True)),
-        "by_source": {name: _counts(examples, conversations, sources == name) for name in sorted(set(examples.sources))},
+        **whole,
+        "by_source": by_source,
+        "by_role": _roles(together, whole["learned_tokens"]) if by_role else None,
         "median_tokens": float(np.median(examples.tokens)),
         "longest": [
-            {"example": i, "conversation": examples.conversations[i], "source": examples.sources[i]}
-            | {"tokens": int(examples.tokens[i]), "learned_tokens": int(examples.learned[i])}
-            for i in longest
+            _place(examples, i) | {"tokens": int(examples.tokens[i]), "learned_tokens": int(examples.learned[i])}
+            for i in _largest(examples.tokens)
         ],
+        "longest_turns": [
+            _place(examples, examples.turn_examples[i])
+            | {"message": int(examples.turn_messages[i]), "tokens": int(examples.turn_tokens[i])}
+            for i in _largest(examples.turn_tokens)
+            if examples.turn_tokens[i]
+        ],
+        "weighed_tokens": int(examples.weighed.sum()),
         "max_length": info["max_length"],
         **{name: info[split][name] for name in FROM_INFO},
         "role_policy": info["role_policy"],
         "template_oddities": info["template_oddities"],
     }
+
+
+def _largest(numbers: np.ndarray) -> list[int]:
+    return list(np.argsort(-numbers, kind="stable")[:LONGEST].tolist())
+
+
+def _place(examples: Overview, index: int) -> dict[str, Any]:
+    return {"example": int(index), "conversation": examples.conversations[index], "source": examples.sources[index]}
 
 
 def _counts(examples: Overview, conversations: np.ndarray, among: np.ndarray) -> dict[str, Any]:
@@ -177,4 +203,15 @@ def _counts(examples: Overview, conversations: np.ndarray, among: np.ndarray) ->
         "tokens": tokens,
         "learned_tokens": learned,
         "learned_share": learned / max(tokens, 1),
+    }
+
+
+def _roles(tokens: Mapping[str, int], learned: int) -> dict[str, dict[str, Any]]:
+    """Of each role, and of the template's own text, how many tokens are read and how many learned: those of assistants alone."""
+    known = [name for name in (*ROLES, TEMPLATE) if name in tokens]
+    learned_of = {name: learned if name == "assistant" else 0 for name in known}
+    return {
+        name: {"tokens": tokens[name], "learned_tokens": learned_of[name]}
+        | {"learned_share": learned_of[name] / max(tokens[name], 1)}
+        for name in known
     }

@@ -1,17 +1,21 @@
-"""Models that the tests share: a tiny random Llama, and SmolLM2 from its GGUF."""
+"""What the tests share: models (a tiny random Llama, SmolLM2 from its GGUF), the real data, the command line."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny_models import make_tiny
 
 import mlx_finetune.engines.mlx  # noqa: F401  before any test imports mlx: its fast BLAS
+from mlx_finetune.cli import main
 from mlx_finetune.models.gguf import find_smollm2, gguf_to_hugging_face
+
+Answer = tuple[int, str, str]  # of the command line: exit status, stdout, stderr
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +45,19 @@ def shared() -> Path:
 def engine_name(request: pytest.FixtureRequest) -> str:
     """Each engine in turn."""
     return request.param
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
+    """Runs a verb in an empty folder, without colour."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: object) -> Answer:
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return int(exit.value.code or 0), out, err
+
+    return run

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from chats import RAISES
+from conftest import Answer
 
 from mlx_finetune.cli import app, main
 from mlx_finetune.config import FIELDS
@@ -18,22 +19,6 @@ from mlx_finetune.config import FIELDS
 ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "mlx_finetune" / "sample" / "gptme-logs"
 TREES = ROOT / "mlx_finetune" / "sample" / "openassistant.trees.jsonl"
-
-Answer = tuple[int, str, str]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
-    """Runs a verb in an empty folder; gives back exit status, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Answer:
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return int(exit.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gptme_logs import messages_of, read_all, said, write_log
 
 from mlx_finetune.data.conversation import Conversation
-from mlx_finetune.data.sources import Read, gather, gptme
+from mlx_finetune.data.sources import Read, gptme
 from mlx_finetune.errors import UserError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -21,10 +22,6 @@ TEXT_REQUESTS = [
     "xml__2026-07-13-dancing-red-penguin",
 ]
 TOOL_REQUESTS = ["tool__2026-06-18-climbing-orange-robot", "tool_parallel_calls__2026-07-16-swimming-happy-seal"]
-
-
-def read_all(folder: Path) -> Read:
-    return gather(gptme.read(folder))
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +44,6 @@ def requests_of(name: str) -> list[list[tuple[str, str]]]:
 
 def text_of(content: str | list[dict[str, str]] | None) -> str:
     return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
-
-
-def write_log(folder: Path, name: str, *lines: dict | str) -> Path:
-    """A logs folder with one more log; text is written as it stands, a dict as JSON."""
-    log = folder / name / "conversation.jsonl"
-    log.parent.mkdir(parents=True)
-    log.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), encoding="utf-8")
-    return log
-
-
-def said(role: str, content: str, **more: object) -> dict:
-    return {"role": role, "content": content, "timestamp": "2026-06-03T08:44:37"} | more
-
-
-def messages_of(read: Read) -> list[tuple[str, str]]:
-    (conversation,) = read.conversations
-    return [(message.role, message.content) for message in conversation.messages]
 
 
 @pytest.mark.parametrize("name", TEXT_REQUESTS)

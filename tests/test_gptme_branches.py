@@ -4,28 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from gptme_logs import messages_of, read_all, said, write_log
 
-from mlx_finetune.data.sources import Read, gather, gptme
-
-
-def read_all(folder: Path) -> Read:
-    return gather(gptme.read(folder))
-
-
-def write_log(folder: Path, name: str, *lines: dict) -> Path:
-    log = folder / name / "conversation.jsonl"
-    log.parent.mkdir(parents=True)
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return log
-
-
-def said(role: str, content: str, **more: object) -> dict:
-    return {"role": role, "content": content, "timestamp": "2026-06-03T08:44:37"} | more
-
-
-def messages_of(read: Read) -> list[tuple[str, str]]:
-    (conversation,) = read.conversations
-    return [(message.role, message.content) for message in conversation.messages]
+from mlx_finetune.data.sources import Read
 
 
 def numbered(role: str, content: str, minute: int, **more: object) -> dict:

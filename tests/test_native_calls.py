@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chats import chat, conversation_of, template_of
+from shipped_templates import model_folder
 from tiny_models import CHATML
 from tool_chats import LLAMA, MISTRAL, QWEN, TOOLS, call, calling, result, session
 
@@ -103,6 +104,13 @@ def test_what_stands_for_a_secret_in_a_call_is_not_learned(templates: dict[str, 
 
 
 DROPS = CHATML
+# As GLM 4.5: nothing ends a turn but the name of who speaks next.
+GLM = (
+    "{% for m in messages %}{{ '<|observation|>' if m.role == 'tool' else '<|' + m.role + '|>' }}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}"
+    "{{ '<tool_call>{\"name\": \"' + call.function.name + '\", \"arguments\": ' + (call.function.arguments | tojson) + '}' }}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 ONLY_FIRST = QWEN.replace("for call in m.tool_calls %}", "for call in m.tool_calls[:1] %}")
 CUTS = QWEN.replace("(call.arguments | tojson)", "(call.arguments | tojson)[:20]")
 NAMELESS = QWEN.replace("call.name", "'f'")
@@ -133,7 +141,6 @@ BOTH = [*chat("go"), calling(call("c", command="ls"), call("d", command="pwd"))]
         (CUTS, [replace(m, weight=0.0) if m.tool_calls else m for m in session()], "drops a tool call"),
         (LATER, session(), "in another way than a server would"),
         (OPEN, session(), "no end-of-turn token"),
-        (OPENS, session()[:-1], "no end-of-turn token"),
         (QWEN, [*chat("a"), calling(ToolCall("c", "shell", "{'command'"))], "not JSON"),
         (QWEN, [*chat("a"), calling(ToolCall("c", "shell", "[1]"))], "no JSON object"),
         (QWEN, [*chat("a"), calling(ToolCall("c", "shell", "[" * 100_000))], "not JSON"),
@@ -159,6 +166,39 @@ def test_a_call_is_learned_where_the_last_turn_of_all_is_written_in_another_way(
     assert first == LEARNED["qwen"][0] and last == f"<think></think>\n{LEARNED['qwen'][1]}"
 
 
+def test_the_header_of_the_next_turn_is_not_learned_with_a_call_though_it_stands_there_unasked(tmp_path: Path) -> None:
+    template = template_of(tmp_path, OPENS)
+    for count in (5, 6):
+        encoded = template.encode(session()[:count], TOOLS)
+        assert learned(template, encoded) == [f"\n{text}" for text in LEARNED["qwen"][:2]]
+        assert encoded.served == len(encoded.turns) == 2
+
+
+def test_a_call_without_words_is_learned_in_a_context_of_its_own(tmp_path: Path) -> None:
+    template = template_of(tmp_path, QWEN)
+    encoded = template.encode_turn(session()[:5], TOOLS)
+    assert learned(template, encoded) == LEARNED["qwen"][1:2]
+    assert np.array_equal(template.prompt(session()[:4], TOOLS), encoded.tokens[: int(np.argmax(encoded.weights > 0))])
+
+
+def test_a_call_ends_where_its_result_begins_if_a_server_stops_there(tmp_path: Path) -> None:
+    roles = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+    folder = model_folder(tmp_path, GLM, roles, ("<|user|>", "<|observation|>"))
+    template = ChatTemplate.load(folder)
+    messages = session("Look: <|user|> <|observation|>")
+    call_1, call_2 = (text.replace("<tool_call>\n", "<tool_call>").replace("\n</tool_call>", "") for text in LEARNED["qwen"][:2])
+    forms = {
+        2: f"Look: <|user|> <|observation|>{call_1}<|observation|>",
+        4: f"{call_2}<|observation|>",
+        6: "Two files.<|user|>",
+    }
+    for turn, form in forms.items():
+        for encoded in (template.encode_turn(messages[: turn + 1], TOOLS), template.encode(messages[: turn + 1], TOOLS)):
+            ids = encoded.tokens[encoded.weights > 0].tolist()
+            assert str(template.special.decode(ids, skip_special_tokens=False)).endswith(form)
+            assert ids[-1] == template.special.token_to_id(form[form.rindex("<|") :]) and encoded.turns[-1] == turn
+
+
 def test_a_call_without_arguments_is_learned(templates: dict[str, ChatTemplate]) -> None:
     for arguments in ("", "{}"):
         encoded = templates["qwen"].encode([*chat("a"), calling(ToolCall("c", "shell", arguments))], TOOLS)
@@ -175,10 +215,10 @@ def test_the_result_of_a_tool_is_proven_also_where_it_is_written_as_json(
         cuts.encode(messages)
 
 
-def test_the_template_is_told_which_function_a_result_is_of(tmp_path: Path) -> None:
-    template = template_of(tmp_path, QWEN.replace("'\n<tool_response>\n'", "'\n' + m.name + ' of ' + m.tool_call_id + '\n'"))
-    text = template.render(session(), tools=TOOLS)
-    assert "\nshell of call00001\na.txt" in text and "\nsave of call00002\nSaved." in text
+def test_the_template_is_told_which_call_a_result_is_of_and_no_more_than_gptme_sends(tmp_path: Path) -> None:
+    named = "'\n' + (m.name or 'result') + ' of ' + m.tool_call_id + '\n'"
+    text = template_of(tmp_path, QWEN.replace("'\n<tool_response>\n'", named)).render(session(), tools=TOOLS)
+    assert "\nresult of call00001\na.txt" in text and "\nresult of call00002\nSaved." in text
 
 
 def test_schemas_are_counted_where_the_template_writes_them(templates: dict[str, ChatTemplate], tmp_path: Path) -> None:

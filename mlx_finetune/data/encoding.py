@@ -1,23 +1,21 @@
 """Chats as tokens with loss weights: which tokens a turn is, and whether a server would feed the very tokens before it."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mlx_finetune.data.conversation import Message
+from mlx_finetune.data.emission import NO_END, Emission, Tools, Turn, emission, turn_at, turn_with_calls
 from mlx_finetune.data.provenance import Refused, Span, locate
 from mlx_finetune.data.redact import PLACEHOLDER
-from mlx_finetune.data.rows import check_written, texts_of
+from mlx_finetune.data.rows import texts_of
 from mlx_finetune.data.segments import Ids, arrays_of, moved
 
 if TYPE_CHECKING:
     from mlx_finetune.data.template import ChatTemplate
-
-Tools = Sequence[dict[str, Any]]
-NO_END = "no end-of-turn token follows an assistant message: the model would not learn to stop"
-THINK = ("<think>", "</think>")
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,9 @@ class Encoded:
     weights: np.ndarray  # float32 [T]
     turns: tuple[int, ...]  # indices of the messages that are learned
     exact: tuple[bool, ...]  # of each turn, whether exactly the tokens stand before it that a server would feed
-    as_text: tuple[bool, ...]  # of each turn, whether before it the name of a control token stands as text, which a server misreads
+    as_text: tuple[
+        bool, ...
+    ]  # of each turn, whether it is so but for the name of a control token kept as text, which a server misreads
     placeholders: int = 0  # tokens of the learned turns that stand for a redacted secret: weight 0
 
     @property
@@ -61,15 +61,6 @@ class _Tokens:
         return (self.starts < end) & (self.ends > start)
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """A learned turn: characters `start` to `end`, where the control token `ending` begins."""
-
-    start: int
-    end: int
-    ending: str
-
-
 def encode(template: "ChatTemplate", messages: Sequence[Message], tools: Tools = ()) -> Encoded:
     """One rendering: every assistant message with its end-of-turn token is learned, and nothing else.
 
@@ -81,11 +72,14 @@ def encode(template: "ChatTemplate", messages: Sequence[Message], tools: Tools =
     messages = template.as_learned(messages)
     text, spans = locate(lambda each: template.render(each, tools=tools), messages)
     _check_no_control_token(template, messages, tools)
+    learned = _learned(template, messages, tools, text, spans)
+    for turn in learned.values():
+        if not text.startswith(turn.ending, turn.end):
+            text = text[: turn.end] + turn.ending  # the template leaves the last turn open
     tokens = _tokenize(
         template, text, [span for span in spans if span and template.names_control_token(text[span.start : span.end])]
     )
     weights = np.zeros(len(tokens.ids), np.float32)
-    learned = _learned(template, messages, tools, text, spans)
     placeholders = 0
     for index, turn in learned.items():
         weights[tokens.between(turn.start, turn.end)] = messages[index].weight
@@ -94,12 +88,11 @@ def encode(template: "ChatTemplate", messages: Sequence[Message], tools: Tools =
             placeholders += int((weights[hidden] > 0).sum())
             weights[hidden] = 0
     endings = sorted({turn.ending for turn in learned.values()})
-    if len(endings) > 1:
+    if len(endings) > 1 and not template.ends.stops:
         raise Refused(f"the template ends assistant turns in different ways: {' '.join(endings)}")
     if weights[:1].any():
         raise Refused("nothing stands before the first turn")
-    exact = _exact(template, messages, tools, text, tokens, {index: turn.start for index, turn in learned.items()})
-    as_text = tuple(any(place < turn.start for place in tokens.kept_as_text) for turn in learned.values())
+    exact, as_text = _exact(template, messages, tools, text, tokens, {index: turn.start for index, turn in learned.items()})
     return Encoded(tokens.ids, weights, tuple(learned), exact, as_text, placeholders)
 
 
@@ -118,12 +111,12 @@ def encode_turn(template: "ChatTemplate", messages: Sequence[Message], tools: To
     assert turn.role == "assistant" and turn.weight > 0
     _check_no_control_token(template, messages, tools)
     prompt, _ = locate(lambda each: template.render(each, True, tools), before, lenient=True)
-    written, ending = _emitted(template, messages, prompt, tools)
-    tokens, start = _joined(template, prompt, written, ending)
+    emitted = emission(template, messages, prompt, tools)
+    tokens, start = _joined(template, prompt, emitted)
     weights = np.zeros(len(tokens.ids), np.float32)
     weights[tokens.starts >= start] = turn.weight
     placeholders = 0
-    for placeholder in PLACEHOLDER.finditer(prompt + written, start):
+    for placeholder in PLACEHOLDER.finditer(prompt + emitted.written, start):
         hidden = tokens.touching(*placeholder.span())
         placeholders += int((weights[hidden] > 0).sum())
         weights[hidden] = 0
@@ -132,48 +125,18 @@ def encode_turn(template: "ChatTemplate", messages: Sequence[Message], tools: To
     return Encoded(tokens.ids, weights, (len(before),), (True,), (False,), placeholders)
 
 
-def _emitted(template: "ChatTemplate", messages: Sequence[Message], prompt: str, tools: Tools) -> tuple[str, str]:
-    """What the model is to write behind the prompt, and the control token that ends it."""
-    turn = messages[-1]
-    text = template.render(messages, tools=tools).rstrip()
-    ending = next((special for special in template.endings if text.endswith(special)), None)
-    if ending is None:
-        raise Refused(NO_END)
-    rest = text[len(prompt) : len(text) - len(ending)] if text.startswith(prompt) else None
-    core, opened = turn.content, prompt.rstrip().endswith(THINK[0])
-    if opened and core.startswith(THINK[0]):
-        core, opened = core.removeprefix(THINK[0]).lstrip(), False  # it stands in the prompt already
-    if turn.tool_calls:
-        if rest is None:
-            raise Refused("the template writes what stands before a tool call in another way than a server would")
-        check_written(turn.tool_calls, rest.replace(core, "", 1) if core else rest)
-        if core not in rest:
-            raise Refused("the template rewrites the text of a message with a tool call")
-    if rest is None and opened:
-        raise Refused("the prompt begins to think, and this turn has no thinking that the template would end")
-    if rest is None:
-        return core, ending
-    lead, found, tail = rest.partition(core)
-    if not found:
-        if "".join(rest.split()) != "".join(core.split()):
-            raise Refused("the template rewrites a message of role assistant")
-        return rest, ending
-    thinks = [tag in lead for tag in THINK]
-    needed = not lead.strip() or thinks == [False, True] or template.names_control_token(lead)
-    return (rest if needed else core + tail), ending
-
-
-def _joined(template: "ChatTemplate", prompt: str, written: str, ending: str) -> tuple["_Tokens", int]:
+def _joined(template: "ChatTemplate", prompt: str, emitted: Emission) -> tuple["_Tokens", int]:
     """The tokens that a server feeds, those of the turn and its end, and the character at which the turn starts."""
-    text = prompt + written + ending
-    fed = template.prompt_tokens(prompt)
-    if not template.names_control_token(written):
-        whole = _tokenize(template, text, [])
+    text = emitted.written + emitted.ending
+    fed, named = template.prompt_tokens(prompt), template.names_control_token(emitted.core)
+    if not named:
+        whole = _tokenize(template, prompt + text, [])
         if whole.ids[: len(fed)].tolist() == fed and (whole.starts[len(fed) :] >= len(prompt)).all():
             return whole, len(prompt)
     if not template.pieces_join:
         raise Refused("a token straddles the edge of a turn")
-    turn = _tokenize(template, written + ending, [Span(0, len(written))] if template.names_control_token(written) else [])
+    core = Span(len(emitted.lead), len(emitted.lead) + len(emitted.core))
+    turn = _tokenize(template, text, [core] if named else [])
     places = np.full(len(fed), -1, np.int64)
     starts, ends = np.concatenate([places, turn.starts + len(prompt)]), np.concatenate([places, turn.ends + len(prompt)])
     return _Tokens(np.concatenate([np.array(fed, np.int32), turn.ids]), starts, ends, ()), len(prompt)
@@ -181,33 +144,41 @@ def _joined(template: "ChatTemplate", prompt: str, written: str, ending: str) ->
 
 def _learned(
     template: "ChatTemplate", messages: Sequence[Message], tools: Tools, text: str, spans: Sequence[Span | None]
-) -> dict[int, _Turn]:
+) -> dict[int, Turn]:
     """Where each learned message stands; calls of the others are looked at too, for a dropped one would mislead."""
-    turns: dict[int, _Turn] = {}
+    turns: dict[int, Turn] = {}
+    starts = sorted(span.start for span in spans if span)
     for index, (message, span) in enumerate(zip(messages, spans, strict=True)):
         if message.role == "assistant" and (message.tool_calls or (span and message.weight > 0)):
             plain = span if not message.tool_calls else None
-            turn = turn_at(template, text, plain) if plain else _turn_with_calls(template, messages, index, text, span, tools)
+            turn = turn_at(template, text, plain) if plain else turn_with_calls(template, messages, index, text, span, tools)
+            if bisect_right(starts, turn.end + len(turn.ending) - 1) > bisect_right(starts, span.start if span else turn.start):
+                raise Refused(NO_END)  # another message stands before it, or the name of such a token in one
             turns |= {index: turn} if message.weight > 0 else {}
     return turns
 
 
 def _exact(
     template: "ChatTemplate", messages: Sequence[Message], tools: Tools, text: str, tokens: "_Tokens", starts: Mapping[int, int]
-) -> tuple[bool, ...]:
-    """Of each turn, whether a server would be asked for it with the very tokens that stand before it here."""
+) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    """Of each turn, whether a server would be asked for it with the very tokens that stand before it here.
+
+    And whether it would but for the name of a control token before it, which is kept as text.
+    """
     control = np.flatnonzero(np.isin(tokens.ids, template.special_ids))
-    exact = []
+    exact, as_text = [], []
     for index, start in starts.items():
-        as_text = any(place < start for place in tokens.kept_as_text)
-        if as_text or not _is_prompt(template, messages[:index], tools, text[:start]):
+        named = any(place < start for place in tokens.kept_as_text)
+        served = _is_prompt(template, messages[:index], tools, text[:start])
+        as_text.append(served and named)
+        if not served or named:
             exact.append(False)
             continue
         count = int(np.searchsorted(tokens.starts, start))
         # Whole words before a control token do not depend on what follows it: the last stretch is enough.
         first = int(control[np.searchsorted(control, count) - 1]) if control.size and control[0] < count else 0
         exact.append(template.prompt_tokens(text[tokens.starts[first] : start]) == tokens.ids[first:count].tolist())
-    return tuple(exact)
+    return tuple(exact), tuple(as_text)
 
 
 def _is_prompt(template: "ChatTemplate", messages: Sequence[Message], tools: Tools, before: str) -> bool:
@@ -215,37 +186,6 @@ def _is_prompt(template: "ChatTemplate", messages: Sequence[Message], tools: Too
         return bool(messages) and template.render(messages, True, tools) == before
     except Refused:
         return False
-
-
-def _turn_with_calls(
-    template: "ChatTemplate", messages: Sequence[Message], index: int, text: str, span: Span | None, tools: Tools
-) -> _Turn:
-    """A turn with native calls: all that the template writes between the prompt for it and its end-of-turn token."""
-    before, through = template.render(messages[:index], True, tools), template.render(messages[: index + 1], tools=tools).rstrip()
-    if not text.startswith(before):
-        raise Refused("the template writes what stands before a tool call in another way than a server would")
-    # Not `through` itself: some templates (Qwen3) write the last turn of all in another way than this one.
-    ending = next((special for special in template.endings if through.endswith(special)), None)
-    start = len(before)
-    end = text.find(ending, max(start, span.end if span else 0)) if ending else -1
-    if ending is None or end < 0:
-        raise Refused(NO_END)
-    if span and span.start < start:
-        raise Refused("the template writes the text of a message with a tool call outside of its turn")
-    written = text[start:end] if not span else text[start : span.start] + text[span.end : end]
-    check_written(messages[index].tool_calls, written)
-    return _Turn(start, end, ending)
-
-
-def turn_at(template: "ChatTemplate", text: str, span: Span) -> _Turn:
-    """A turn of text: from its content to the control token that follows."""
-    end = span.end
-    while text[end : end + 1].isspace():
-        end += 1
-    special = next((special for special in template.special_texts if text.startswith(special, end)), None)
-    if special is None:
-        raise Refused(NO_END)
-    return _Turn(span.start, end, special)
 
 
 def _check_no_control_token(template: "ChatTemplate", messages: Sequence[Message], tools: Tools) -> None:

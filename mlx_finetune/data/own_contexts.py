@@ -1,18 +1,21 @@
-"""Which examples of a prepared folder are one turn in a context of its own, and which are one rendering of a window.
+"""Which examples of a prepared folder are one turn in a context of its own, which are one rendering, and how exact they are.
 
 The arrays alone do not tell. The messages of each example stand in the file beside them, so the window is put together again and
 asked the question that `prepare` asked: does one rendering serve this turn exactly?
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
+from mlx_finetune.data.batches import Example
 from mlx_finetune.data.conversation import Conversation, Message, conversation_of_line
 from mlx_finetune.data.exact import learned_places
+from mlx_finetune.data.overview import Overview
 from mlx_finetune.data.provenance import Refused
-from mlx_finetune.data.shown import Overview
 from mlx_finetune.data.template import ChatTemplate
 
 
@@ -24,7 +27,7 @@ def own_contexts(beside: Path, examples: Overview, wanted: Sequence[int], templa
     """
     found = {i: False for i in wanted if examples.turns[i] > 1}
     alone = [i for i in wanted if examples.turns[i] == 1]
-    near = {i: _neighbours(examples.conversations, i) for i in alone}
+    near = {i: examples.neighbours(i) for i in alone}
     needed = {place for places in near.values() for place in places}
     rows = dict(_rows(beside, needed)) if beside.is_file() else {}
     known: dict[tuple[int, ...], dict[int, bool]] = {}
@@ -38,14 +41,20 @@ def own_contexts(beside: Path, examples: Overview, wanted: Sequence[int], templa
     return found
 
 
-def _neighbours(conversations: Sequence[str], index: int) -> range:
-    """The examples around this one that come from the same conversation."""
-    start, end = index, index + 1
-    while start > 0 and conversations[start - 1] == conversations[index]:
-        start -= 1
-    while end < len(conversations) and conversations[end] == conversations[index]:
-        end += 1
-    return range(start, end)
+def exact_turns(beside: Path, wanted: Mapping[int, Example], own: Mapping[int, bool], template: ChatTemplate) -> dict[int, int]:
+    """Of each example in `wanted`, how many of its turns stand after exactly what a server feeds; not of which that is unknown.
+
+    `own`: as `own_contexts` tells it; a turn in a context of its own is exact, or `prepare` would have no such example.
+    """
+    found = {i: 1 for i in wanted if own.get(i)}
+    shared = {i for i in wanted if own.get(i) is False}
+    for i, row in _rows(beside, shared) if beside.is_file() else ():
+        try:
+            encoded = template.encode(row.messages, row.tools)
+        except Refused:
+            continue
+        found |= {i: encoded.served} if np.array_equal(encoded.tokens, wanted[i].tokens) else {}
+    return found
 
 
 def _rows(path: Path, needed: set[int]) -> Iterator[tuple[int, Conversation]]:

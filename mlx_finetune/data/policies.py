@@ -24,20 +24,61 @@ FOLD = (
     "{%- else -%}{%- set mf.messages = mf.messages + [m] -%}{%- endif -%}{%- endfor -%}"
     "{%- set messages = mf.messages -%}"
 )
-# Neighbours of one role become one message, leading system messages too; those with calls or results stay alone.
-MERGE = (
-    "{%- set mf = namespace(messages=[], system='', lead=true) -%}{%- for m in messages -%}"
-    "{%- if m.role != 'system' -%}{%- set mf.lead = false -%}{%- endif -%}"
-    "{%- if mf.lead -%}{%- set mf.system = mf.system + ('\n\n' if mf.system else '') + mf_text(m.content) -%}"
-    "{%- else -%}"
-    "{%- set role = 'user' if m.role == 'system' else m.role -%}"
-    "{%- if role == 'user' -%}"
-    "{%- set text = '<system>\n' + mf_text(m.content) + '\n</system>' if m.role == 'system' else mf_text(m.content) -%}"
-    "{%- if mf.messages and mf.messages[-1].role == 'user' -%}"
-    "{%- set mf.messages = mf.messages[:-1] + [{'role': 'user', 'content': mf.messages[-1].content + '\n\n' + text}] -%}"
-    "{%- else -%}{%- set mf.messages = mf.messages + [{'role': 'user', 'content': text}] -%}{%- endif -%}"
-    "{%- else -%}{%- set mf.messages = mf.messages + [m] -%}{%- endif -%}"
-    "{%- endif -%}{%- endfor -%}"
+# The model is taught to end a turn at its last word; a client may send blanks behind it, or before it (gptme does beside calls).
+TRIM = (
+    "{%- set said = messages | selectattr('role', 'equalto', 'assistant') | map(attribute='content') | list -%}"
+    "{%- if said != said | map('trim') | list -%}"  # seldom: what follows takes much longer
+    "{%- set mf = namespace(messages=[]) -%}{%- for m in messages -%}"
+    "{%- set text = mf_text(m.content) | trim -%}"
+    "{%- if m.role != 'assistant' or m.reasoning_content is defined or text == mf_text(m.content) -%}"
+    "{%- set mf.messages = mf.messages + [m] -%}"
+    "{%- elif m.tool_calls is defined and m.tool_calls -%}"
+    "{%- set mf.messages = mf.messages + [{'role': 'assistant', 'content': text, 'tool_calls': m.tool_calls}] -%}"
+    "{%- else -%}{%- set mf.messages = mf.messages + [{'role': 'assistant', 'content': text}] -%}{%- endif -%}{%- endfor -%}"
+    "{%- set messages = mf.messages -%}{%- endif -%}"
+)
+
+# An answer behind another becomes a part of it, as in gptme's own merging of neighbours; one that made calls stays alone.
+JOIN = (
+    "{%- set mf = namespace(messages=[]) -%}{%- for m in messages -%}"
+    "{%- set last = mf.messages[-1] if mf.messages else {'role': ''} -%}"
+    "{%- if m.role == 'assistant' and last.role == 'assistant' and not last.tool_calls -%}"
+    "{%- set text = mf_text(last.content) + '\n\n' + mf_text(m.content) if mf_text(m.content) else mf_text(last.content) -%}"
+    "{%- if m.tool_calls is defined and m.tool_calls -%}"
+    "{%- set mf.messages = mf.messages[:-1] + [{'role': 'assistant', 'content': text, 'tool_calls': m.tool_calls}] -%}"
+    "{%- else -%}{%- set mf.messages = mf.messages[:-1] + [{'role': 'assistant', 'content': text}] -%}{%- endif -%}"
+    "{%- else -%}{%- set mf.messages = mf.messages + [m] -%}{%- endif -%}{%- endfor -%}"
+    "{%- set messages = mf.messages -%}"
+)
+
+
+def _merge(note: str) -> str:
+    """Later system and user messages that are neighbours become one message, and so do the leading system messages.
+
+    `note`: what a later system message becomes behind the result of a tool, if it is no user's message there.
+    """
+    return (
+        "{%- set mf = namespace(messages=[], system='', lead=true) -%}{%- for m in messages -%}"
+        "{%- if m.role != 'system' -%}{%- set mf.lead = false -%}{%- endif -%}"
+        "{%- set last = mf.messages[-1] if mf.messages else {'role': ''} -%}"
+        "{%- set text = mf_text(m.content) -%}"
+        "{%- if mf.lead -%}{%- set mf.system = mf.system + ('\n\n' if mf.system else '') + text -%}"
+        "{%- elif m.role == 'system' or m.role == 'user' -%}"
+        "{%- set text = '<system>\n' + text + '\n</system>' if m.role == 'system' else text -%}"
+        "{%- if last.role == 'user' -%}"
+        "{%- set mf.messages = mf.messages[:-1] + [{'role': 'user', 'content': last.content + '\n\n' + text}] -%}"
+        + note
+        + "{%- else -%}{%- set mf.messages = mf.messages + [{'role': 'user', 'content': text}] -%}{%- endif -%}"
+        "{%- else -%}{%- set mf.messages = mf.messages + [m] -%}{%- endif -%}{%- endfor -%}"
+    )
+
+
+MERGE = _merge("")
+# Where a person's words may not follow a result: the notice becomes a part of the result.
+MERGE_INTO_RESULTS = _merge(
+    "{%- elif m.role == 'system' and last.role == 'tool' -%}"
+    "{%- set text = mf_text(last.content) + '\n\n' + text -%}"
+    "{%- set mf.messages = mf.messages[:-1] + [{'role': 'tool', 'content': text, 'tool_call_id': last.tool_call_id}] -%}"
 )
 SYSTEM_FIRST = "{%- set messages = ([{'role': 'system', 'content': mf.system}] if mf.system else []) + mf.messages -%}"
 SYSTEM_IN_USER = (
@@ -69,9 +110,13 @@ class Policy:
     what: str
     jinja: str
 
-    def before(self, template: str) -> str:
-        """The template that applies the policy itself."""
-        return f"{MARK}{self.name} -#}}{TEXT}{self.jinja}{END}{template}" if self.jinja else template
+    def before(self, template: str, trim: bool = False, join: bool = False) -> str:
+        """The template that applies the policy itself.
+
+        With `trim`, outer blanks are taken off assistant messages first; with `join`, neighbours among them become one.
+        """
+        jinja = (TRIM if trim else "") + (JOIN if join else "") + self.jinja
+        return f"{MARK}{self.name} -#}}{TEXT}{jinja}{END}{template}" if jinja else template
 
 
 # In the order in which they are tried.
@@ -83,7 +128,21 @@ POLICIES = (
         "one system message in front; later ones as user in <system> tags, merged with their neighbours",
         MERGE + SYSTEM_FIRST,
     ),
-    Policy("system in user", "as merged, with the system message in front of the first user message", MERGE + SYSTEM_IN_USER),
+    Policy(
+        "system in user",
+        "as merged, with the system message in front of the first user message",
+        MERGE + SYSTEM_IN_USER,
+    ),
+    Policy(
+        "merged into results",
+        "as merged, but later system messages behind the result of a tool are parts of it",
+        MERGE_INTO_RESULTS + SYSTEM_FIRST,
+    ),
+    Policy(
+        "merged into results and user",
+        "as merged into results, with the system message in front of the first user message",
+        MERGE_INTO_RESULTS + SYSTEM_IN_USER,
+    ),
     Policy("tool role", "later system messages in the role tool", TOOL_ROLE),
 )
 
@@ -104,6 +163,11 @@ def policy_of(template: str) -> str:
     """The name of the policy that a template applies itself; empty for a model's own."""
     found = re.match(re.escape(MARK) + r"([a-z ]+?) -#\}", template)
     return found[1] if found else ""
+
+
+def joins_answers(template: str) -> bool:
+    """Whether an assistant's message behind another of his becomes a part of that one."""
+    return template.startswith(MARK) and JOIN in template
 
 
 def prints_date(template: str) -> bool:

@@ -68,6 +68,18 @@ def locate(render: Render, messages: Sequence[Message], lenient: bool = False) -
     return text, spans
 
 
+def locate_one(render: Render, messages: Sequence[Message], text: str) -> Span | None:
+    """Where the content of the last message stands in `text`, its rendering; None where the template rewrites it."""
+    k = len(messages) - 1
+    codes = _codes(render([*messages[:k], replace(messages[k], content=_move(messages[k].content, k))])).astype(np.int64)
+    if _undo(codes) != text:
+        return None
+    try:
+        return _span(render, messages, k, text, np.flatnonzero((codes >= BASE) & (codes < TOP)))
+    except Refused:
+        return None
+
+
 def _span(render: Render, messages: Sequence[Message], k: int, text: str, positions: np.ndarray) -> Span | None:
     content, role = messages[k].content, messages[k].role
     if not content.strip():

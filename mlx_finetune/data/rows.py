@@ -8,23 +8,22 @@ from typing import Any
 from mlx_finetune.data.conversation import Message, ToolCall
 from mlx_finetune.data.provenance import Refused
 
+DROPPED = "the template drops a tool call, or a part of one"
+
 
 def rows_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """A row for each message: OpenAI's shape, but `arguments` decoded, for templates write them as JSON themselves.
+    """A row for each message as a server hands it on: `arguments` decoded, for templates write them as JSON themselves.
 
     Raises:
         Refused: the arguments of a call are no JSON object.
     """
     rows: list[dict[str, Any]] = []
-    names: dict[str, str] = {}  # of the functions called so far, by the id of the call
     for message in messages:
         row: dict[str, Any] = {"role": message.role, "content": message.content}
         if message.tool_calls:
             row["tool_calls"] = [_call(call) for call in message.tool_calls]
-            names |= {call.id: call.name for call in message.tool_calls}
         if message.tool_call_id:
-            row["tool_call_id"] = message.tool_call_id
-            row |= {"name": names[message.tool_call_id]} if message.tool_call_id in names else {}
+            row["tool_call_id"] = message.tool_call_id  # and no name of the function: gptme sends none
         rows.append(row)
     return rows
 
@@ -58,7 +57,7 @@ def check_written(calls: Sequence[ToolCall], written: str) -> None:
     """
     for text, count in Counter(text for call in calls for text in (call.name, *_leaves(arguments_of(call)))).items():
         if max(written.count(form) for form in _forms(text)) < count:
-            raise Refused("the template drops a tool call, or a part of one")
+            raise Refused(DROPPED)
 
 
 def texts_of(calls: Sequence[ToolCall], tools: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -1,9 +1,8 @@
 """Examples as a person looks at them: the very tokens and weights that the engine is fed, as runs of text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 from unicodedata import category
 
@@ -14,7 +13,6 @@ from mlx_finetune.data.template import ChatTemplate
 
 KEPT = 60  # tokens of context that stay at each end of what is folded
 LEAST_FOLDED = 40  # fewer would hide less than the line that says so takes
-ROWS_AT_ONCE = 500
 HARMLESS = "\n\t\u200c\u200d"  # joiners belong to emoji and to scripts that are written joined
 PICTURES = {place: chr(0x2400 + place) for place in range(32)} | {0x7F: "\u2421"}  # Unicode's control pictures
 
@@ -52,11 +50,13 @@ class Folded:
 
 @dataclass(frozen=True)
 class ShownExample:
-    """One example decoded. `own_context`: whether its turn has one of its own, None where that cannot be told."""
+    """One example decoded; None is what cannot be told."""
 
     number: int  # its place in the split, from 0
     example: Example
-    own_context: bool | None
+    part: tuple[int, int]  # which of the examples of its conversation, from 1, and of how many
+    own_context: bool | None  # whether its turn has one of its own
+    exact_turns: int | None  # how many of its turns stand after exactly the tokens that a server feeds
     runs: tuple[Run, ...]
 
     @property
@@ -71,12 +71,22 @@ class ShownExample:
         one = len(turns) == 1
         return [
             self.example.source,
-            f"conversation {self.example.conversation}",
+            f"conversation {self.example.conversation}" + (" ({} of {})".format(*self.part) if self.part[1] > 1 else ""),
             f"{len(turns)} turn{'s'[one:]} (message{'s'[one:]} {', '.join(map(str, turns))})",
             f"{tokens:,} tokens",
             f"{self.learned:,} learned ({100 * self.learned / tokens:.1f} %)",
             *(["in a context of its own"] if self.own_context else []),
+            self.exactness,
         ]
+
+    @property
+    def exactness(self) -> str:
+        """In words, whether its turns are trained after the very tokens with which a server asks for them."""
+        if self.exact_turns is None:
+            return "whether exactly as served cannot be told"
+        if self.exact_turns == len(self.example.turns):
+            return "exactly as served"
+        return f"{self.exact_turns} of {len(self.example.turns)} turns exactly as served"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; each run with its text and how many tokens it is."""
@@ -85,7 +95,9 @@ class ShownExample:
             "example": self.number,
             "source": e.source,
             "conversation": e.conversation,
+            "part": list(self.part),
             "turns": list(e.turns),
+            "exact_turns": self.exact_turns,
             "tokens": len(e.tokens),
             "learned_tokens": self.learned,
             "own_context": self.own_context,
@@ -135,39 +147,3 @@ def visible(text: str) -> str:
 
 def _name(sign: str) -> str:
     return PICTURES.get(ord(sign)) or (sign if category(sign) == "Zs" else f"<U+{ord(sign):04X}>")
-
-
-@dataclass(frozen=True)
-class Overview:
-    """All examples of one split, in order, without their text."""
-
-    sources: tuple[str, ...]
-    conversations: tuple[str, ...]  # ids
-    turns: np.ndarray  # int64 [N], how many are learned
-    tokens: np.ndarray  # int64 [N]
-    learned: np.ndarray  # int64 [N], tokens whose weight is not 0
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-
-def overview(path: Path) -> Overview:
-    """Counts what stands in the Arrow file of a split, a few hundred examples at a time."""
-    from datasets import Dataset as ArrowDataset
-
-    rows = ArrowDataset.from_file(str(path)).with_format("arrow")
-    sources, conversations = list[str](), list[str]()
-    counts: list[tuple[int, int, int]] = []
-    for batch in rows.iter(batch_size=ROWS_AT_ONCE):
-        sources += batch["source"].to_pylist()
-        conversations += batch["conversation"].to_pylist()
-        turns = (len(turns) for turns in batch["turns"].to_pylist())
-        counts += zip(turns, batch["length"].to_pylist(), _learned(batch["weights"]), strict=True)
-    columns = np.array(counts, np.int64).reshape(-1, 3).T
-    return Overview(tuple(sources), tuple(conversations), *columns)
-
-
-def _learned(weights: object) -> Iterator[int]:
-    """Of each example in a column of weights, how many are not 0."""
-    for each in weights:  # type: ignore[attr-defined]
-        yield int(np.count_nonzero(each.values.to_numpy()))

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from mlx_finetune.data.conversation import Message
-from mlx_finetune.data.encoding import Encoded, Tools, encode, encode_turn, turn_at
+from mlx_finetune.data.emission import Ends, Tools, ends_of
+from mlx_finetune.data.encoding import Encoded, encode, encode_turn
 from mlx_finetune.data.oddities import oddities
 from mlx_finetune.data.policies import POLICIES, Policy, policy_of, with_dates
+from mlx_finetune.data.probing import PROBE, check_asked, chosen, native_oddities, native_refusal
 from mlx_finetune.data.provenance import Refused, locate
 from mlx_finetune.data.rows import rows_of
 from mlx_finetune.data.segments import Segments
@@ -27,15 +29,6 @@ from mlx_finetune.files import read_json
 
 CALL_OVERHEAD = 24  # tokens that a template adds to a call, about: its tags and the names of its fields
 GENERATION = re.compile(r"\{%-?\s*generation\b")
-PROBE = (Message("system", "S"), Message("user", "U"), Message("assistant", "A"), Message("user", "V"), Message("assistant", "B"))
-
-# As gptme sends a chat: three system messages first, the output of tools as later ones, and sometimes a role twice.
-GPTME = (
-    *(Message("system", text) for text in ("prompt", "boundary", "date")),
-    *(Message("user", "do it"), Message("assistant", "call"), Message("system", "output"), Message("assistant", "done")),
-    *(Message("user", "why"), Message("user", "tell me"), Message("assistant", "so"), Message("system", "note")),
-    *(Message("system", "more"), Message("assistant", "end")),
-)
 
 
 class ChatTemplate:
@@ -59,6 +52,7 @@ class ChatTemplate:
         control = {i: token for i, token in self.special.get_added_tokens_decoder().items() if token.special}
         self.special_ids = list(control)
         self.special_texts = sorted((token.content for token in control.values()), key=len, reverse=True)
+        self.stop_texts = tuple(text for text in self.special_texts if self.special.token_to_id(text) in stop_ids)
         self.segments = Segments(self.special, self.plain, control)
 
     @classmethod
@@ -78,33 +72,46 @@ class ChatTemplate:
             return cls(tokenizer, stops).with_source(served, next((one for one in POLICIES if one.name == name), POLICIES[0]))
         first = cls(tokenizer, stops)
         own = with_dates(first.source, datetime.now().astimezone())
-        reasons = []
-        for policy in POLICIES:
-            template = first.with_source(policy.before(own), policy)
-            reasons.append(template.refusal_of(PROBE) or template.refusal_of(GPTME))
-            if not reasons[-1]:
-                template.why = f"without it: {reasons[0]}" if reasons[0] else ""
-                return template
-        template = first.with_source(own, POLICIES[0])
+        template = chosen(first, own)
         if refusal := template.refusal_of(PROBE):
             raise UserError(f"{folder}: chat template cannot be learned from: {refusal}", hint="choose another model")
-        template.why = f"no policy helps: {reasons[0]}"
         return template
 
     def with_source(self, source: str, policy: Policy) -> "ChatTemplate":
         """The same tokenizer with another template."""
         other = copy(self)
-        for name in ("fingerprint", "oddities", "endings", "pieces_join", "_overhead"):
+        for name in ("fingerprint", "oddities", "ends", "pieces_join", "native_refusal", "_overhead"):
             vars(other).pop(name, None)
         other._jinja, other.policy = source, policy
         return other
 
     def refusal_of(self, messages: Sequence[Message]) -> str:
-        """Why these messages cannot be learned from in one rendering; empty where they can."""
+        """Why these messages cannot be learned from, neither in one rendering nor turn by turn; empty where they can."""
         try:
             self.encode(messages)
         except Refused as refused:
+            reason = str(refused)
+        else:
+            return ""
+        try:
+            for place, message in enumerate(messages):
+                if message.role == "assistant":
+                    self.encode_turn(messages[: place + 1])
+        except Refused:
+            return reason
+        return ""
+
+    def misplaces(self, messages: Sequence[Message]) -> str:
+        """Which message stands in front of an earlier one in the prompt for the last; empty where all stand in their order."""
+        try:
+            _, spans = locate(lambda each: self.render(each, True), messages[:-1], lenient=True)
+        except Refused as refused:
             return str(refused)
+        last = 0
+        for message, span in zip(messages, spans, strict=False):
+            if span and span.start < last:
+                return f"the template puts a message of role {message.role} in front of an earlier one"
+            last = span.start if span else last
         return ""
 
     @property
@@ -127,18 +134,32 @@ class ChatTemplate:
     def oddities(self) -> tuple[str, ...]:
         """What the template does that a person would not expect."""
         found = list(oddities(self.render, self.source, self._tokenizer.pad_token_id in self.stop_ids))
+        if not self.ends.stops:
+            found.append(
+                f"the chat template ends turns with {self.ends.tokens[0]}, at which no server stops by generation_config.json"
+            )
+        if self.ends.missing:
+            found.append(f"the chat template leaves the last turn open, which is learned with {self.ends.missing} as its end")
         if GENERATION.search(self.source) and not self._markers_agree():
             found.append(
                 "the chat template marks other tokens with {% generation %} than turns and their ends, which are learned here"
             )
-        return tuple(found)
+        return (*found, *native_oddities(self))
+
+    @cached_property
+    def native_refusal(self) -> str:
+        """Why no chat with native tool calls can be learned from; empty where the template writes them."""
+        return native_refusal(self)
 
     def _markers_agree(self) -> bool:
         """Whether the template's own marks of what a model writes are the tokens that are learned."""
         marked = self._tokenizer.apply_chat_template(
             rows_of(PROBE), chat_template=self._jinja, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        encoded = self.encode(PROBE)
+        try:
+            encoded = self.encode(PROBE)
+        except Refused:
+            return True  # turns are learned one by one, in contexts that the template's marks say nothing of
         learned = [*zip(encoded.tokens.tolist(), (encoded.weights > 0).tolist(), strict=True)]
         return learned == [*zip(marked["input_ids"], map(bool, marked["assistant_masks"]), strict=True)]
 
@@ -213,10 +234,12 @@ class ChatTemplate:
 
     def encode(self, messages: Sequence[Message], tools: Tools = ()) -> Encoded:
         """Tokens and loss weights of one rendering: see `encoding.encode`."""
+        check_asked(self, messages)
         return encode(self, messages, tools)
 
     def encode_turn(self, messages: Sequence[Message], tools: Tools = ()) -> Encoded:
         """The last message behind the very tokens that a server feeds before it: see `encoding.encode_turn`."""
+        check_asked(self, messages)
         return encode_turn(self, messages, tools)
 
     def prompt_tokens(self, text: str) -> list[int]:
@@ -224,12 +247,9 @@ class ChatTemplate:
         return list(self.segments.encode(text)[0].tolist())
 
     @cached_property
-    def endings(self) -> list[str]:
-        """The control tokens that may end a turn: those that a server stops at, and the one behind a turn of text."""
-        text, spans = locate(self.render, PROBE)
-        of_text = {turn_at(self, text, s).ending for m, s in zip(PROBE, spans, strict=True) if s and m.role == "assistant"}
-        stops = {str(self.special.id_to_token(i)) for i in self.stop_ids}
-        return [special for special in self.special_texts if special in of_text | stops]
+    def ends(self) -> Ends:
+        """How turns end: see `emission.ends_of`."""
+        return ends_of(self)
 
     def names_control_token(self, content: str) -> bool:
         return any(special in content for special in self.special_texts)
@@ -243,7 +263,7 @@ class ChatTemplate:
     @cached_property
     def _overhead(self) -> int:
         """Tokens that the template adds to a message, rounded up."""
-        return math.ceil(len(self.encode(PROBE).tokens) / len(PROBE)) + 1
+        return math.ceil(len(self.prompt_tokens(self.render(PROBE))) / len(PROBE)) + 1
 
 
 def _texts_of(message: Message) -> list[str]:
