@@ -44,6 +44,10 @@ TEMPLATES = {
     "mistral": ALTERNATES,
     "strips": STRIPS_THINKING,
 }
+# The prompt asks another than the one who has answered, where there is a system message.
+ASKS_ANOTHER = CHATML.replace(
+    "'<|im_start|>assistant\n'", "('<|im_start|>assistant\n' if messages[0].role != 'system' else '<|im_start|>bot\n')"
+)
 THOUGHTFUL = [
     *(Message("system", text) for text in ("prompt", "boundary", "today")),
     Message("user", "how many files?"),
@@ -144,9 +148,11 @@ def test_a_context_of_its_own_masks_placeholders_and_keeps_the_weight(tmp_path: 
 
 
 def test_what_cannot_be_exact_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
-    template = template_of(tmp_path / "model", QWEN35, eos="<|im_end|>")
-    odd = [conversation_of(chat("what?", "half a thought</think>an answer"), "a"), conversation_of(chat("so?", "so."), "b")]
-    with pytest.raises(UserError, match="1 turns would be learned in another context than is served") as error:
+    template = template_of(tmp_path / "model", ASKS_ANOTHER, eos="<|im_end|>")
+    odd = [conversation_of([Message("system", "s"), *chat("what?", "an answer")], "a"), conversation_of(chat("so?", "so."), "b")]
+    with pytest.raises(
+        UserError, match="1 turns would be learned in another context than is served, 1 of them: the template"
+    ) as error:
         prepared(tmp_path, odd, template)
     assert "--allow-inexact" in error.value.hint and not (tmp_path / "dataset").exists()
     tally = prepared(tmp_path, odd, template, allow_inexact=True).info["train"]

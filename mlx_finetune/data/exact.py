@@ -87,10 +87,16 @@ def _shared(
     messages = tuple(message if place in shared else read[place] for place, message in enumerate(window.messages))
     kept = Window(messages[: max(shared) + 1], tuple(turns[place] for place in sorted(shared)), window.whole)
     encoded = template.encode(kept.messages, tools)
-    if encoded.served < sum(exact for place, exact in zip(result.turns, result.exact, strict=True) if place in shared):
+    before = zip(result.turns, result.exact, result.as_text, strict=True)
+    if _as_served(encoded) < sum(exact or text for place, exact, text in before if place in shared):
         kept = replace(kept, messages=messages)  # what is the last of all this template writes in another way
         encoded = template.encode(messages, tools)
     return Piece(kept, encoded)
+
+
+def _as_served(encoded: Encoded) -> int:
+    """How many turns stand after what is served, or after what is but for text that names a control token."""
+    return sum(encoded.exact) + sum(encoded.as_text)
 
 
 def _read(messages: Sequence[Message]) -> Iterator[Message]:
