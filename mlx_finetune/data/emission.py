@@ -29,6 +29,11 @@ class Turn:
     end: int
     ending: str
 
+    @property
+    def span(self) -> Span:
+        """All that is learned of it."""
+        return Span(self.start, self.end + len(self.ending))
+
 
 @dataclass(frozen=True)
 class Ends:

@@ -1,8 +1,9 @@
 """Chats as tokens with loss weights: which tokens a turn is, and whether a server would feed the very tokens before it."""
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from mlx_finetune.data.provenance import Refused, Span, locate
 from mlx_finetune.data.redact import PLACEHOLDER
 from mlx_finetune.data.rows import texts_of
 from mlx_finetune.data.segments import Ids, arrays_of, moved
+from mlx_finetune.data.token_roles import tokens_by_role
 
 if TYPE_CHECKING:
     from mlx_finetune.data.template import ChatTemplate
@@ -30,6 +32,7 @@ class Encoded:
         bool, ...
     ]  # of each turn, whether it is so but for the name of a control token kept as text, which a server misreads
     placeholders: int = 0  # tokens of the learned turns that stand for a redacted secret: weight 0
+    by_role: Counter[str] = field(default_factory=Counter)  # tokens by role of the message that they are of; see token_roles
 
     @property
     def served(self) -> int:
@@ -93,7 +96,9 @@ def encode(template: "ChatTemplate", messages: Sequence[Message], tools: Tools =
     if weights[:1].any():
         raise Refused("nothing stands before the first turn")
     exact, as_text = _exact(template, messages, tools, text, tokens, {index: turn.start for index, turn in learned.items()})
-    return Encoded(tokens.ids, weights, tuple(learned), exact, as_text, placeholders)
+    whose = [learned[i].span if i in learned else span for i, span in enumerate(spans)]
+    by_role = tokens_by_role([message.role for message in messages], whose, tokens.starts, tokens.ends)
+    return Encoded(tokens.ids, weights, tuple(learned), exact, as_text, placeholders, by_role)
 
 
 def encode_turn(template: "ChatTemplate", messages: Sequence[Message], tools: Tools = ()) -> Encoded:
@@ -110,7 +115,7 @@ def encode_turn(template: "ChatTemplate", messages: Sequence[Message], tools: To
     before, turn = messages[:-1], messages[-1]
     assert turn.role == "assistant" and turn.weight > 0
     _check_no_control_token(template, messages, tools)
-    prompt, _ = locate(lambda each: template.render(each, True, tools), before, lenient=True)
+    prompt, spans = locate(lambda each: template.render(each, True, tools), before, lenient=True)
     emitted = emission(template, messages, prompt, tools)
     tokens, start = _joined(template, prompt, emitted)
     weights = np.zeros(len(tokens.ids), np.float32)
@@ -122,24 +127,28 @@ def encode_turn(template: "ChatTemplate", messages: Sequence[Message], tools: To
         weights[hidden] = 0
     if not start:
         raise Refused("nothing stands before the first turn")
-    return Encoded(tokens.ids, weights, (len(before),), (True,), (False,), placeholders)
+    whose = [*spans, Span(start, len(prompt + emitted.written + emitted.ending))]
+    by_role = tokens_by_role([message.role for message in messages], whose, tokens.starts, tokens.ends)
+    return Encoded(tokens.ids, weights, (len(before),), (True,), (False,), placeholders, by_role)
 
 
 def _joined(template: "ChatTemplate", prompt: str, emitted: Emission) -> tuple["_Tokens", int]:
     """The tokens that a server feeds, those of the turn and its end, and the character at which the turn starts."""
     text = emitted.written + emitted.ending
-    fed, named = template.prompt_tokens(prompt), template.names_control_token(emitted.core)
+    fed, *places = template.segments.encode(prompt)
+    named = template.names_control_token(emitted.core)
     if not named:
         whole = _tokenize(template, prompt + text, [])
-        if whole.ids[: len(fed)].tolist() == fed and (whole.starts[len(fed) :] >= len(prompt)).all():
+        if np.array_equal(whole.ids[: len(fed)], fed) and (whole.starts[len(fed) :] >= len(prompt)).all():
             return whole, len(prompt)
     if not template.pieces_join:
         raise Refused("a token straddles the edge of a turn")
     core = Span(len(emitted.lead), len(emitted.lead) + len(emitted.core))
     turn = _tokenize(template, text, [core] if named else [])
-    places = np.full(len(fed), -1, np.int64)
-    starts, ends = np.concatenate([places, turn.starts + len(prompt)]), np.concatenate([places, turn.ends + len(prompt)])
-    return _Tokens(np.concatenate([np.array(fed, np.int32), turn.ids]), starts, ends, ()), len(prompt)
+    own, *own_places = moved((turn.ids, turn.starts, turn.ends), len(prompt))
+    before = np.minimum(places[0], len(prompt) - 1), places[1]  # whatever a tokenizer says, none of them is of the turn
+    starts, ends = (np.concatenate(each) for each in zip(before, own_places, strict=True))
+    return _Tokens(np.concatenate([fed, own]), starts, ends, ()), len(prompt)
 
 
 def _learned(

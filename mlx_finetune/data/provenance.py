@@ -42,7 +42,7 @@ class Span:
 def locate(render: Render, messages: Sequence[Message], lenient: bool = False) -> tuple[str, list[Span | None]]:
     """The rendered text and, for each message, where its content stands in it; None for a message of blanks.
 
-    `lenient`: what the template makes of assistant messages is let pass, and None where it is not the message.
+    `lenient`: what the template makes of assistant messages is let pass: where it stands, None where nothing is left of it.
 
     Raises:
         Refused: the template drops, repeats, mixes or rewrites the text of a message.
@@ -64,7 +64,7 @@ def locate(render: Render, messages: Sequence[Message], lenient: bool = False) -
         except Refused:
             if not lenient or message.role != "assistant":
                 raise
-            spans.append(None)
+            spans.append(_rest(render, messages, k, text, np.flatnonzero(owners == k)))
     return text, spans
 
 
@@ -115,6 +115,34 @@ def _span_by_sentinel(render: Render, messages: Sequence[Message], k: int, text:
     if not found or not trimmed or not (text.startswith(head) and text.endswith(tail)):
         raise Refused(f"the template drops or rewrites a message of role {role}")
     return span
+
+
+def _rest(render: Render, messages: Sequence[Message], k: int, text: str, positions: np.ndarray) -> Span | None:
+    """Where that stands which the template keeps of a message (no thinking, say), without blanks around it."""
+    content = messages[k].content
+    if positions.size:
+        start, end = int(positions[0]), int(positions[-1]) + 1
+        marked = np.flatnonzero(_movable(content))
+        for own in (marked[-positions.size :], marked[: positions.size]):  # a template takes something off the start, or the end
+            begin, stop = int(own[0]), int(own[-1]) + 1
+            if content[begin:stop] == text[start:end]:  # then signs around it, which were not moved, are told by being the same
+                start -= _alike(content[:begin][::-1], text[max(start - begin, 0) : start][::-1])
+                end += _alike(content[stop:], text[end : end + len(content) - stop])
+                break
+    else:  # not a letter: where would more of it stand?
+        more = render([*messages[:k], replace(messages[k], content=content + SENTINEL), *messages[k + 1 :]])
+        head, found, tail = more.partition(SENTINEL)
+        if not found or head + tail != text:
+            return None
+        end = len(head)
+        start = end - _alike(content[::-1], head[: -len(content) - 1 : -1])
+    kept = text[start:end]
+    return Span(end - len(kept.lstrip()), start + len(kept.rstrip())) if kept.strip() else None
+
+
+def _alike(one: str, other: str) -> int:
+    """How many characters they have in common before the first that differs."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _move(content: str, k: int) -> str:

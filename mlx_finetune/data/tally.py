@@ -17,6 +17,7 @@ class Tally:
     tokens: int = 0
     learned_tokens: int = 0
     learned_tokens_by_source: Counter[str] = field(default_factory=Counter)
+    tokens_by_role: Counter[tuple[str, str]] = field(default_factory=Counter)  # and by source, which stands first
     placeholder_tokens: int = 0  # in learned turns, where a secret was: read, not learned
     learned_turns: int = 0
     exact_turns: int = 0  # learned turns that stand after exactly the tokens that a server feeds for the same messages
@@ -44,6 +45,7 @@ class Tally:
         self.tokens += len(encoded.tokens)
         self.learned_tokens += learned
         self.learned_tokens_by_source[conversation.source] += learned
+        self.tokens_by_role.update({(conversation.source, role): count for role, count in encoded.by_role.items()})
         self.placeholder_tokens += encoded.placeholders
         self.learned_turns += turns
         self.exact_turns += encoded.served
@@ -60,4 +62,8 @@ class Tally:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+        by_role: dict[str, dict[str, int]] = {}
+        for (source, role), count in self.tokens_by_role.items():
+            by_role.setdefault(source, {})[role] = count
+        plain = {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+        return plain | {"tokens_by_role": by_role}
