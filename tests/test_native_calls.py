@@ -1,5 +1,6 @@
 """Native tool calls: learned whole with their end-of-turn token, served as trained, or refused with the reason."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -279,11 +280,16 @@ def prepared(folder: Path, conversations: Sequence[Conversation], template: Chat
     return Dataset.open(folder / "dataset")
 
 
+def decoded(message: Message) -> Message:
+    calls = (replace(c, arguments=json.dumps(json.loads(c.arguments), ensure_ascii=False)) for c in message.tool_calls)
+    return replace(message, tool_calls=tuple(calls))
+
+
 def test_the_jsonl_beside_holds_calls_results_and_schemas(templates: dict[str, ChatTemplate], tmp_path: Path) -> None:
     conversation = Conversation(tuple(session("Look.")), "gptme", "g", "private", {}, TOOLS)
     dataset = prepared(tmp_path, [conversation], templates["qwen"])
     (row,) = read_conversations(dataset.folder / "train.jsonl")
-    assert row.tools == TOOLS and row.messages == conversation.messages
+    assert row.tools == TOOLS and row.messages == tuple(map(decoded, conversation.messages))
     (example,) = dataset.train
     assert np.array_equal(templates["qwen"].encode(row.messages, row.tools).tokens, example.tokens)
     assert example.turns == (2, 4, 6) and dataset.info["train"]["served_as_trained"] == 3

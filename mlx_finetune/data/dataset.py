@@ -133,7 +133,7 @@ def prepared_before(folder: Path) -> dict[str, Any] | None:
         refuse_existing(folder)
         return None
     info = read_json(folder / "dataset.json")
-    if not isinstance(info, dict) or "version" not in info or "bytes" not in info:
+    if not isinstance(info, dict) or not {"version", "bytes", "examples"} <= info.keys():
         refuse_existing(folder)
     return dict(info)
 
@@ -142,8 +142,9 @@ def changed_inputs(folder: Path, info: Mapping[str, Any], inputs: Mapping[str, A
     """What the data was prepared with that is another now, in words; None where all is the same and the files are whole."""
     if info["version"] != VERSION:
         return "another version of mlx-finetune"
-    arrows, beside = ([folder / f"{split}.{kind}" for split in SPLITS] for kind in ("arrow", "jsonl"))
+    arrows = [folder / f"{split}.arrow" for split in SPLITS]
     sizes = [path.stat().st_size if path.is_file() else None for path in arrows]
+    beside = [folder / f"{split}.jsonl" for split in SPLITS if info["examples"].get(split)]
     if sizes != [info["bytes"].get(split) for split in SPLITS] or not all(path.is_file() for path in beside):
         return "files that are no longer whole"
     asked = json.loads(json.dumps(dict(inputs)))

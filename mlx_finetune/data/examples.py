@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_finetune.data.batches import Example
-from mlx_finetune.data.conversation import Conversation
+from mlx_finetune.data.conversation import Conversation, Message
 from mlx_finetune.data.encoding import Encoded
 from mlx_finetune.data.entries import Entry, read_entry
 from mlx_finetune.data.exact import pieces_of
 from mlx_finetune.data.pool import chunks, spread, workers
 from mlx_finetune.data.provenance import Refused
+from mlx_finetune.data.rows import arguments_of
 from mlx_finetune.data.tally import Tally
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.data.windows import Window, Windows, cut
@@ -125,6 +126,12 @@ def _check_each_turn_once(conversation: Conversation, windows: Windows) -> None:
 
 def _row(window: Window, conversation: Conversation) -> dict[str, Any]:
     """A line that TRL, axolotl and mlx-lm read; `weight` as OpenAI's format has it: 0 is context only."""
-    messages = [replace(m, reason="").to_json() | {"weight": int(m.weight > 0)} for m in window.messages]
+    messages = [_as_rendered(m).to_json() | {"weight": int(m.weight > 0)} for m in window.messages]
     tools = {"tools": list(conversation.tools)} if conversation.tools else {}
     return {"messages": messages, "source": conversation.source, "conversation": conversation.id} | tools
+
+
+def _as_rendered(message: Message) -> Message:
+    """Arguments as templates write them, so that those who hand them on as text render what is trained."""
+    calls = (replace(c, arguments=json.dumps(arguments_of(c), ensure_ascii=False)) for c in message.tool_calls)
+    return replace(message, reason="", tool_calls=tuple(calls))

@@ -95,7 +95,13 @@ TOOL_ROLE = (
     "{%- else -%}{%- set mf.messages = mf.messages + [m] -%}{%- endif -%}{%- endfor -%}"
     "{%- set messages = mf.messages -%}"
 )
-
+# As templates of models that also see pictures take it.
+PARTS = (
+    "{%- set mf = namespace(messages=[]) -%}{%- for m in messages -%}{%- if m.content is string -%}"
+    "{%- set mf.messages = mf.messages + [dict(m, content=[{'type': 'text', 'text': m.content}])] -%}"
+    "{%- else -%}{%- set mf.messages = mf.messages + [m] -%}{%- endif -%}{%- endfor -%}"
+    "{%- set messages = mf.messages -%}"
+)
 
 DATE = re.compile(r"strftime_now\(\s*(['\"])([^'\"]*)\1\s*\)")
 FROZEN = "{%- macro strftime_now(format) -%}"
@@ -144,6 +150,8 @@ POLICIES = (
         MERGE_INTO_RESULTS + SYSTEM_IN_USER,
     ),
     Policy("tool role", "later system messages in the role tool", TOOL_ROLE),
+    Policy("in parts", "each text as a list of one part, as templates of models that see pictures take it", PARTS),
+    Policy("folded in parts", "as folded, and each text as a list of one part", FOLD + PARTS),
 )
 
 

@@ -84,12 +84,17 @@ def prepare(
     found, again = once([entry for path in files for entry in entries(path)])
     members = split(found, config)
     members = replace(members, left_out=members.left_out + Counter({AGAIN: again}))
-    with atomic_folder(out, replace_old=earlier is not None) as folder, ExitStack() as opened:
-        work = _Work(template, config, members, advance)
-        opened.callback(work.made.close)
-        beside = {name: opened.enter_context(atomic_file(folder / f"{name}.jsonl")) for name in SPLITS}
-        examples = {name: work.examples(name, beside[name]) for name in SPLITS}
-        return write_dataset(folder, examples, lambda: inputs | work.result())
+    with atomic_folder(out, replace_old=earlier is not None) as folder:
+        with ExitStack() as opened:
+            work = _Work(template, config, members, advance)
+            opened.callback(work.made.close)
+            beside = {name: opened.enter_context(atomic_file(folder / f"{name}.jsonl")) for name in SPLITS}
+            examples = {name: work.examples(name, beside[name]) for name in SPLITS}
+            made = write_dataset(folder, examples, lambda: inputs | work.result())
+        for name in SPLITS:
+            if not made["examples"][name]:
+                (folder / f"{name}.jsonl").unlink()  # mlx-lm takes an empty file for a broken one
+        return made
 
 
 class _Work:

@@ -158,6 +158,7 @@ def _as_served(conversation: Conversation, settings: Settings) -> Conversation:
     if settings.tool_calls == "native" and tool_format == "tool":
         messages = to_native(messages)
         meta["not_reproduced"] = [what for what in meta.get("not_reproduced", ()) if what != "call_id"]
+        meta["not_reproduced"] += [] if conversation.tools else ["schemas of the tools"]
     else:
         messages = tuple(replace(m, tool_call_id="") if m.tool_call_id else m for m in messages)
     return replace(conversation, messages=messages, meta={key: value for key, value in meta.items() if value not in ([], "")})
