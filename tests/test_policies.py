@@ -147,7 +147,16 @@ def _tokenizer() -> Any:
 def shown(policy: Policy, messages: Sequence[Message]) -> list[dict[str, Any]]:
     """What a template behind the policy is handed."""
     jinja = policy.before(SHOWN, trim=True, join=True)
-    return list(json.loads(str(_tokenizer().apply_chat_template(rows_of(messages), chat_template=jinja, tokenize=False))))
+    rows = json.loads(str(_tokenizer().apply_chat_template(rows_of(messages), chat_template=jinja, tokenize=False)))
+    return [row | {"content": _text(row["content"])} for row in rows]
+
+
+def _text(content: str | list[dict[str, str]]) -> str:
+    if isinstance(content, str):
+        return content
+    (part,) = content
+    assert part["type"] == "text" and len(part) == 2
+    return part["text"]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
