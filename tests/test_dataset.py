@@ -411,6 +411,29 @@ def test_several_processes_make_the_same_folder_as_one(
     assert alone.info["left_out"]
 
 
+def test_helpers_that_cannot_start_are_said_and_not_waited_for(tmp_path: Path) -> None:
+    """A program without the usual guard starts itself again in each helper, which ends at once."""
+    write_conversations(tmp_path / "all.jsonl", [conversation_of(chat("a", "b"))])
+    template_of(tmp_path / "model", CHATML)
+    program = f"""
+from pathlib import Path
+import mlx_finetune.data.examples
+mlx_finetune.data.examples.MUCH = 0
+mlx_finetune.data.examples.workers = lambda: 2
+from mlx_finetune.config import make_config
+from mlx_finetune.data.prepare import prepare
+from mlx_finetune.data.template import ChatTemplate
+folder = Path({str(tmp_path)!r})
+template = ChatTemplate.load(folder / "model")
+template.filling = "x" * 10_000_000
+prepare([folder / "all.jsonl"], template, make_config({{}}, "test"), folder / "out", {{}})
+"""
+    (tmp_path / "unguarded.py").write_text(program, encoding="utf-8")
+    ended = subprocess.run([sys.executable, tmp_path / "unguarded.py"], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1 and "a helper process was ended from outside" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_done_where_nothing_has_changed_and_nothing_stale_is_used(tiny: ChatTemplate, tmp_path: Path) -> None:
     def again(template: ChatTemplate = tiny, update: bool = False, model: str = "tiny", **settings: Any) -> dict[str, Any]:
         paths = [tmp_path / "all.jsonl"]

@@ -1,6 +1,8 @@
 """A conversation becomes examples: windows, their tokens, a line of messages beside each; many in several processes."""
 
 import json
+import pickle
+import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
@@ -43,9 +45,12 @@ def make_all(asked: Iterable[Asked], template: ChatTemplate, max_length: int, al
         yield from ((one, make_examples(read_entry(one[1]), template, max_length)) for one in asked)
         return
     parts = chunks(asked, lambda one: one[1].length, CHUNK)
-    with closing(spread(_make_chunk, parts, "prepare", _remember, (template, max_length))) as made:
-        for chunk in made:
-            yield from chunk
+    with tempfile.NamedTemporaryFile() as file:  # much would fill the pipe to a helper that never starts
+        pickle.dump(template, file)
+        file.flush()
+        with closing(spread(_make_chunk, parts, "prepare", _remember, (file.name, max_length))) as made:
+            for chunk in made:
+                yield from chunk
 
 
 def is_little(entries: Iterable[Entry]) -> bool:
@@ -56,8 +61,9 @@ def is_little(entries: Iterable[Entry]) -> bool:
 _remembered: list[tuple[ChatTemplate, int]] = []  # of a helper process: what it was started with
 
 
-def _remember(template: ChatTemplate, max_length: int) -> None:
-    _remembered.append((template, max_length))
+def _remember(path: str, max_length: int) -> None:
+    with open(path, "rb") as file:  # noqa: PTH123
+        _remembered.append((pickle.load(file), max_length))
 
 
 def _make_chunk(asked: Sequence[Asked]) -> list[tuple[Asked, Made]]:

@@ -32,7 +32,7 @@ def spread(
 ) -> Generator[Made]:
     """`function` of each one that is given, made in helper processes and few at a time ahead; `again` names the verb.
 
-    Each helper calls `prepare` with `arguments` once, before everything else.
+    Each helper calls `prepare` with `arguments` once, before everything else; they go through a pipe that holds little.
 
     Raises:
         UserError: as `function` does; or a helper was ended from outside.
