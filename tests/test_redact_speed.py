@@ -86,8 +86,8 @@ def seconds(text: str, rules: Rules) -> float:
 def test_a_hard_text_takes_time_in_proportion_to_its_size(name: str) -> None:
     rules = Rules(emails=True, homes=("/home/kim",), user="kim")
     small, large = (HARD[name] * (size // len(HARD[name])) for size in (MEGABYTE // 16, MEGABYTE // 4))
-    spent = seconds(small, rules)
-    assert seconds(large, rules) < 4 * 2 * spent + 0.2  # quadratic would be 16 times
+    spent = min(seconds(small, rules) for _ in range(3))  # the least: other programs only ever add
+    assert min(seconds(large, rules) for _ in range(3)) < 4 * 2 * spent + 0.2  # quadratic would be 16 times
     assert spent < 2
 
 
