@@ -9,7 +9,6 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -48,32 +47,30 @@ class Words:
         self.fast = self.fast and all(map(self._agrees, _trials()))  # which needs it
 
     def _forget(self) -> None:
-        self._known: dict[str, int] = {}
+        self._known = _Places()
         self._characters = 0
         self._tokens = [_Column(np.int32), _Column(np.int64), _Column(np.int64)]  # ids, starts and ends in their word
         self._first, self._count, self._length = _Column(np.int64), _Column(np.int64), _Column(np.int64)  # of each word
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """Of each text."""
-        cut, slow = self._all_words(texts)
+        known, slow = self._look_up(texts)
         others = map(arrays_of, self._tokenizer.encode_batch(slow, add_special_tokens=False) if slow else ())
-        return [next(others) if words is None else self._ids(words) for words in cut]
+        return [next(others) if places is None else self._ids(places) for places in known]
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text has."""
-        cut, slow = self._all_words(texts)
+        known, slow = self._look_up(texts)
         others = iter(self._tokenizer.encode_batch_fast(slow, add_special_tokens=False) if slow else ())
-        return [len(next(others).ids) if words is None else int(self._count[self._places(words)].sum()) for words in cut]
+        return [len(next(others).ids) if places is None else int(self._count[places].sum()) for places in known]
 
-    def _all_words(self, texts: Sequence[str]) -> tuple[list[list[str] | None], list[str]]:
-        """The words of each text, all known from now on, and the texts that the tokenizer has to cut itself."""
+    def _look_up(self, texts: Sequence[str]) -> tuple[list[np.ndarray | None], list[str]]:
+        """The places of the words of each text, and the texts that the tokenizer has to cut itself."""
         cut = [self._words(text) for text in texts]
-        used = list(dict.fromkeys(chain.from_iterable(words for words in cut if words)))
         if len(self._known) > MOST_KEPT or self._characters > 16 * MOST_KEPT:
             self._forget()
-        if new := [word for word in used if word not in self._known]:
-            self._learn(new)
-        return cut, [text for text, words in zip(texts, cut, strict=True) if words is None]
+        known = [None if words is None else self._places(words) for words in cut]
+        return known, [text for text, words in zip(texts, cut, strict=True) if words is None]
 
     def _words(self, text: str) -> list[str] | None:
         """Those of one text, which join to it; None where the tokenizer has to cut it itself."""
@@ -117,16 +114,28 @@ class Words:
         self._characters += sum(map(len, words))
 
     def _places(self, words: Sequence[str]) -> np.ndarray:
-        return np.fromiter(map(self._known.__getitem__, words), np.int64, len(words))
+        """int64 [words]; those not met before are learned."""
+        places = np.fromiter(map(self._known.__getitem__, words), np.int64, len(words))
+        new = np.flatnonzero(places < 0).tolist()
+        if new:
+            self._learn(list(dict.fromkeys(words[i] for i in new)))
+            places[new] = [self._known[words[i]] for i in new]
+        return places
 
-    def _ids(self, words: Sequence[str]) -> Ids:
-        places = self._places(words)
+    def _ids(self, places: np.ndarray) -> Ids:
         counts, lengths = self._count[places], self._length[places]
         before = np.cumsum(counts) - counts
         tokens = np.repeat(self._first[places] - before, counts) + np.arange(counts.sum())
         starts = np.repeat(np.cumsum(lengths) - lengths, counts)
         ids, first, end = (column[tokens] for column in self._tokens)
         return ids, first + starts, end + starts
+
+
+class _Places(dict[str, int]):
+    """Where a known word stands; -1 for others."""
+
+    def __missing__(self, word: str) -> int:
+        return -1
 
 
 class _Column:
