@@ -23,7 +23,7 @@ from mlx_finetune.data.windows import Window, Windows, cut
 
 MUCH = 16 * 2**20  # bytes of conversations from which starting processes pays
 CHUNK = 2**20  # bytes of conversations that one process takes at a time
-LIKELY = 4  # characters a token, up to which a conversation is likely to fit into a window
+LIKELY = 3  # characters a token, up to which a conversation is likely to fit into a window
 Asked = tuple[str, Entry]  # the split that it is for
 
 
