@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_finetune.data.shown import Folded, Run, ShownExample, folded, visible
 from mlx_finetune.data.token_roles import TEMPLATE
+from mlx_finetune.prepared import COUNTS, SHARES
 from mlx_finetune.terminal import table
 
 if TYPE_CHECKING:
@@ -24,14 +25,14 @@ LONGEST_HEADER = ("example", "source", "conversation", "tokens", "learned")
 TURN_HEADER = ("example", "source", "conversation", "message", "tokens")
 LEGEND = f"learned: ⟦…⟧ (⟦N{TIMES} …⟧: with another weight than 1); only read: the rest; control tokens: ⟨…⟩"
 TURNS = {
-    "learned_turns": "learned turns",
-    "exact_turns": "of them after exactly the tokens that are served",
-    "turns_of_own_context": "examples that are one turn in a context of its own",
-    "served_as_trained": "turns with all that came before them",
-    "turns_behind_control_text": "turns after the name of a control token, kept as text",
-    "placeholder_tokens": "tokens in place of secrets, read and not learned",
+    "learned_turns": COUNTS["learned_turns"],
+    "exact_turns": SHARES["exact_turns"][1],
+    "turns_of_own_context": COUNTS["turns_of_own_context"],
+    "served_as_trained": SHARES["served_as_trained"][1],
+    "turns_behind_control_text": COUNTS["turns_behind_control_text"],
+    "placeholder_tokens": COUNTS["placeholder_tokens"],
     "weighed_tokens": "tokens learned with another weight than 1",
-    "turns_too_long": "turns too long for a window, not learned",
+    "turns_too_long": COUNTS["turns_too_long"],
 }
 
 

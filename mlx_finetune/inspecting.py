@@ -13,7 +13,6 @@ import numpy as np
 from mlx_finetune.data.conversation import ROLES
 from mlx_finetune.data.dataset import SPLITS, Dataset
 from mlx_finetune.data.overview import Overview, overview
-from mlx_finetune.data.own_contexts import exact_turns, own_contexts
 from mlx_finetune.data.shown import ShownExample, runs_of
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.data.token_roles import TEMPLATE
@@ -132,22 +131,14 @@ def _read(
 ) -> list[ShownExample]:
     """The very arrays that are fed to the engine, decoded."""
     store = {"train": dataset.train, "valid": dataset.valid, "test": dataset.test}[options.split]
-    tally, where = dataset.info[options.split], f"{options.split} in {dataset.folder}"
+    where = f"{options.split} in {dataset.folder}"
     say(one_line(f"{len(chosen):,} of {len(examples):,} examples of {where}, as {dataset.info['model']} reads them"))
-    own: Mapping[int, bool] = dict.fromkeys(chosen, False)
-    beside = dataset.folder / f"{options.split}.jsonl"
-    if tally["turns_of_own_context"]:
-        own = own_contexts(beside, examples, chosen, template)
-    found = {i: store[i] for i in chosen}
-    exact: Mapping[int, int] = {i: len(found[i].turns) for i in chosen}
-    if tally["exact_turns"] < tally["learned_turns"]:
-        exact = exact_turns(beside, found, own, template)
     with progress("decode") if options.html else nullcontext(lambda done, total: None) as advance:
         shown = []
-        for i, example in found.items():
-            runs = tuple(runs_of(example, template))
-            shown.append(ShownExample(i, example, examples.part(i), own.get(i), exact.get(i), runs))
-            advance(len(shown), len(found))
+        for i in chosen:
+            example = store[i]
+            shown.append(ShownExample(i, example, examples.part(i), tuple(runs_of(example, template))))
+            advance(len(shown), len(chosen))
         return shown
 
 

@@ -44,7 +44,9 @@ def random_examples(seed: int, count: int, length: int = 40) -> list[Example]:
         tokens = random.integers(0, 50_000, random.integers(2, length)).astype(np.int32)
         weights = random.choice((0.0, 1.0, 0.1), len(tokens)).astype(np.float32)
         weights[0], weights[-1] = 0, 1
-        examples.append(Example(tokens, weights, str(random.choice(("gptme", "openassistant"))), f"c{i}", (1, 2 * i)))
+        examples.append(
+            Example(tokens, weights, str(random.choice(("gptme", "openassistant"))), f"c{i}", (1, 2 * i), i % 3, i % 2 == 0)
+        )
     return examples
 
 
@@ -65,6 +67,7 @@ def assert_equal(one: Example, other: Example) -> None:
     assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.weights, other.weights)
     assert (one.tokens.dtype, one.weights.dtype) == (np.int32, np.float32)
     assert (one.source, one.conversation, one.turns) == (other.source, other.conversation, other.turns)
+    assert (one.exact_turns, one.own_context) == (other.exact_turns, other.own_context)
 
 
 def check_tally(dataset: Dataset, conversations: Sequence[Conversation]) -> None:
@@ -338,7 +341,7 @@ def other_version(folder: Path) -> None:
 
 
 def no_sizes(folder: Path) -> None:
-    (folder / "dataset.json").write_text('{"version": 3, "id": "a"}', encoding="utf-8")
+    (folder / "dataset.json").write_text('{"version": 4, "id": "a"}', encoding="utf-8")
 
 
 def garbled(folder: Path) -> None:
@@ -352,9 +355,9 @@ def garbled(folder: Path) -> None:
         (cut_off, "train.arrow: missing or not whole"),
         (lambda folder: (folder / "valid.arrow").unlink(), "valid.arrow: missing or not whole"),
         (garbled, "train.arrow: not an Arrow file"),
-        (other_version, "version 1, not 3"),
+        (other_version, "version 1, not 4"),
         (no_sizes, "not whole"),
-        (lambda folder: (folder / "dataset.json").write_text("[]"), "version None, not 3"),
+        (lambda folder: (folder / "dataset.json").write_text("[]"), "version None, not 4"),
         (lambda folder: (folder / "dataset.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "dataset.json").unlink(), "not a prepared data set"),
     ],

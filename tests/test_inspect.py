@@ -20,7 +20,6 @@ from mlx_finetune.config import make_config
 from mlx_finetune.data.conversation import Conversation, Message, write_conversations
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.data.overview import overview
-from mlx_finetune.data.own_contexts import exact_turns, own_contexts
 from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.shown import KEPT, Folded, Run, folded, runs_of, visible
 from mlx_finetune.data.template import ChatTemplate
@@ -134,14 +133,12 @@ def test_a_turn_in_a_context_of_its_own_is_told_from_one_rendering(tmp_path: Pat
     ]
     dataset = prepared(tmp_path, conversations, template, max_length=400, valid_fraction=0.0)
     examples = overview(dataset.folder / "train.arrow", template.special_ids)
-    own = own_contexts(dataset.folder / "train.jsonl", examples, range(len(examples)), template)
+    own = [example for example in dataset.train if example.own_context]
     tally = dataset.info["train"]
-    assert len(own) == len(examples) and sum(own.values()) == tally["turns_of_own_context"] > 5
-    tokens = sum(int(examples.tokens[i]) for i, alone in own.items() if alone)
-    assert tokens == tally["tokens_of_own_contexts"]
+    assert len(own) == tally["turns_of_own_context"] > 5 and len(examples) > len(own)
+    assert all(len(example.turns) == example.exact_turns == 1 for example in own)
+    assert sum(len(example.tokens) for example in own) == tally["tokens_of_own_contexts"]
     assert examples.learned.sum() == tally["learned_tokens"] and examples.tokens.sum() == tally["tokens"]
-    (dataset.folder / "train.jsonl").unlink()
-    assert not any(own_contexts(dataset.folder / "train.jsonl", examples, range(len(examples)), template).values())
 
 
 def test_without_colour_learned_text_stands_between_marks_and_nothing_moves_the_cursor(
@@ -272,7 +269,6 @@ def test_tokens_by_role_are_those_that_prepare_counted_or_it_is_said_that_there_
 def test_which_turns_are_exactly_as_served_is_told_of_each_example(
     tiny_llama: Path, tmp_path: Path, cli: Callable[..., Answer]
 ) -> None:
-    template = ChatTemplate.load(tiny_llama)
     named = [*chat("what is <|im_start|>?", "a mark"), *chat("and", "more")]
     conversations = [conversation_of(chat("a", "b"), "1"), conversation_of([*chat("hi", "ho"), *named], "2")]
     write_conversations(tmp_path / "all.jsonl", conversations)
@@ -285,11 +281,7 @@ def test_which_turns_are_exactly_as_served_is_told_of_each_example(
     assert (found[1]["exact_turns"], found[3]["exact_turns"]) == (1, 1)
     out = cli("inspect", tmp_path / "dataset")[1]
     assert "1 of 3 turns exactly as served" in out and out.count("exactly as served") == 2
-    examples = {i: e for i, e in enumerate(dataset.train)}
-    beside = dataset.folder / "train.jsonl"
-    assert sum(exact_turns(beside, examples, dict.fromkeys(examples, False), template).values()) == tally["exact_turns"]
-    beside.unlink()
-    assert "whether exactly as served cannot be told" in cli("inspect", tmp_path / "dataset")[1]
+    assert sum(example.exact_turns for example in dataset.train) == tally["exact_turns"]
 
 
 def test_the_windows_of_a_conversation_are_numbered(made: Path, cli: Callable[..., Answer]) -> None:

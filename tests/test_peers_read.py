@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,20 +21,13 @@ from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.export.fuse import write_template
 
-
-def plain_call(message: Message) -> Message:
-    calls = (replace(call, arguments=call.arguments.replace("\\u00e9", "e")) for call in message.tool_calls)
-    return replace(message, tool_calls=tuple(calls))
-
-
 GPTME_LIKE = [
     *(Message("system", text) for text in ("You are gptme.", "# System Prompt Cache Boundary\n", "It is Tuesday.\n\n")),
     *chat("list the files", "I look.\n```shell\nls\n```\n\n"),
     *(Message("system", "Ran command: `ls`\n\n`é.txt`\n"), Message("assistant", "One file: é.txt"), *chat("thanks", "Any time.")),
 ]
 PLAIN = [conversation_of(GPTME_LIKE, "a"), conversation_of(chat("1 < 2?", 'Yes, "1 < 2".'), "b")]
-BEYOND = Conversation(tuple(session("Let me look.\n")), "gptme", "c", "private", {}, TOOLS)  # a file's name is not ASCII
-NATIVE = [replace(BEYOND, messages=tuple(plain_call(m) for m in BEYOND.messages))]
+NATIVE = [Conversation(tuple(session("Let me look.\n")), "gptme", "c", "private", {}, TOOLS)]  # a file's name is not ASCII
 OWN = {"chatml": CHATML, "llama3": LLAMA3, "raises": RAISES, "gemma": GEMMA, "gemma 2": GEMMA2}
 TRL = ("qwen2_5", "qwen3_instruct_2507", "gemma3", "llama3_2")
 
@@ -108,11 +100,6 @@ def test_trl_and_mlx_lm_render_calls_and_schemas_to_the_tokens_that_are_trained(
     assert len(prepared.trained) == len(conversations)
     assert by_trl(prepared, tmp_path / "cache") == prepared.trained
     assert [tokens for tokens, _ in by_mlx_lm(prepared, tmp_path / "data")] == prepared.trained
-
-
-def test_arguments_beyond_ascii_are_rendered_to_the_tokens_that_are_trained(tmp_path: Path) -> None:
-    prepared = Prepared(tmp_path, "qwen3_instruct_2507", [BEYOND])
-    assert by_trl(prepared, tmp_path / "cache") == prepared.trained
 
 
 def test_what_mlx_lm_masks_before_the_last_turn_is_what_is_read_here(tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def test_windows_follow_each_other_with_a_quarter_of_what_was_read_before() -> N
 
 
 def test_no_window_begins_with_an_answer_whose_question_is_not_there() -> None:
-    messages = [Message("system", "rule"), *chat(*["why " * 3, "so " * 14] * 20)]
+    asked = [text for i in range(20) for text in (f"why{i} " * 3, f"so{i} " * 14)]
+    messages = [Message("system", "rule"), *chat(*asked)]
     for size in range(64, 200, 8):
         windows = cut(conversation_of(messages), words, size)
         check(conversation_of(messages), windows, size)
@@ -261,3 +262,13 @@ def test_the_first_window_of_a_long_conversation_is_whole_and_later_ones_are_not
     assert len(windows) > 2
     assert [window.whole for window in windows] == [True] + [False] * (len(windows) - 1)
     assert [m.content for m in windows[0].messages] == [m.content for m in messages[: len(windows[0].messages)]]
+
+
+def test_an_output_that_only_the_first_window_holds_whole_does_not_count_as_shortened() -> None:
+    begun = [Message("system", "rule"), *chat("a", "b"), Message("system", "output " * 60), Message("assistant", "c")]
+    later = [text for i in range(30) for text in (f"ask{i} " * 10, f"answer{i} " * 10)]
+    conversation = conversation_of([*begun, *chat(*later)])
+    windows = cut(conversation, words, 256)
+    check(conversation, windows, 256)
+    assert windows.windows[0].messages[3].content == "output " * 60 and len(windows.windows) > 2
+    assert windows.shortened == 0

@@ -20,6 +20,8 @@ class Example:
     source: str
     conversation: str  # id
     turns: tuple[int, ...]  # places of the learned messages in the conversation
+    exact_turns: int = 0  # how many of them stand after exactly the tokens that a server feeds
+    own_context: bool = False  # whether its only turn has this context for itself
 
     def __post_init__(self) -> None:
         assert self.tokens.ndim == 1 and self.tokens.shape == self.weights.shape

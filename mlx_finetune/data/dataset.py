@@ -14,7 +14,7 @@ from mlx_finetune.data.batches import Batch, Example, examples_at, steps_per_epo
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json, refuse_existing, write_json
 
-VERSION = 3  # 3: role policies, contexts of their own; 2: a test split, validation by time, a share of OpenAssistant
+VERSION = 4  # 4: of each example, how much is as served; 3: role policies; 2: a test split, a share of OpenAssistant
 SPLITS = ("train", "valid", "test")
 EXAMPLES_IN_MEMORY = 100  # before they are written: windows may be long
 # What the inputs are called where they are another than before.
@@ -49,7 +49,8 @@ class ExampleStore:
         row = self._rows[index]
         turns = tuple(int(turn) for turn in row["turns"])
         tokens, weights = np.asarray(row["tokens"], np.int32), np.asarray(row["weights"], np.float32)
-        return Example(tokens, weights, str(row["source"]), str(row["conversation"]), turns)
+        names = str(row["source"]), str(row["conversation"])
+        return Example(tokens, weights, *names, turns, int(row["exact_turns"]), bool(row["own_context"]))
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -172,6 +173,7 @@ def _write_examples(path: Path, examples: Iterable[Example], digest: Any) -> int
     from datasets.arrow_writer import ArrowWriter
 
     columns = {"length": Value("int32"), "learned": Value("float64"), "source": Value("string"), "conversation": Value("string")}
+    columns |= {"exact_turns": Value("int32"), "own_context": Value("bool")}
     lists = {"turns": List(Value("int32")), "tokens": List(Value("int32")), "weights": List(Value("float32"))}
     count = 0  # stays 0 where there are none
     with ArrowWriter(features=Features(columns | lists), path=str(path), writer_batch_size=EXAMPLES_IN_MEMORY) as writer:
@@ -180,6 +182,7 @@ def _write_examples(path: Path, examples: Iterable[Example], digest: Any) -> int
             digest.update(path.name.encode() + e.tokens.tobytes() + e.weights.tobytes())
             learned = float(e.weights.sum(dtype=np.float64))
             row = {"length": len(e.tokens), "learned": learned, "source": e.source, "conversation": e.conversation}
+            row |= {"exact_turns": e.exact_turns, "own_context": e.own_context}
             writer.write(row | {"turns": list(e.turns), "tokens": e.tokens, "weights": e.weights})
         writer.finalize()
     return count

@@ -28,9 +28,7 @@ class Encoded:
     weights: np.ndarray  # float32 [T]
     turns: tuple[int, ...]  # indices of the messages that are learned
     exact: tuple[bool, ...]  # of each turn, whether exactly the tokens stand before it that a server would feed
-    as_text: tuple[
-        bool, ...
-    ]  # of each turn, whether it is so but for the name of a control token kept as text, which a server misreads
+    as_text: tuple[bool, ...]  # whether it is so but for the name of a control token kept as text, which a server misreads
     placeholders: int = 0  # tokens of the learned turns that stand for a redacted secret: weight 0
     by_role: Counter[str] = field(default_factory=Counter)  # tokens by role of the message that they are of; see token_roles
 
@@ -86,10 +84,7 @@ def encode(template: "ChatTemplate", messages: Sequence[Message], tools: Tools =
     placeholders = 0
     for index, turn in learned.items():
         weights[tokens.between(turn.start, turn.end)] = messages[index].weight
-        for placeholder in PLACEHOLDER.finditer(text, turn.start, turn.end):
-            hidden = tokens.touching(*placeholder.span())
-            placeholders += int((weights[hidden] > 0).sum())
-            weights[hidden] = 0
+        placeholders += _hide_secrets(tokens, weights, text, turn.start, turn.end)
     endings = sorted({turn.ending for turn in learned.values()})
     if len(endings) > 1 and not template.ends.stops:
         raise Refused(f"the template ends assistant turns in different ways: {' '.join(endings)}")
@@ -120,16 +115,23 @@ def encode_turn(template: "ChatTemplate", messages: Sequence[Message], tools: To
     tokens, start = _joined(template, prompt, emitted)
     weights = np.zeros(len(tokens.ids), np.float32)
     weights[tokens.starts >= start] = turn.weight
-    placeholders = 0
-    for placeholder in PLACEHOLDER.finditer(prompt + emitted.written, start):
-        hidden = tokens.touching(*placeholder.span())
-        placeholders += int((weights[hidden] > 0).sum())
-        weights[hidden] = 0
+    written = prompt + emitted.written
+    placeholders = _hide_secrets(tokens, weights, written, start, len(written))
     if not start:
         raise Refused("nothing stands before the first turn")
     whose = [*spans, Span(start, len(prompt + emitted.written + emitted.ending))]
     by_role = tokens_by_role([message.role for message in messages], whose, tokens.starts, tokens.ends)
     return Encoded(tokens.ids, weights, (len(before),), (True,), (False,), placeholders, by_role)
+
+
+def _hide_secrets(tokens: "_Tokens", weights: np.ndarray, text: str, start: int, end: int) -> int:
+    """Sets the weights of what stands for a secret in a turn to 0; how many tokens that are."""
+    count = 0
+    for placeholder in PLACEHOLDER.finditer(text, start, end):
+        hidden = tokens.touching(*placeholder.span())
+        count += int((weights[hidden] > 0).sum())
+        weights[hidden] = 0
+    return count
 
 
 def _joined(template: "ChatTemplate", prompt: str, emitted: Emission) -> tuple["_Tokens", int]:

@@ -91,7 +91,8 @@ def make_examples(conversation: Conversation, template: ChatTemplate, max_length
         for piece in pieces.pieces:
             tally.count(piece, conversation)
             turns, encoded = piece.window.turns, piece.encoded
-            examples.append(Example(encoded.tokens, encoded.weights, conversation.source, conversation.id, turns))
+            arrays, names = (encoded.tokens, encoded.weights), (conversation.source, conversation.id)
+            examples.append(Example(*arrays, *names, turns, encoded.served, piece.own))
             lines.append(json.dumps(_row(piece.window, conversation), ensure_ascii=False))
     tally.turn_tokens += windows.turn_tokens
     tally.turn_tokens_by_truncation += windows.truncated_tokens

@@ -30,17 +30,12 @@ class Overview:
 
     def part(self, index: int) -> tuple[int, int]:
         """Which of the examples of its conversation this one is, from 1, and how many there are."""
-        same = self.neighbours(index)
-        return index - same.start + 1, len(same)
-
-    def neighbours(self, index: int) -> range:
-        """The examples around this one that come from the same conversation."""
         start, end = index, index + 1
         while start > 0 and self.conversations[start - 1] == self.conversations[index]:
             start -= 1
         while end < len(self) and self.conversations[end] == self.conversations[index]:
             end += 1
-        return range(start, end)
+        return index - start + 1, end - start
 
 
 def overview(path: Path, control: Collection[int]) -> Overview:

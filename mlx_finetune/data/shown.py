@@ -50,13 +50,11 @@ class Folded:
 
 @dataclass(frozen=True)
 class ShownExample:
-    """One example decoded; None is what cannot be told."""
+    """One example decoded."""
 
     number: int  # its place in the split, from 0
     example: Example
     part: tuple[int, int]  # which of the examples of its conversation, from 1, and of how many
-    own_context: bool | None  # whether its turn has one of its own
-    exact_turns: int | None  # how many of its turns stand after exactly the tokens that a server feeds
     runs: tuple[Run, ...]
 
     @property
@@ -75,18 +73,15 @@ class ShownExample:
             f"{len(turns)} turn{'s'[one:]} (message{'s'[one:]} {', '.join(map(str, turns))})",
             f"{tokens:,} tokens",
             f"{self.learned:,} learned ({100 * self.learned / tokens:.1f} %)",
-            *(["in a context of its own"] if self.own_context else []),
+            *(["in a context of its own"] if self.example.own_context else []),
             self.exactness,
         ]
 
     @property
     def exactness(self) -> str:
         """In words, whether its turns are trained after the very tokens with which a server asks for them."""
-        if self.exact_turns is None:
-            return "whether exactly as served cannot be told"
-        if self.exact_turns == len(self.example.turns):
-            return "exactly as served"
-        return f"{self.exact_turns} of {len(self.example.turns)} turns exactly as served"
+        exact, turns = self.example.exact_turns, len(self.example.turns)
+        return "exactly as served" if exact == turns else f"{exact} of {turns} turns exactly as served"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; each run with its text and how many tokens it is."""
@@ -97,10 +92,10 @@ class ShownExample:
             "conversation": e.conversation,
             "part": list(self.part),
             "turns": list(e.turns),
-            "exact_turns": self.exact_turns,
+            "exact_turns": e.exact_turns,
             "tokens": len(e.tokens),
             "learned_tokens": self.learned,
-            "own_context": self.own_context,
+            "own_context": e.own_context,
             "runs": [{"text": r.text, "tokens": len(r.pieces), "weight": r.weight, "special": r.special} for r in runs],
         }
 

@@ -63,12 +63,12 @@ def cut(conversation: Conversation, count: Count, max_length: int, tools: int = 
     room = max_length - taken
     left = [i for i in rest if sizes[i] <= room * (1 - LONG_MESSAGE)]
     cut_prompt = system != tuple(body[:lead])
-    shortened = lead if left and cut_prompt else 0
-    if left:
-        read = sorted(set(range(lead, len(body))) - set(left))
-        shortened += _shorten_read(body, sizes, read, count, int(max_length * LONG_OUTPUT), int(room * LONG_MESSAGE))
+    read = sorted(set(range(lead, len(body))) - set(left)) if left else []
+    short = _shorten_read(body, sizes, read, count, int(max_length * LONG_OUTPUT), int(room * LONG_MESSAGE))
     later, left_out = _windows(system, body, sizes, lead, first[-1] + 1 if first else lead, left, room)
-    windows += [replace(window, whole=_is_start_of(messages, window)) for window in later]
+    windows += later
+    seen = {message.content for window in later for message in window.messages}
+    shortened = sum(body[i].content in seen for i in short) + (lead if later and cut_prompt else 0)
     short_prompts, too_long = len(later) if cut_prompt else 0, tuple(sorted(set(rest) - set(left)))
     return replace(
         counted, windows=tuple(windows), too_long=too_long, shortened=shortened, left_out=left_out, short_prompts=short_prompts
@@ -87,21 +87,17 @@ def _fitting(sizes: Sequence[int], turns: Sequence[int], max_length: int) -> lis
     return [i for i in turns if ends[i] <= max_length]
 
 
-def _shorten_read(body: list[Message], sizes: list[int], read: Sequence[int], count: Count, output: int, message: int) -> int:
-    """Shortens those that are only read: a tool's output to `output` tokens, others to `message`. How many there were."""
-    shortened = 0
+def _shorten_read(body: list[Message], sizes: list[int], read: Sequence[int], count: Count, output: int, message: int) -> list[int]:
+    """Shortens those that are only read: a tool's output to `output` tokens, others to `message`. Which these were."""
+    shortened = []
     for i in read:
         limit = output if body[i].role in ("system", "tool") else message
         if sizes[i] > limit and not body[i].tool_calls:
             short = shorten(body[i], count, limit)
             if (size := count(short)) < sizes[i]:
                 body[i], sizes[i] = short, size
-                shortened += 1
+                shortened.append(i)
     return shortened
-
-
-def _is_start_of(messages: Sequence[Message], window: Window) -> bool:
-    return all(ours.content == theirs.content for ours, theirs in zip(window.messages, messages, strict=False))
 
 
 def _windows(
