@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tiny_models import CHATML
 
 import mlx_finetune
 from mlx_finetune.data.conversation import Conversation, Message
+from mlx_finetune.data.examples import make_examples
 from mlx_finetune.data.provenance import Refused
 from mlx_finetune.data.sources import gather, gptme
 from mlx_finetune.data.template import ChatTemplate
@@ -272,3 +274,24 @@ def test_an_output_that_only_the_first_window_holds_whole_does_not_count_as_shor
     check(conversation, windows, 256)
     assert windows.windows[0].messages[3].content == "output " * 60 and len(windows.windows) > 2
     assert windows.shortened == 0
+
+
+def test_what_a_conversation_becomes_does_not_depend_on_the_one_before_it(tiny: ChatTemplate) -> None:
+    random = np.random.default_rng(3)
+    some = [conversation_of([*random_chat(random), *random_chat(random), Message("assistant", "End.")]) for _ in range(40)]
+    alone = [make_examples(one, copy(tiny), 96) for one in some]
+    for order in (some, some[::-1]):
+        template = copy(tiny)
+        together = {id(one): make_examples(one, template, 96) for one in order}
+        for one, made in zip(some, alone, strict=True):
+            assert together[id(one)].lines == made.lines
+            for before, after in zip(made.examples, together[id(one)].examples, strict=True):
+                assert np.array_equal(before.tokens, after.tokens) and np.array_equal(before.weights, after.weights)
+
+
+def test_a_message_counts_as_many_tokens_as_it_takes_in_its_chat(tiny: ChatTemplate) -> None:
+    messages = chat("One  two,\n\nthree. ", "  Four 1234\n", "é 日本語 👩\u200d👧", "End.")
+    tiny.look_ahead(messages)
+    encoded = tiny.encode(messages)
+    counted = sum(tiny.count(message) for message in messages)
+    assert len(encoded.tokens) <= counted <= len(encoded.tokens) + 4 * len(messages)

@@ -89,6 +89,7 @@ def test_known_words_have_the_tokens_and_places_of_the_tokenizer(name: str) -> N
         tokenizer = tokenizer_of(CUTS[name], normalizer)
         words = Words(tokenizer)
         assert words.fast
+        assert len(words._cuts.blocks("One.\nTwo  \n\nThree")) == 3
         for texts in (texts_of_sample(), random_texts(1), random_texts(2)):
             check(words, tokenizer, texts)
             check(words, tokenizer, texts)
@@ -117,9 +118,9 @@ def test_a_token_that_takes_blanks_with_it_is_left_to_the_tokenizer() -> None:
 
 
 def test_words_are_forgotten_before_they_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_finetune.data.words.MOST_KEPT", 500)
+    monkeypatch.setattr("mlx_finetune.data.words.MOST_KEPT", 2000)
     tokenizer = tokenizer_of(CUTS["llama3"])
     words = Words(tokenizer)
     for text in texts_of_sample():
         check(words, tokenizer, [text, text[::-1]])
-        assert len(words._known) < 500 + 2 * len(text)
+        assert words._words.characters + words._blocks.characters < 2 * 2000 + 6 * len(text)

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from mlx_finetune.data.conversation import Message
 from mlx_finetune.data.emission import NO_END, Emission, Tools, Turn, emission, turn_at, turn_with_calls
 from mlx_finetune.data.provenance import Refused, Span, locate
 from mlx_finetune.data.redact import PLACEHOLDER
-from mlx_finetune.data.rows import texts_of
+from mlx_finetune.data.rows import rows_of, texts_of
 from mlx_finetune.data.segments import Ids, arrays_of, moved
 from mlx_finetune.data.token_roles import tokens_by_role
 
@@ -177,10 +177,10 @@ def _exact(
     And whether it would but for the name of a control token before it, which is kept as text.
     """
     control = np.flatnonzero(np.isin(tokens.ids, template.special_ids))
-    exact, as_text = [], []
+    exact, as_text, rows = [], [], rows_of(messages)
     for index, start in starts.items():
         named = any(place < start for place in tokens.kept_as_text)
-        served = _is_prompt(template, messages[:index], tools, text[:start])
+        served = _is_prompt(template, rows[:index], tools, text[:start])
         as_text.append(served and named)
         if not served or named:
             exact.append(False)
@@ -192,9 +192,9 @@ def _exact(
     return tuple(exact), tuple(as_text)
 
 
-def _is_prompt(template: "ChatTemplate", messages: Sequence[Message], tools: Tools, before: str) -> bool:
+def _is_prompt(template: "ChatTemplate", rows: Sequence[dict[str, Any]], tools: Tools, before: str) -> bool:
     try:
-        return bool(messages) and template.render(messages, True, tools) == before
+        return template.render_rows(rows, True, tools) == before
     except Refused:
         return False
 

@@ -23,7 +23,6 @@ from mlx_finetune.data.windows import Window, Windows, cut
 
 MUCH = 16 * 2**20  # bytes of conversations from which starting processes pays
 CHUNK = 2**20  # bytes of conversations that one process takes at a time
-LIKELY = 3  # characters a token, up to which a conversation is likely to fit into a window
 Asked = tuple[str, Entry]  # the split that it is for
 
 
@@ -104,10 +103,8 @@ def make_examples(conversation: Conversation, template: ChatTemplate, max_length
 
 def _fitting(conversation: Conversation, template: ChatTemplate, max_length: int) -> tuple[Windows, list[Encoded | Refused]]:
     """Windows that keep to `max_length` when they are rendered, and what became of each."""
-    if whole := _whole(conversation, template, max_length):
-        return whole
     limit, tools = max_length, template.count_tools(conversation.tools)
-    template.look_ahead(conversation.messages)
+    template.look_ahead(conversation.messages, conversation.tools)
     while True:
         windows = cut(conversation, template.count, limit, tools)
         results = [_encode(window, template, conversation.tools) for window in windows.windows]
@@ -115,19 +112,6 @@ def _fitting(conversation: Conversation, template: ChatTemplate, max_length: int
         if excess <= 0:
             return windows, results
         limit -= excess  # counts are estimates: this template adds more than the probe showed
-
-
-def _whole(conversation: Conversation, template: ChatTemplate, max_length: int) -> tuple[Windows, list[Encoded | Refused]] | None:
-    """One window, where that is likely and holds: it is sooner encoded than counted; else None."""
-    messages, turns = conversation.messages, _turns(conversation)
-    if not turns or sum(len(message.content) for message in messages) > LIKELY * max_length:
-        return None
-    window = Window(messages[: turns[-1] + 1], tuple(turns), whole=True)
-    encoded = _encode(window, template, conversation.tools)
-    if isinstance(encoded, Refused) or len(encoded.tokens) > max_length:
-        return None
-    tokens = sum(template.count(messages[i]) for i in turns)
-    return Windows((window,), (), 0, 0, turn_tokens=tokens, truncated_tokens=tokens), [encoded]
 
 
 def _encode(window: Window, template: ChatTemplate, tools: Sequence[dict[str, Any]]) -> Encoded | Refused:

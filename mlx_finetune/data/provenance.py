@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -23,7 +24,7 @@ IS_MOVED = np.array([chr(code) in MOVED for code in range(STEP)])  # no characte
 UTF32 = ("utf-32-le", "surrogatepass")
 # Templates look for text such as </think> or [INST] in a message, so what looks like a tag stays as it is.
 TAG = re.compile(r"</?[A-Za-z][\w|:.-]*>|<\|[^|>]*\|>|<｜[^｜]*｜>|\[/?[A-Z_]+\]")
-UNASSIGNED = re.compile(f"[{chr(BASE)}-{chr(TOP - 1)}]")
+LONG = 4000  # characters
 SENTINEL = "\ue000SENTINEL\ue001"
 
 
@@ -50,47 +51,46 @@ def locate(render: Render, messages: Sequence[Message], lenient: bool = False) -
     if len(messages) > MOST_MESSAGES:
         raise Refused(f"more than {MOST_MESSAGES} messages in one window")
     text = render(messages)
-    if UNASSIGNED.search(text):
+    if not text.isascii() and _is_moved(_codes(text)).any():
         raise Refused("unassigned characters in a message")
-    moved = render([replace(message, content=_move(message.content, k)) for k, message in enumerate(messages)])
-    codes = _codes(moved).astype(np.int64)
+    tainted = [_tainted(message.content, k) for k, message in enumerate(messages)]
+    codes = _codes(render([replace(message, content=taint.moved) for message, taint in zip(messages, tainted, strict=True)]))
     if _undo(codes) != text:
         raise Refused("the template treats a message by what its words are")
-    owners = np.where((codes >= BASE) & (codes < TOP), (codes - BASE) // STEP, -1)
     spans: list[Span | None] = []
-    for k, message in enumerate(messages):
+    for k, (message, positions) in enumerate(zip(messages, _positions(codes, len(messages)), strict=True)):
         try:
-            spans.append(_span(render, messages, k, text, np.flatnonzero(owners == k)))
+            spans.append(_span(render, messages, k, text, positions, tainted[k]))
         except Refused:
             if not lenient or message.role != "assistant":
                 raise
-            spans.append(_rest(render, messages, k, text, np.flatnonzero(owners == k)))
+            spans.append(_rest(render, messages, k, text, positions))
     return text, spans
 
 
 def locate_one(render: Render, messages: Sequence[Message], text: str) -> Span | None:
     """Where the content of the last message stands in `text`, its rendering; None where the template rewrites it."""
     k = len(messages) - 1
-    codes = _codes(render([*messages[:k], replace(messages[k], content=_move(messages[k].content, k))])).astype(np.int64)
+    taint = _tainted(messages[k].content, k)
+    codes = _codes(render([*messages[:k], replace(messages[k], content=taint.moved)]))
     if _undo(codes) != text:
         return None
     try:
-        return _span(render, messages, k, text, np.flatnonzero((codes >= BASE) & (codes < TOP)))
+        return _span(render, messages, k, text, _positions(codes, k + 1)[k], taint)
     except Refused:
         return None
 
 
-def _span(render: Render, messages: Sequence[Message], k: int, text: str, positions: np.ndarray) -> Span | None:
+def _span(render: Render, messages: Sequence[Message], k: int, text: str, positions: np.ndarray, taint: "_Taint") -> Span | None:
     content, role = messages[k].content, messages[k].role
     if not content.strip():
         return None
-    marked = np.flatnonzero(_movable(content))
-    if not marked.size:
+    if taint.begin < 0:
         return _span_by_sentinel(render, messages, k, text)
     if not positions.size:
         raise Refused(f"the template drops a message of role {role}")
     first, last = int(positions[0]), int(positions[-1])
-    begin, end = int(marked[0]), int(marked[-1]) + 1
+    begin, end = taint.begin, taint.end
     before, inside, after = content[:begin], content[begin:end], content[end:]
     if role == "tool" and text[first : last + 1] != inside:  # Llama 3 writes the result of a tool as JSON
         before, inside, after = (json.dumps(part, ensure_ascii=False)[1:-1] for part in (before, inside, after))
@@ -145,9 +145,41 @@ def _alike(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _move(content: str, k: int) -> str:
-    codes = _codes(content)
-    return np.where(_movable(content), codes + np.uint32(BASE + k * STEP), codes).astype("<u4").tobytes().decode(*UTF32)
+@dataclass(frozen=True)
+class _Taint:
+    """A content with its letters `moved`; the first of them is at `begin`, none behind `end`. Without letters `begin` is -1."""
+
+    moved: str
+    begin: int
+    end: int
+
+
+def _tainted(content: str, k: int) -> _Taint:
+    return _taint_of_long(content, k) if len(content) >= LONG else _taint_of(content, k)
+
+
+@lru_cache(maxsize=16)
+def _taint_of_long(content: str, k: int) -> _Taint:
+    """Remembered, for many chats begin with the same prompt."""
+    return _taint_of(content, k)
+
+
+def _taint_of(content: str, k: int) -> _Taint:
+    codes, movable = _codes(content), _movable(content)
+    if not movable.any():
+        return _Taint(content, -1, -1)
+    moved = np.add(codes, np.uint32(BASE + k * STEP), out=codes.copy(), where=movable).tobytes().decode(*UTF32)
+    return _Taint(moved, int(movable.argmax()), len(codes) - int(movable[::-1].argmax()))
+
+
+def _positions(codes: np.ndarray, messages: int) -> list[np.ndarray]:
+    """Of each message, int64 [letters]: where its moved letters stand in a rendered text."""
+    places = np.flatnonzero(_is_moved(codes))
+    owners = (codes[places] - BASE) // STEP
+    if (owners[1:] < owners[:-1]).any():  # the template does not keep their order, or repeats one
+        order = np.argsort(owners, kind="stable")
+        places, owners = places[order], owners[order]
+    return np.split(places, np.searchsorted(owners, np.arange(1, messages)))
 
 
 def _movable(content: str) -> np.ndarray:
@@ -165,6 +197,10 @@ def _codes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(*UTF32), "<u4")
 
 
+def _is_moved(codes: np.ndarray) -> np.ndarray:
+    return (codes >= BASE) & (codes < TOP)
+
+
 def _undo(codes: np.ndarray) -> str:
-    plain = np.where((codes >= BASE) & (codes < TOP), (codes - BASE) % STEP, codes).astype("<u4")
+    plain = np.where(_is_moved(codes), codes & (STEP - 1), codes)  # BASE is a multiple of STEP, a power of 2
     return plain.tobytes().decode("utf-32-le")

@@ -22,11 +22,14 @@ class Segments:
 
     def __init__(self, special: Any, plain: Any, control: Mapping[int, Any]) -> None:
         self._special, self._words = special, Words(plain)
-        self._ids = {token.content: number for number, token in control.items()}
+        self._controls = {
+            t.content: (np.array([i], np.int32), np.array([0]), np.array([len(t.content)])) for i, t in control.items()
+        }
         self._known: dict[str, Ids] = {}
+        self._chat: dict[str, Ids] = {}  # parts of the chat that was last looked at
         self._counts: dict[str, int] = {}
         blanks = any(token.lstrip or token.rstrip or token.single_word for token in control.values())  # takes more than its text
-        names = sorted(self._ids, key=len, reverse=True)
+        names = sorted(self._controls, key=len, reverse=True)
         self._cut = re.compile(f"({'|'.join(map(re.escape, names))})") if names and not blanks else None
         if self._cut and not self._joins(names):
             self._cut = None  # what stands before or behind a control token changes the part beside it
@@ -39,25 +42,36 @@ class Segments:
         """As `special` tokenizes the text, with the characters that each token stands for."""
         if self._cut is None:
             return arrays_of(self._special.encode(text, add_special_tokens=False))
-        parts = self._cut.split(text)  # text and control token in turn
-        encoded = self._encoded(part for part in parts[::2] if part)
+        return self._join(parts := self._cut.split(text), self._encoded(parts[::2]))
+
+    def look_ahead(self, text: str) -> Ids:
+        """As `encode`, of a chat; its parts, which stand in its windows too, are known until the next one."""
+        if self._cut is None:
+            return self.encode(text)
+        parts = self._cut.split(text)
+        self._chat = {}
+        self._chat = self._encoded(parts[::2])
+        return self._join(parts, self._chat)
+
+    def _join(self, parts: Sequence[str], encoded: Mapping[str, Ids]) -> Ids:
+        """The tokens of `parts`, which are text and control token in turn."""
         pieces: list[Ids] = []
-        place = 0
+        lengths: list[int] = []
         for i, part in enumerate(parts):
-            if i % 2:
-                pieces.append((np.array([self._ids[part]], np.int32), np.array([place]), np.array([place + len(part)])))
-            elif part:
-                pieces.append(moved(encoded[part], place))
-            place += len(part)
+            if part:
+                pieces.append(self._controls[part] if i % 2 else encoded[part])
+                lengths.append(len(part))
         if not pieces:
             return arrays_of(self._special.encode("", add_special_tokens=False))
+        places = np.cumsum([0, *lengths[:-1]])
         ids, starts, ends = (np.concatenate(each) for each in zip(*pieces, strict=True))
-        return ids, starts, ends
+        before = np.repeat(places, [len(own) for own, _, _ in pieces])
+        return ids, starts + before, ends + before
 
     def _encoded(self, parts: Iterable[str]) -> dict[str, Ids]:
-        found = {part: self._known.get(part) for part in parts}
+        found = {part: self._chat.get(part) or self._known.get(part) for part in parts if part}
         new = [part for part, known in found.items() if known is None]
-        arrays = dict(zip(new, self._words.encode(new), strict=True))
+        arrays = dict(zip(new, self._words.encode(new), strict=True)) if new else {}
         self._known |= {part: each for part, each in arrays.items() if len(part) >= LONG}
         while len(self._known) > MOST_KEPT:
             del self._known[next(iter(self._known))]
@@ -66,19 +80,11 @@ class Segments:
     def count(self, texts: Sequence[str]) -> int:
         """How many tokens `plain` makes of the texts, together; a few more where paragraphs would share one."""
         parts = [part for text in texts for part in _paragraphs(text)]
-        self._count(parts)
-        return sum(self._counts[part] for part in parts)
-
-    def look_ahead(self, texts: Iterable[str]) -> None:
-        """Counts all of their paragraphs at once, for `count`: prompts have most of them in common."""
-        self._count(part for text in texts for part in _paragraphs(text))
-
-    def _count(self, texts: Iterable[str]) -> None:
-        parts = dict.fromkeys(texts)
         if len(self._counts) + len(parts) > MOST_COUNTS:
             self._counts = {part: self._counts[part] for part in parts if part in self._counts}
-        new = [part for part in parts if part not in self._counts]
+        new = [part for part in dict.fromkeys(parts) if part not in self._counts]
         self._counts |= zip(new, self._words.count(new), strict=True)
+        return sum(self._counts[part] for part in parts)
 
 
 def _paragraphs(text: str) -> list[str]:

@@ -4,8 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
-from copy import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
@@ -13,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from mlx_finetune.data.conversation import Message
 from mlx_finetune.data.emission import Ends, Tools, ends_of
 from mlx_finetune.data.encoding import Encoded, encode, encode_turn
+from mlx_finetune.data.jinja import compiled
 from mlx_finetune.data.oddities import oddities
 from mlx_finetune.data.policies import POLICIES, Policy, policy_of, with_dates
 from mlx_finetune.data.probing import PROBE, check_asked, chosen, native_oddities, native_refusal
@@ -28,6 +29,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 
 CALL_OVERHEAD = 24  # tokens that a template adds to a call, about: its tags and the names of its fields
+SHORT, MOST_PROMPTS = 100, 1000  # characters of a prompt, and prompts, that are remembered
 GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -39,6 +41,7 @@ class ChatTemplate:
         from tokenizers import Tokenizer
 
         self._tokenizer, self._jinja = tokenizer, tokenizer.get_chat_template()
+        self._variables = tokenizer.special_tokens_map  # which templates name: bos_token and others
         self._another_for_tools = isinstance(tokenizer.chat_template, dict) and "tool_use" in tokenizer.chat_template
         self.stop_ids = stop_ids
         self.policy, self.why = policy, ""  # what the template does to roles, and why
@@ -54,6 +57,12 @@ class ChatTemplate:
         self.special_texts = sorted((token.content for token in control.values()), key=len, reverse=True)
         self.stop_texts = tuple(text for text in self.special_texts if self.special.token_to_id(text) in stop_ids)
         self.segments = Segments(self.special, self.plain, control)
+        self._prompts: dict[str, list[int]] = {}  # tokens of the short ones, which come again with every turn
+        self._sizes: dict[str, int] = {}  # tokens of contents in the chat that is looked at
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a helper process, which renders and encodes: without transformers' tokenizer, which takes seconds to import."""
+        return {name: value for name, value in vars(self).items() if name != "_tokenizer"}
 
     @classmethod
     def load(cls, folder: Path, served: str = "") -> "ChatTemplate":
@@ -79,9 +88,9 @@ class ChatTemplate:
 
     def with_source(self, source: str, policy: Policy) -> "ChatTemplate":
         """The same tokenizer with another template."""
-        other = copy(self)
-        for name in ("fingerprint", "oddities", "ends", "pieces_join", "native_refusal", "_overhead"):
-            vars(other).pop(name, None)
+        other = object.__new__(ChatTemplate)
+        found = ("fingerprint", "oddities", "ends", "pieces_join", "native_refusal", "_overhead")  # of the first alone
+        vars(other).update({name: value for name, value in vars(self).items() if name not in found})
         other._jinja, other.policy = source, policy
         return other
 
@@ -180,25 +189,21 @@ class ChatTemplate:
         Raises:
             Refused: the template does not take these messages, or the arguments of a call are no JSON object.
         """
-        from jinja2 import TemplateError
+        return self.render_rows(rows_of(messages), generation_prompt, tools)
 
+    def render_rows(self, rows: Sequence[Mapping[str, Any]], generation_prompt: bool = False, tools: Tools = ()) -> str:
+        """As `render`, of rows as `rows_of` makes them."""
         # What a template may raise of its own, and what Python raises where it counts or looks something up.
         errors = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
         if tools and self._another_for_tools:
             raise Refused("the model has another chat template for tools")
-        rows, schemas = rows_of(messages), list(tools) or None
-        apply = self._tokenizer.apply_chat_template
+        if not rows:
+            raise Refused("no messages to render")
+        given = {"messages": list(rows), "tools": list(tools) or None, "documents": None}
         try:
-            text = apply(
-                rows,
-                tools=schemas,
-                chat_template=self._jinja,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-            )
+            return compiled(self._jinja).render(given, add_generation_prompt=generation_prompt, **self._variables)
         except errors as error:
             raise Refused(f"the template does not take these messages: {' '.join(str(error).split())}") from error
-        return str(text)
 
     def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> np.ndarray:
         """int32 [T]: what a server feeds to the model before it answers."""
@@ -214,12 +219,26 @@ class ChatTemplate:
         return texts_of_tokens(lambda ids: str(self.special.decode(ids, skip_special_tokens=False)), tokens)
 
     def count(self, message: Message) -> int:
-        """About how many tokens the message takes in a chat; never fewer than its own."""
-        return self.segments.count(_texts_of(message)) + self._overhead + CALL_OVERHEAD * len(message.tool_calls)
+        """About how many tokens the message takes in a chat; of one that `look_ahead` met, what it takes in that."""
+        own = self._sizes.get(message.content)
+        texts = [text for call in message.tool_calls for text in (call.name, call.arguments)]
+        tokens = self.segments.count(texts if own is not None else [message.content, *texts])
+        return (own or 0) + tokens + self._overhead + CALL_OVERHEAD * len(message.tool_calls)
 
-    def look_ahead(self, messages: Sequence[Message]) -> None:
-        """Makes `count` fast for all of them."""
-        self.segments.look_ahead([text for message in messages for text in _texts_of(message)])
+    def look_ahead(self, messages: Sequence[Message], tools: Tools = ()) -> None:
+        """Renders and tokenizes a whole chat, for `count`; its parts are then known to `encode` too."""
+        self._sizes = {}
+        try:
+            text = self.render(self.as_learned(messages), tools=tools)
+        except Refused:
+            return
+        _, starts, ends = self.segments.look_ahead(text)
+        place = 0
+        for message in messages:
+            content = message.content.strip() if message.role == "assistant" else message.content
+            if content and (found := text.find(content, place)) >= 0:
+                place = found + len(content)
+                self._sizes[message.content] = int(np.searchsorted(starts, place) - np.searchsorted(ends, found, "right"))
 
     def count_tools(self, tools: Tools) -> int:
         """How many tokens the schemas add to a chat; 0 where the template writes none."""
@@ -244,7 +263,13 @@ class ChatTemplate:
 
     def prompt_tokens(self, text: str) -> list[int]:
         """What a server makes of a rendered text."""
-        return list(self.segments.encode(text)[0].tolist())
+        if len(text) > SHORT:
+            return list(self.segments.encode(text)[0].tolist())
+        if text not in self._prompts:
+            if len(self._prompts) > MOST_PROMPTS:
+                self._prompts.clear()
+            self._prompts[text] = list(self.segments.encode(text)[0].tolist())
+        return self._prompts[text]
 
     @cached_property
     def ends(self) -> Ends:
@@ -264,10 +289,6 @@ class ChatTemplate:
     def _overhead(self) -> int:
         """Tokens that the template adds to a message, rounded up."""
         return math.ceil(len(self.prompt_tokens(self.render(PROBE))) / len(PROBE)) + 1
-
-
-def _texts_of(message: Message) -> list[str]:
-    return [message.content, *(text for call in message.tool_calls for text in (call.name, call.arguments))]
 
 
 def _tokenizer(folder: Path) -> Any:
