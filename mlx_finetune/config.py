@@ -73,6 +73,19 @@ class RunConfig(BaseModel):
     max_grad_norm: float = Field(default=1.0, gt=0, description="the gradient of a step is clipped to this norm")
     batch_size: int = Field(default=1, ge=1, description="examples in a micro-batch: what memory holds at once")
     gradient_accumulation: int = Field(default=8, ge=1, description="micro-batches in a step")
+    grad_checkpoint: int = Field(
+        default=0, ge=0, description="compute the activations of every so many-th layer again in the backward pass; 0: keep all"
+    )
+    attention: Literal["auto", "fused", "blocks"] = Field(
+        default="auto",
+        description="blocks: in bounded memory; fused: the framework's own; auto: blocks with MLX on a CPU, else fused",
+    )
+    share_prefixes: Literal["auto", "always", "never"] = Field(
+        default="auto", description="compute once what several examples of a step begin with; auto: where engine and model can"
+    )
+    pack_length: Size | None = Field(
+        default=None, ge=64, description="tokens folded together at most; none: as many as a micro-batch of the step has"
+    )
     epochs: float = Field(default=1.0, gt=0, description="passes over the data")
     steps: int | None = Field(default=None, ge=1, description="optimizer steps; wins over epochs where given")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of the adapter, the order and the dropout")

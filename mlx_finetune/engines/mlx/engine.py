@@ -1,6 +1,8 @@
 """MlxEngine: mlx-lm's model classes with our LoRA, on Metal, or in float32 on a CPU."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +14,45 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
+from mlx_finetune.data.trees import Tree, plan, tokens_of
 from mlx_finetune.engines import Arrays, StepResult, process_peak
 from mlx_finetune.engines.adapter import MOMENTS, choose_targets, initial_adapter
+from mlx_finetune.engines.mlx.attention import Layout, follows_layout, install
 from mlx_finetune.engines.mlx.load import load_model
+from mlx_finetune.engines.mlx.lora import LoRALinear, set_dropout
+from mlx_finetune.engines.mlx.loss import Caught, Given, loss_sum, value_of
+from mlx_finetune.engines.mlx.recompute import recomputed
+from mlx_finetune.errors import UserError
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch's defaults, so that both engines step alike
-SUM_CHUNK = 128
+Parameters = dict[str, mx.array]
 
 
-class LoRALinear(nn.Module):
-    """linear(x) + scale * B A x, the adapter in float32 whatever the base is in."""
+@dataclass(frozen=True)
+class Work:
+    """One forward pass: which tokens, what each sees, and where something is learned."""
 
-    def __init__(self, linear: nn.Module, shape: tuple[int, int], rank: int, scale: float, dropout: float) -> None:
-        """`linear`: the frozen layer, quantised or not; `shape`: its (out, in)."""
-        super().__init__()
-        self.linear, self.scale = linear, scale
-        self.dropout = nn.Dropout(dropout)
-        self.lora_A = mx.zeros((rank, shape[1]))
-        self.lora_B = mx.zeros((shape[0], rank))
+    inputs: mx.array  # int32 [B, T]
+    layout: Layout | None  # None: each sees all before it in its row
+    places: mx.array  # int32 [n], in the flattened inputs
+    targets: mx.array  # int32 [n]
+    weights: mx.array  # float32 [n]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """[..., in] -> [..., out]."""
-        low = self.dropout(x.astype(mx.float32)) @ self.lora_A.T
-        return self.linear(x) + (self.scale * (low @ self.lora_B.T)).astype(x.dtype)
+    @classmethod
+    def of_rows(cls, batch: Batch, by_layout: bool) -> "Work":
+        """What stands behind the last learned token of all is not computed."""
+        width = int(batch.columns[-1]) + 1
+        weights = batch.weights[:, :width].reshape(-1)
+        places = np.flatnonzero(weights > 0).astype(np.int32)
+        arrays = places, batch.targets[:, :width].reshape(-1)[places], weights[places]
+        layout = Layout.rows(width) if by_layout and width > 1 else None
+        return cls(mx.array(batch.inputs[:, :width]), layout, *map(mx.array, arrays))
+
+    @classmethod
+    def of_tree(cls, tree: Tree) -> "Work":
+        """The whole tree is one row."""
+        layout = Layout(tree.segments, tree.positions)
+        return cls(mx.array(tree.inputs[None]), layout, *map(mx.array, (tree.places, tree.targets, tree.weights)))
 
 
 class MlxEngine:
@@ -55,23 +73,39 @@ class MlxEngine:
         scale = config.alpha / config.rank
         adapted = [(n, LoRALinear(linears[n], shape, config.rank, scale, config.dropout)) for n, shape in self.shapes.items()]
         self.model.update_modules(tree_unflatten(adapted))
-        self.model.eval()  # dropout acts inside a step only
+        self.model.eval()
+        self._choose_paths(model)
         adapter = initial_adapter(self.shapes, config.rank, config.seed)
         self.load_state({f"adapter/{name}": array for name, array in adapter.items()}, step=0)
 
+    def _choose_paths(self, folder: Path) -> None:
+        """Which attention, and whether rows may be folded into trees; refuses by name what this model cannot."""
+        able, config = follows_layout(self.model), self.config
+        for name, asked in (
+            ("attention: blocks", config.attention == "blocks"),
+            ("share_prefixes: always", config.share_prefixes == "always"),
+        ):
+            if asked and not able:
+                hint = "its attention is its own: leave the setting out"
+                raise UserError(f"{folder}: {name} is not there for this architecture", hint=hint)
+        self._by_layout = able and (config.attention == "blocks" or (config.attention == "auto" and not self.on_gpu))
+        self._in_trees = able and config.share_prefixes != "never"
+        if able:
+            install(self.model)
+
     def step(self, micro_batches: Sequence[Batch], learning_rate: float, seed: int) -> StepResult:
         """See `Engine.step`."""
-        mx.random.seed(seed)
-        self.model.train()
         total = sum(batch.learned for batch in micro_batches)
-        loss, gradient = 0.0, {name: mx.zeros_like(p) for name, p in self._parameters().items()}
-        value_and_grad = nn.value_and_grad(self.model, self._loss)
-        for batch in micro_batches:
-            part, fresh = value_and_grad(*_arrays(batch), 1 / total)
-            gradient = {name: gradient[name] + value for name, value in tree_flatten(fresh)}
+        parameters = self._parameters()
+        loss, gradient = 0.0, {name: mx.zeros_like(p) for name, p in parameters.items()}
+        for number, work in enumerate(self._works(micro_batches)):
+            set_dropout(self.model, int(np.random.default_rng((seed, number)).integers(2**63)))
+            part, fresh = mx.value_and_grad(self._loss)(parameters, work, 1 / total)
+            gradient = {name: value + fresh[name] for name, value in gradient.items()}
             mx.eval(part, gradient)
+            self._set(parameters)  # computing layers again leaves others behind
             loss += _number(part)
-        self.model.eval()
+        set_dropout(self.model, None)
         norm = _number(mx.sqrt(mx.stack([mx.square(g).sum() for g in gradient.values()]).sum()))
         if norm < float("inf"):
             self._update(gradient, min(1.0, self.config.max_grad_norm / (norm + 1e-6)), learning_rate)
@@ -80,14 +114,29 @@ class MlxEngine:
 
     def loss_sum(self, batch: Batch) -> float:
         """See `Engine.loss_sum`."""
-        return _number(self._loss(*_arrays(batch), 1.0))
+        work = Work.of_rows(batch, self._by_layout)
+        hidden = self._hidden(work)
+        mx.eval(hidden)
+        return value_of(self._head, hidden, work.targets, work.weights)
+
+    def _works(self, batches: Sequence[Batch]) -> list[Work]:
+        """As trees where that is less to compute, else as the rows that they are."""
+        if self._in_trees:
+            most = self.config.pack_length or max(batch.inputs.size for batch in batches)
+            trees = plan(batches, most)
+            if sum(len(tree.inputs) for tree in trees) < tokens_of(batches):
+                return [Work.of_tree(tree) for tree in trees]
+        return [Work.of_rows(batch, self._by_layout) for batch in batches]
 
     def generate(self, prompt: Sequence[int], limit: int, stop: frozenset[int]) -> Iterator[int]:
         """See `Engine.generate`."""
         tokens, cache = mx.array([list(map(int, prompt))]), make_prompt_cache(self.model)
         for _ in range(limit):
-            last = mx.array([tokens.shape[1] - 1])
-            token = int(np.argmax(np.array(self._logits(tokens, last, cache=cache)[0, 0])))
+            caught = Caught(self.model["model"])
+            with _replaced(self.model, caught):
+                self.model(tokens, cache=cache)
+            assert caught.hidden is not None
+            token = int(np.argmax(np.array(self._head(caught.hidden[0, -1:])[0].astype(mx.float32))))
             if token in stop:
                 return
             yield token
@@ -112,19 +161,26 @@ class MlxEngine:
         """See `Engine.peak_memory`."""
         return int(mx.get_peak_memory()) if self.on_gpu else process_peak()
 
-    def _loss(self, inputs: mx.array, columns: mx.array, targets: mx.array, weights: mx.array, scale: float) -> mx.array:
-        logits = self._logits(inputs, columns)
-        chosen = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
-        return ((_log_sum_exp(logits) - chosen) * weights).sum() * scale
+    def _loss(self, parameters: Parameters, work: Work, scale: float) -> mx.array:
+        self._set(parameters)
+        with recomputed(self.model["model"], self.config.grad_checkpoint):
+            hidden = self._hidden(work)
+        return loss_sum(self._head, hidden, work.targets, work.weights) * scale
 
-    def _logits(self, inputs: mx.array, columns: mx.array, **named: Any) -> mx.array:
-        """[B, T] -> float32 [B, n, V]: the head is computed for `columns` [n] alone."""
-        backbone = self.model["model"]
-        self.model["model"] = _Columns(backbone, columns)
-        try:
-            return self.model(inputs, **named).astype(mx.float32)
-        finally:
-            self.model["model"] = backbone
+    def _hidden(self, work: Work) -> mx.array:
+        """[n, D]: what the head is to make logits of."""
+        caught = Caught(self.model["model"])
+        layouts = None if work.layout is None else [work.layout] * len(self.model.layers)
+        with _replaced(self.model, caught):
+            self.model(work.inputs, cache=layouts)
+        assert caught.hidden is not None
+        return caught.hidden.reshape(-1, caught.hidden.shape[-1])[work.places]
+
+    def _head(self, hidden: mx.array) -> mx.array:
+        """[n, D] -> [n, V]."""
+        with _replaced(self.model, Given(self.model["model"], hidden[None])):
+            logits: mx.array = self.model(mx.zeros((1, 1), mx.int32))[0]
+        return logits
 
     def _update(self, gradient: dict[str, mx.array], clip: float, learning_rate: float) -> None:
         """AdamW with bias correction and decoupled decay (Loshchilov and Hutter 2019), as torch has it."""
@@ -152,39 +208,18 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
     return (rows, columns * 32 // linear.bits) if isinstance(linear, nn.QuantizedLinear) else (rows, columns)
 
 
-class _Columns:
-    """Stands in for the layers of a model and hands on only the columns that are learned.
-
-    Whatever the model does after its layers (head, tied or not, scale, soft cap) it does column by column, so the loss is the
-    same and the largest matrix product and the largest array shrink to what is learned.
-    """
-
-    def __init__(self, backbone: nn.Module, columns: mx.array) -> None:
-        self._backbone, self._columns = backbone, columns
-
-    def __call__(self, *arguments: Any, **named: Any) -> mx.array:
-        return self._backbone(*arguments, **named)[:, self._columns]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backbone, name)
-
-
-def _arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    columns = batch.columns
-    return mx.array(batch.inputs), mx.array(columns), mx.array(batch.targets[:, columns]), mx.array(batch.weights[:, columns])
+@contextmanager
+def _replaced(model: nn.Module, layers: Any) -> Iterator[None]:
+    """Inside, `layers` stands in for the model's own."""
+    own = model["model"]
+    model["model"] = layers
+    try:
+        yield
+    finally:
+        model["model"] = own
 
 
 def _number(scalar: mx.array) -> float:
     value = scalar.item()
     assert isinstance(value, float)
     return value
-
-
-def _log_sum_exp(logits: mx.array) -> mx.array:
-    """[..., V] -> [...]. In two levels: MLX's CPU sum over 49,152 entries in one pass is off by up to 3e-4."""
-    vocabulary = logits.shape[-1]
-    padding = -vocabulary % SUM_CHUNK
-    if padding:
-        logits = mx.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, padding)], constant_values=-float("inf"))
-    chunks = logits.reshape(*logits.shape[:-1], -1, SUM_CHUNK)
-    return mx.logsumexp(mx.logsumexp(chunks, axis=-1), axis=-1)

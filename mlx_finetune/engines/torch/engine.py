@@ -2,17 +2,19 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
 from mlx_finetune.engines import Arrays, StepResult, process_peak
-from mlx_finetune.engines.adapter import choose_targets, initial_adapter
+from mlx_finetune.engines.adapter import LAYER, choose_targets, initial_adapter
 from mlx_finetune.errors import UserError
 
 MOMENT_NAMES = {"m": "exp_avg", "v": "exp_avg_sq"}
@@ -42,6 +44,7 @@ class TorchEngine:
 
     def __init__(self, model: Path, config: RunConfig) -> None:
         """Loads the folder `model` and puts a fresh adapter on it."""
+        _refuse(config)
         self.config = config
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = _load(model, config.dtype, self.device)
@@ -54,6 +57,7 @@ class TorchEngine:
             self.adapted[name] = LoRALinear(linears[name], config.rank, config.alpha / config.rank, config.dropout)
             self.model.set_submodule(name, self.adapted[name])
         self._set_dropout(False)
+        self._recompute(config.grad_checkpoint)
         self.parameters = {
             f"{name}.{part}.weight": getattr(module, part) for name, module in self.adapted.items() for part in ("lora_A", "lora_B")
         }
@@ -138,9 +142,25 @@ class TorchEngine:
         losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().long(), reduction="none")
         return (losses * weights.flatten()).sum()
 
+    def _recompute(self, every: int) -> None:
+        """Lets each `every`-th layer with something to learn compute its activations again in the backward pass."""
+        layers = dict.fromkeys(name[: match.end() - 1] for name in self.shapes if (match := LAYER.search(name)))
+        for name in list(layers)[::every] if every else []:
+            layer = self.model.get_submodule(name)
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
     def _set_dropout(self, on: bool) -> None:
         for module in self.adapted.values():
             module.training = on
+
+
+def _refuse(config: RunConfig) -> None:
+    """What only MLX has, by name, before anything is loaded."""
+    for name, value in (("attention", "blocks"), ("share_prefixes", "always")):
+        if getattr(config, name) == value:
+            raise UserError(f"{name}: {value} is not there with torch", hint=f"leave {name} out, or --engine mlx")
+    if config.pack_length:
+        raise UserError(f"pack_length: {config.pack_length} is not there with torch", hint="leave pack_length out, or --engine mlx")
 
 
 def _load(folder: Path, dtype: str, device: str) -> torch.nn.Module:
