@@ -1,6 +1,8 @@
 """Batches: every example once an epoch, a pure function of the step; shifted and padded once."""
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -83,3 +85,18 @@ def test_an_example_or_batch_that_cannot_be_learned_from_is_our_mistake() -> Non
             example(tokens, weights)
     with pytest.raises(AssertionError):
         Example(np.array([1, 2]), np.array([0, 1], np.float32), "gptme", "c", ())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_few_relatives_stand_behind_one_another_and_each_example_is_there_once(batch_size: int) -> None:
+    lengths, families = lengths_of(60), tuple([0] * 10 + [1] * 3 + list(range(2, 49)))
+    steps = steps_per_epoch(60, batch_size, 8)
+    epoch = [batch for step in range(steps) for batch in examples_at(lengths, batch_size, 8, 3, step, families)]
+    assert sorted(i for batch in epoch for i in batch) == list(range(60))
+    assert Counter(map(len, epoch)) == Counter(map(len, examples_at(lengths, batch_size, 1000, 3, 0)))
+    if batch_size == 1:
+        of = [families[batch[0]] for batch in epoch]
+        runs = [(family, len(list(same))) for family, same in groupby(of)]
+        assert {length for family, length in runs if family == 0} <= {2, 4, 6, 8, 10}  # 4 + 4 + 2, where they meet by chance
+        assert [length for family, length in runs if family == 1] == [3]
+        assert [batch[0] for batch in epoch if families[batch[0]] == 1] == [10, 11, 12]

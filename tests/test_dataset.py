@@ -341,7 +341,7 @@ def other_version(folder: Path) -> None:
 
 
 def no_sizes(folder: Path) -> None:
-    (folder / "dataset.json").write_text('{"version": 4, "id": "a"}', encoding="utf-8")
+    (folder / "dataset.json").write_text('{"version": 5, "id": "a"}', encoding="utf-8")
 
 
 def garbled(folder: Path) -> None:
@@ -355,9 +355,9 @@ def garbled(folder: Path) -> None:
         (cut_off, "train.arrow: missing or not whole"),
         (lambda folder: (folder / "valid.arrow").unlink(), "valid.arrow: missing or not whole"),
         (garbled, "train.arrow: not an Arrow file"),
-        (other_version, "version 1, not 4"),
+        (other_version, "version 1, not 5"),
         (no_sizes, "not whole"),
-        (lambda folder: (folder / "dataset.json").write_text("[]"), "version None, not 4"),
+        (lambda folder: (folder / "dataset.json").write_text("[]"), "version None, not 5"),
         (lambda folder: (folder / "dataset.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "dataset.json").unlink(), "not a prepared data set"),
     ],

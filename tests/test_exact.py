@@ -14,6 +14,7 @@ import mlx_finetune
 from mlx_finetune.config import make_config
 from mlx_finetune.data.conversation import Conversation, Message, write_conversations
 from mlx_finetune.data.dataset import Dataset
+from mlx_finetune.data.examples import make_examples
 from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.provenance import Refused
 from mlx_finetune.data.sources import gather, gptme, openassistant
@@ -165,3 +166,17 @@ def test_a_conversation_that_begins_with_an_answer_learns_only_what_can_be_asked
         "train"
     ]
     assert tally["learned_turns"] == 1 and tally["turns_refused"] == {"nothing stands before it that a server could be sent": 1}
+
+
+def test_turns_with_a_context_of_their_own_are_a_family_and_windows_that_only_share_a_prompt_are_not(tmp_path: Path) -> None:
+    qwen3, plain = template_of(tmp_path / "qwen3", QWEN3), template_of(tmp_path / "plain", CHATML)
+    talk = [Message("system", "Prompt. " * 20)]
+    for turn in range(4):
+        talk += [Message("user", f"{turn} do it"), Message("assistant", f"<think>\nhm {turn}\n</think>\n\nDone {turn}.")]
+    made = make_examples(Conversation(tuple(talk), "gptme", "log-1", "private"), qwen3, 1024)
+    assert len(made.examples) > 2 and {one.family for one in made.examples} == {"log-1 0"}
+    long = [talk[0]]
+    for turn in range(12):
+        long += [Message("user", f"{turn} " + "words of it " * 40), Message("assistant", f"Done {turn}.")]
+    made = make_examples(Conversation(tuple(long), "gptme", "log-2", "private"), plain, 512)
+    assert len({one.family for one in made.examples}) == len(made.examples) > 2

@@ -9,6 +9,7 @@ import numpy as np
 
 WIDTHS = 32  # batches are padded to a multiple of this: few shapes, little tracing
 NOISE = 1.02  # in the order of lengths, as a factor; more costs padding
+RELATIVES = 4  # micro-batches of one family behind one another: what they begin with is computed once, and a step stays mixed
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Example:
     turns: tuple[int, ...]  # places of the learned messages in the conversation
     exact_turns: int = 0  # how many of them stand after exactly the tokens that a server feeds
     own_context: bool = False  # whether its only turn has this context for itself
+    family: str = ""  # of examples that begin alike for a good part
 
     def __post_init__(self) -> None:
         assert self.tokens.ndim == 1 and self.tokens.shape == self.weights.shape
@@ -69,10 +71,12 @@ def steps_per_epoch(examples: int, batch_size: int, accumulation: int) -> int:
     return math.ceil(math.ceil(examples / batch_size) / accumulation)
 
 
-def examples_at(lengths: tuple[int, ...], batch_size: int, accumulation: int, seed: int, step: int) -> list[list[int]]:
+def examples_at(
+    lengths: tuple[int, ...], batch_size: int, accumulation: int, seed: int, step: int, families: tuple[int, ...] = ()
+) -> list[list[int]]:
     """The micro-batches of step `step` (from 0), as indices. Each epoch has every example exactly once."""
     epoch, place_in_epoch = divmod(step, steps_per_epoch(len(lengths), batch_size, accumulation))
-    return _epoch(lengths, batch_size, seed, epoch)[place_in_epoch * accumulation :][:accumulation]
+    return _epoch(lengths, batch_size, seed, epoch, families)[place_in_epoch * accumulation :][:accumulation]
 
 
 def efficiency(lengths: tuple[int, ...], batch_size: int, seed: int) -> float:
@@ -88,10 +92,22 @@ def _widths(lengths: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=2)
-def _epoch(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Near in length share a micro-batch (little padding), with noise so that neighbours change; micro-batches are shuffled."""
+def _epoch(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int, families: tuple[int, ...] = ()) -> list[list[int]]:
+    """Near in length share a micro-batch (little padding), with noise so that neighbours change; micro-batches are shuffled.
+
+    Those whose first examples are of one family (`families[i]`; none: each is alone) stay together, a few at a time.
+    """
     random = np.random.default_rng((seed, epoch))
     noisy = _widths(np.array(lengths)) * random.uniform(1 / NOISE, NOISE, len(lengths))
     order = np.argsort(noisy, kind="stable").tolist()
     micro_batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    return [micro_batches[i] for i in random.permutation(len(micro_batches))]
+    groups = _relatives(micro_batches, families) if families else [[batch] for batch in micro_batches]
+    return [batch for i in random.permutation(len(groups)) for batch in groups[i]]
+
+
+def _relatives(micro_batches: Sequence[list[int]], families: Sequence[int]) -> list[list[list[int]]]:
+    """Micro-batches by family, in the order of their examples: those that begin most alike are neighbours there."""
+    found: dict[int, list[list[int]]] = {}
+    for batch in sorted(micro_batches, key=lambda batch: batch[0]):
+        found.setdefault(families[batch[0]], []).append(batch)
+    return [all_[i : i + RELATIVES] for all_ in found.values() for i in range(0, len(all_), RELATIVES)]

@@ -14,7 +14,7 @@ from mlx_finetune.data.batches import Batch, Example, examples_at, steps_per_epo
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json, refuse_existing, write_json
 
-VERSION = 4  # 4: of each example, how much is as served; 3: role policies; 2: a test split, a share of OpenAssistant
+VERSION = 5  # 5: families; 4: of each example, how much is as served; 3: role policies; 2: a test split, a share of OpenAssistant
 SPLITS = ("train", "valid", "test")
 EXAMPLES_IN_MEMORY = 100  # before they are written: windows may be long
 # What the inputs are called where they are another than before.
@@ -41,6 +41,8 @@ class ExampleStore:
             raise UserError(f"{path}: not an Arrow file", hint="run mlx-finetune prepare again") from error
         self.lengths: tuple[int, ...] = tuple(int(n) for n in self._rows["length"][:])
         self.sources: tuple[str, ...] = tuple(str(source) for source in self._rows["source"][:])
+        numbers: dict[str, int] = {}
+        self.families: tuple[int, ...] = tuple(numbers.setdefault(str(name), len(numbers)) for name in self._rows["family"][:])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -50,7 +52,7 @@ class ExampleStore:
         turns = tuple(int(turn) for turn in row["turns"])
         tokens, weights = np.asarray(row["tokens"], np.int32), np.asarray(row["weights"], np.float32)
         names = str(row["source"]), str(row["conversation"])
-        return Example(tokens, weights, *names, turns, int(row["exact_turns"]), bool(row["own_context"]))
+        return Example(tokens, weights, *names, turns, int(row["exact_turns"]), bool(row["own_context"]), str(row["family"]))
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -94,13 +96,15 @@ class Dataset:
 
     def batches_at(self, step: int, config: RunConfig) -> list[Batch]:
         """The micro-batches of step `step` (from 0): a pure function of data, seed and step."""
-        chosen = examples_at(self.train.lengths, config.batch_size, config.gradient_accumulation, config.seed, step)
-        return [Batch.of([self.train[i] for i in indices]) for indices in chosen]
+        return [Batch.of([self.train[i] for i in indices]) for indices in self._chosen(step, config)]
 
     def tokens_at(self, step: int, config: RunConfig) -> int:
         """How many tokens step `step` reads, padding not counted."""
-        chosen = examples_at(self.train.lengths, config.batch_size, config.gradient_accumulation, config.seed, step)
-        return sum(self.train.lengths[i] - 1 for indices in chosen for i in indices)
+        return sum(self.train.lengths[i] - 1 for indices in self._chosen(step, config) for i in indices)
+
+    def _chosen(self, step: int, config: RunConfig) -> list[list[int]]:
+        shape = config.batch_size, config.gradient_accumulation, config.seed
+        return examples_at(self.train.lengths, *shape, step, self.train.families)
 
     def held_out(self, batch_size: int) -> dict[str, list[Batch]]:
         """Validation batches by source, neighbours in length together."""
@@ -173,6 +177,7 @@ def _write_examples(path: Path, examples: Iterable[Example], digest: Any) -> int
     from datasets.arrow_writer import ArrowWriter
 
     columns = {"length": Value("int32"), "learned": Value("float64"), "source": Value("string"), "conversation": Value("string")}
+    columns["family"] = Value("string")
     columns |= {"exact_turns": Value("int32"), "own_context": Value("bool")}
     lists = {"turns": List(Value("int32")), "tokens": List(Value("int32")), "weights": List(Value("float32"))}
     count = 0  # stays 0 where there are none
@@ -182,7 +187,7 @@ def _write_examples(path: Path, examples: Iterable[Example], digest: Any) -> int
             digest.update(path.name.encode() + e.tokens.tobytes() + e.weights.tobytes())
             learned = float(e.weights.sum(dtype=np.float64))
             row = {"length": len(e.tokens), "learned": learned, "source": e.source, "conversation": e.conversation}
-            row |= {"exact_turns": e.exact_turns, "own_context": e.own_context}
+            row |= {"exact_turns": e.exact_turns, "own_context": e.own_context, "family": e.family}
             writer.write(row | {"turns": list(e.turns), "tokens": e.tokens, "weights": e.weights})
         writer.finalize()
     return count

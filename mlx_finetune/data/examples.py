@@ -4,10 +4,12 @@ import json
 import pickle
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from mlx_finetune.data.batches import Example
 from mlx_finetune.data.conversation import Conversation, Message
@@ -98,7 +100,18 @@ def make_examples(conversation: Conversation, template: ChatTemplate, max_length
     learned = {turn for example in examples for turn in example.turns}
     lost = [i for i in _turns(conversation) if i not in learned]
     tally.turn_tokens_learned += windows.turn_tokens - sum(template.count(conversation.messages[i]) for i in lost)
-    return Made(tally, tuple(examples), tuple(lines))
+    return Made(tally, tuple(_in_families(examples, conversation.group)), tuple(lines))
+
+
+def _in_families(examples: Sequence[Example], group: str) -> Iterator[Example]:
+    """With the name of their family: as long as each has more than half of its tokens in common with the one before it."""
+    number = 0
+    for i, example in enumerate(examples):
+        if i:
+            before, length = examples[i - 1].tokens, len(example.tokens)
+            shared = np.cumprod(before[:length] == example.tokens[: len(before)]).sum()
+            number += int(shared * 2 < min(length, len(before)))
+        yield replace(example, family=f"{group} {number}")
 
 
 def _fitting(conversation: Conversation, template: ChatTemplate, max_length: int) -> tuple[Windows, list[Encoded | Refused]]:
