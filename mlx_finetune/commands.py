@@ -98,6 +98,7 @@ def train_command(
 
     def show() -> None:
         print(f"{trained.step} steps on {engine.name} ({engine.device}), {rate:.0f} learned tokens a second")
+        print(f"{trained.tokens_seen:,} tokens read, {trained.tokens_computed:,} computed")
         print(f"peak memory {engine.peak_memory() / 1e9:.2f} GB")
 
     finish(vars(trained) | measured | {"out": str(plan.run)}, as_json, show, plan.run, f"mlx-finetune evaluate {plan.run}")

@@ -25,6 +25,7 @@ class StepResult:
     loss: float  # mean over the step, weighted by token
     tokens: int  # learned in the step
     grad_norm: float  # before clipping
+    computed: int  # tokens that went through the layers, padding included; what several rows begin with counts once
 
 
 class Engine(Protocol):

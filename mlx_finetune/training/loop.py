@@ -29,6 +29,7 @@ class Trained:
     interrupted: bool
     tokens_learned: int
     tokens_seen: int
+    tokens_computed: int  # padding included; what several examples of a step begin with counts once
     seconds: float
 
 
@@ -45,7 +46,7 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
     """
     steps, metrics = total_steps(dataset, config), Metrics(run / "metrics.jsonl", start)
     look = _Look(engine, dataset.held_out(config.batch_size), metrics)
-    learned, seen, spent, done = 0, 0, 0.0, start
+    learned, seen, computed, spent, done = 0, 0, 0, 0.0, start
     look.point_best(run)
     if start == 0:
         advance(0, steps, "held-out loss of the base model")
@@ -58,6 +59,7 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
             _check_finite(done + 1, result)
             seconds = time.perf_counter() - began
             learned, seen, spent = learned + result.tokens, seen + dataset.tokens_at(done, config), spent + seconds
+            computed += result.computed
             done += 1
             metrics.train(done, result, rate, seconds)
             advance(done, steps, f"step {done} of {steps}, loss {result.loss:.3f}")
@@ -66,7 +68,7 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
                 folder = save_checkpoint(run, engine, done, config, origin)
                 if better or not look.held_out:
                     point(run / "best", folder)
-    return Trained(done, steps, done < steps, learned, seen, spent)
+    return Trained(done, steps, done < steps, learned, seen, computed, spent)
 
 
 class _Look:

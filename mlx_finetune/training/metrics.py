@@ -23,7 +23,7 @@ class Metrics:
 
     def train(self, step: int, result: StepResult, rate: float, seconds: float) -> None:
         """`step` counts from 1; loss in nats a token; seconds of this step."""
-        measured = {"loss": result.loss, "tokens": result.tokens, "grad_norm": result.grad_norm}
+        measured = {"loss": result.loss, "tokens": result.tokens, "grad_norm": result.grad_norm, "computed": result.computed}
         self._append({"step": step, "split": "train", **measured, "learning_rate": rate, "seconds": round(seconds, 3)})
 
     def held_out(self, step: int, loss: float, by_source: dict[str, float]) -> None:

@@ -98,7 +98,8 @@ class MlxEngine:
         total = sum(batch.learned for batch in micro_batches)
         parameters = self._parameters()
         loss, gradient = 0.0, {name: mx.zeros_like(p) for name, p in parameters.items()}
-        for number, work in enumerate(self._works(micro_batches)):
+        works = self._works(micro_batches)
+        for number, work in enumerate(works):
             set_dropout(self.model, int(np.random.default_rng((seed, number)).integers(2**63)))
             part, fresh = mx.value_and_grad(self._loss)(parameters, work, 1 / total)
             gradient = {name: value + fresh[name] for name, value in gradient.items()}
@@ -110,7 +111,8 @@ class MlxEngine:
         if norm < float("inf"):
             self._update(gradient, min(1.0, self.config.max_grad_norm / (norm + 1e-6)), learning_rate)
         mx.clear_cache()  # shapes differ from step to step: what they leave cached is seldom used again
-        return StepResult(loss, sum(int((batch.weights > 0).sum()) for batch in micro_batches), norm)
+        learned = sum(int((batch.weights > 0).sum()) for batch in micro_batches)
+        return StepResult(loss, learned, norm, sum(work.inputs.size for work in works))
 
     def loss_sum(self, batch: Batch) -> float:
         """See `Engine.loss_sum`."""

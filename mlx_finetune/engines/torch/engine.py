@@ -84,7 +84,8 @@ class TorchEngine:
             self.optimizer.param_groups[0]["lr"] = learning_rate
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, sum(int((batch.weights > 0).sum()) for batch in micro_batches), norm)
+        learned = sum(int((batch.weights > 0).sum()) for batch in micro_batches)
+        return StepResult(loss, learned, norm, sum(batch.inputs.size for batch in micro_batches))
 
     @torch.no_grad()
     def loss_sum(self, batch: Batch) -> float:
