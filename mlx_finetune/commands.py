@@ -60,7 +60,7 @@ def train_command(
 ) -> None:
     """`mlx-finetune train`."""
     from mlx_finetune.evaluation.plot import draw_loss
-    from mlx_finetune.training.run import execute, plan_resume, plan_run
+    from mlx_finetune.training.run import execute, plan_resume, plan_run, trunk_bytes
 
     overrides = parse_assignments(list(assignments)) | named
     if resume:
@@ -84,6 +84,8 @@ def train_command(
         result = {"steps": plan.steps, "config": config.to_dict()}
         finish(result, as_json, lambda: show_config(config), None, "the same without --dry-run")
         return
+    if kept := trunk_bytes(plan):
+        say(f"what the frozen layers make of the data is kept in {plan.run}: up to {kept / 1e9:.1f} GB until the run is done")
     with progress("train") as advance:
         trained, engine = execute(plan, advance)
     picture = draw_loss(plan.run)

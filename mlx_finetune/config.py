@@ -86,6 +86,9 @@ class RunConfig(BaseModel):
     pack_length: Size | None = Field(
         default=None, ge=64, description="tokens folded together at most; none: as many as a micro-batch of the step has"
     )
+    cache_trunk: bool = Field(
+        default=False, description="with num_layers: keep on the disk what enters the first of them, for the second epoch on"
+    )
     epochs: float = Field(default=1.0, gt=0, description="passes over the data")
     steps: int | None = Field(default=None, ge=1, description="optimizer steps; wins over epochs where given")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of the adapter, the order and the dropout")

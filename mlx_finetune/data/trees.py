@@ -24,6 +24,14 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """A row of tokens, and where each of them stands in what is computed."""
+
+    inputs: np.ndarray  # int32 [n]
+    where: np.ndarray  # int32 [n], in the flattened inputs
+
+
+@dataclass(frozen=True)
 class Tree:
     """Rows folded together, one or more trees behind one another. A token may have several successors: `targets` name places."""
 
@@ -33,6 +41,7 @@ class Tree:
     places: np.ndarray  # int32 [n]: of the tokens behind which something is learned
     targets: np.ndarray  # int32 [n]
     weights: np.ndarray  # float32 [n]
+    rows: tuple[Placed, ...]
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,14 @@ def plan(batches: Sequence[Batch], most: int) -> list[Tree]:
         taken.append((row, shared))
         size += len(row.inputs) - shared
     return [*trees, _fold(taken)]
+
+
+def placed_rows(batch: Batch, width: int) -> tuple[Placed, ...]:
+    """The rows of a batch of which the first `width` columns are computed."""
+    found = []
+    for number, row in enumerate(_rows(batch)):
+        found.append(Placed(row.inputs, np.arange(len(row.inputs), dtype=np.int32) + number * width))
+    return tuple(found)
 
 
 def tokens_of(batches: Sequence[Batch]) -> int:
@@ -86,7 +103,7 @@ def _fold(rows: Sequence[tuple[_Row, int]]) -> Tree:
     path: list[tuple[int, int]] = []  # ranges of tokens that the last row is made of
     segments: list[Segment] = []
     learned: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    inputs, positions, total = [], [], 0
+    inputs, positions, placed, total = [], [], [], 0
     for row, shared in rows:
         path = _first(path, shared)
         own = len(row.inputs) - shared
@@ -97,10 +114,11 @@ def _fold(rows: Sequence[tuple[_Row, int]]) -> Tree:
             positions.append(np.arange(shared, len(row.inputs), dtype=np.int32))
             total += own
         where = np.concatenate([np.arange(low, high, dtype=np.int32) for low, high in path])
+        placed.append(Placed(row.inputs, where))
         taught = row.weights > 0
         learned.append((where[taught], row.targets[taught], row.weights[taught]))
     places, targets, weights = _together(learned)
-    return Tree(np.concatenate(inputs), np.concatenate(positions), tuple(segments), places, targets, weights)
+    return Tree(np.concatenate(inputs), np.concatenate(positions), tuple(segments), places, targets, weights, tuple(placed))
 
 
 def _first(path: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
 from mlx_finetune.errors import UserError
 
+TRUNK = "trunk"  # in a run's folder: hidden states that are the same in every epoch
 Arrays = dict[str, np.ndarray]
 
 

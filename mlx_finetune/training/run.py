@@ -1,5 +1,6 @@
 """A run folder from start to end: what it learns from is checked, the engine opened, the loop run, or run on."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from mlx_finetune.config import RunConfig, load_config, make_config, save_config
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.data.prepare import SETTINGS
 from mlx_finetune.data.template import ChatTemplate
-from mlx_finetune.engines import Engine, choose_engine, open_engine
+from mlx_finetune.engines import TRUNK, Engine, choose_engine, open_engine
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file, new_folder, read_json, refuse_existing
 from mlx_finetune.models.hub import check_model_folder, model_folder
@@ -18,7 +19,9 @@ from mlx_finetune.training.checkpoint import TEMPLATE, Origin, check_origin, rea
 from mlx_finetune.training.loop import Advance, Trained, total_steps, train
 
 # What may differ when a run goes on: where things stand, what computes, and when to look.
-MAY_CHANGE = frozenset({"model", "data", "out", "engine", "dtype", "eval_every", "save_every"})
+MAY_CHANGE = frozenset({"model", "data", "out", "engine", "dtype", "eval_every", "save_every"}) | {
+    "grad_checkpoint", "attention", "share_prefixes", "pack_length", "cache_trunk",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -152,4 +155,25 @@ def execute(plan: Plan, advance: Advance) -> tuple[Trained, Engine]:
     save_config(plan.run / "config.yaml", plan.config)
     with atomic_file(plan.run / TEMPLATE) as file:
         file.write(plan.dataset.info["chat_template"])
-    return train(engine, plan.dataset, plan.config, plan.run, plan.origin, start, advance), engine
+    trained = train(engine, plan.dataset, plan.config, plan.run, plan.origin, start, advance)
+    if not trained.interrupted and (plan.run / TRUNK).is_dir():
+        shutil.rmtree(plan.run / TRUNK)
+    return trained, engine
+
+
+def trunk_bytes(plan: Plan) -> int:
+    """What `cache_trunk` takes on the disk; 0 without it.
+
+    Raises:
+        UserError: there is no room for it.
+    """
+    if not plan.config.cache_trunk:
+        return 0
+    width = int(read_json(plan.model / "config.json")["hidden_size"])
+    size = 4 if plan.config.dtype in ("auto", "float32") else 2  # auto may be less
+    needed = size * width * sum(length - 1 for length in plan.dataset.train.lengths)
+    free = shutil.disk_usage(plan.run.absolute().parent).free
+    if needed > free:
+        message = f"cache_trunk needs {needed / 1e9:.1f} GB in {plan.run}, where {free / 1e9:.1f} GB are free"
+        raise UserError(message, hint="make room, or leave cache_trunk out")
+    return needed

@@ -1,7 +1,7 @@
 """MlxEngine: mlx-lm's model classes with our LoRA, on Metal, or in float32 on a CPU."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,17 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
-from mlx_finetune.data.trees import Tree, plan, tokens_of
-from mlx_finetune.engines import Arrays, StepResult, process_peak
+from mlx_finetune.data.trees import Placed, Tree, placed_rows, plan, tokens_of
+from mlx_finetune.engines import TRUNK, Arrays, StepResult, process_peak
 from mlx_finetune.engines.adapter import MOMENTS, choose_targets, initial_adapter
 from mlx_finetune.engines.mlx.attention import Layout, follows_layout, install
 from mlx_finetune.engines.mlx.load import load_model
 from mlx_finetune.engines.mlx.lora import LoRALinear, set_dropout
 from mlx_finetune.engines.mlx.loss import Caught, Given, loss_sum, value_of
 from mlx_finetune.engines.mlx.recompute import recomputed
+from mlx_finetune.engines.mlx.trunk import Trunk
 from mlx_finetune.errors import UserError
+from mlx_finetune.models.weights import fingerprint
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch's defaults, so that both engines step alike
 Parameters = dict[str, mx.array]
@@ -33,6 +35,7 @@ class Work:
     """One forward pass: which tokens, what each sees, and where something is learned."""
 
     inputs: mx.array  # int32 [B, T]
+    rows: tuple[Placed, ...]
     layout: Layout | None  # None: each sees all before it in its row
     places: mx.array  # int32 [n], in the flattened inputs
     targets: mx.array  # int32 [n]
@@ -46,13 +49,19 @@ class Work:
         places = np.flatnonzero(weights > 0).astype(np.int32)
         arrays = places, batch.targets[:, :width].reshape(-1)[places], weights[places]
         layout = Layout.rows(width) if by_layout and width > 1 else None
-        return cls(mx.array(batch.inputs[:, :width]), layout, *map(mx.array, arrays))
+        learned = (mx.array(array) for array in arrays)
+        return cls(mx.array(batch.inputs[:, :width]), placed_rows(batch, width), layout, *learned)
 
     @classmethod
     def of_tree(cls, tree: Tree) -> "Work":
         """The whole tree is one row."""
         layout = Layout(tree.segments, tree.positions)
-        return cls(mx.array(tree.inputs[None]), layout, *map(mx.array, (tree.places, tree.targets, tree.weights)))
+        learned = (mx.array(array) for array in (tree.places, tree.targets, tree.weights))
+        return cls(mx.array(tree.inputs[None]), tree.rows, layout, *learned)
+
+    def layouts(self, layers: int) -> list[Layout] | None:
+        """As the model's layers take caches."""
+        return None if self.layout is None else [self.layout] * layers
 
 
 class MlxEngine:
@@ -75,6 +84,10 @@ class MlxEngine:
         self.model.update_modules(tree_unflatten(adapted))
         self.model.eval()
         self._choose_paths(model)
+        self._trunk: Trunk | None = None
+        if config.cache_trunk:
+            what = {"model": fingerprint(model), "dtype": dtype or "as stored", "attention": config.attention}
+            self._trunk = Trunk(self.model, Path(config.out) / TRUNK, what)
         adapter = initial_adapter(self.shapes, config.rank, config.seed)
         self.load_state({f"adapter/{name}": array for name, array in adapter.items()}, step=0)
 
@@ -101,7 +114,7 @@ class MlxEngine:
         works = self._works(micro_batches)
         for number, work in enumerate(works):
             set_dropout(self.model, int(np.random.default_rng((seed, number)).integers(2**63)))
-            part, fresh = mx.value_and_grad(self._loss)(parameters, work, 1 / total)
+            part, fresh = mx.value_and_grad(self._loss)(parameters, work, 1 / total, self._states(work))
             gradient = {name: value + fresh[name] for name, value in gradient.items()}
             mx.eval(part, gradient)
             self._set(parameters)  # computing layers again leaves others behind
@@ -163,18 +176,24 @@ class MlxEngine:
         """See `Engine.peak_memory`."""
         return int(mx.get_peak_memory()) if self.on_gpu else process_peak()
 
-    def _loss(self, parameters: Parameters, work: Work, scale: float) -> mx.array:
+    def _states(self, work: Work) -> mx.array | None:
+        """What enters the first layer with something to learn, where that is kept from epoch to epoch."""
+        if self._trunk is None:
+            return None
+        return self._trunk.states(self.model, work.inputs, work.layouts(len(self.model.layers)), work.rows)
+
+    def _loss(self, parameters: Parameters, work: Work, scale: float, states: mx.array | None) -> mx.array:
         self._set(parameters)
-        with recomputed(self.model["model"], self.config.grad_checkpoint):
+        below = self._trunk.given(states) if self._trunk and states is not None else nullcontext()
+        with recomputed(self.model["model"], self.config.grad_checkpoint), below:
             hidden = self._hidden(work)
         return loss_sum(self._head, hidden, work.targets, work.weights) * scale
 
     def _hidden(self, work: Work) -> mx.array:
         """[n, D]: what the head is to make logits of."""
         caught = Caught(self.model["model"])
-        layouts = None if work.layout is None else [work.layout] * len(self.model.layers)
         with _replaced(self.model, caught):
-            self.model(work.inputs, cache=layouts)
+            self.model(work.inputs, cache=work.layouts(len(self.model.layers)))
         assert caught.hidden is not None
         return caught.hidden.reshape(-1, caught.hidden.shape[-1])[work.places]
 

@@ -160,6 +160,8 @@ def _refuse(config: RunConfig) -> None:
     for name, value in (("attention", "blocks"), ("share_prefixes", "always")):
         if getattr(config, name) == value:
             raise UserError(f"{name}: {value} is not there with torch", hint=f"leave {name} out, or --engine mlx")
+    if config.cache_trunk:
+        raise UserError("cache_trunk is not there with torch", hint="leave it out, or --engine mlx")
     if config.pack_length:
         raise UserError(f"pack_length: {config.pack_length} is not there with torch", hint="leave pack_length out, or --engine mlx")
 
