@@ -100,6 +100,23 @@ def inspect(
     inspect_command(InspectOptions(**options))
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option("--model", help="A Hugging Face folder, a config.json alone, or a hub id: headers only.")],
+    data: Annotated[str, typer.Option(help="Folder that prepare made: its windows, and the time for it.")] = "",
+    memory: Annotated[str, typer.Option(help="Of the Mac, such as 16GB. Default: this machine's.")] = "",
+    chip: Annotated[str, typer.Option(help="Such as M2, or 'M3 Pro'. Default: this machine's.")] = "",
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Run the model for 20 seconds: how fast this machine is.")] = False,
+    write: Annotated[Path | None, typer.Option(help="Write the settings to this YAML file, which must not exist.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Does it fit, with which settings, and how long: before anything is loaded or downloaded."""
+    options = dict(locals())
+    from mlx_finetune.planning.command import PlanOptions, plan_command
+
+    plan_command(PlanOptions(**options))
+
+
 @app.command(epilog=SETTINGS)
 def train(
     config: Annotated[Path | None, typer.Argument(help="YAML file of settings.")] = None,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.weights import fingerprint
 from mlx_finetune.prepared import show_dataset
 from mlx_finetune.terminal import finish, progress, say, table
+
+if TYPE_CHECKING:
+    from mlx_finetune.training.run import Plan
 
 
 def load_template(model: str) -> ChatTemplate:
@@ -60,7 +63,7 @@ def train_command(
 ) -> None:
     """`mlx-finetune train`."""
     from mlx_finetune.evaluation.plot import draw_loss
-    from mlx_finetune.training.run import execute, plan_resume, plan_run, trunk_bytes
+    from mlx_finetune.training.run import execute, plan_resume, plan_run
 
     overrides = parse_assignments(list(assignments)) | named
     if resume:
@@ -75,17 +78,12 @@ def train_command(
         plan = plan_resume(Path(run), overrides)
     else:
         plan = plan_run(load_config(file, overrides))
-    config, examples = plan.config, len(plan.dataset.train)
-    start = f", going on from {plan.checkpoint.name}" if plan.checkpoint else ""
-    say(f"training {config.model} on {examples} examples of {config.data}")
-    say(f"{plan.steps} steps{start} -> {plan.run}")
-    say(f"{100 * efficiency(plan.dataset.train.lengths, config.batch_size, config.seed):.1f} % of the tokens read are no padding")
+    config = plan.config
+    announce(plan)
     if dry_run:
         result = {"steps": plan.steps, "config": config.to_dict()}
         finish(result, as_json, lambda: show_config(config), None, "the same without --dry-run")
         return
-    if kept := trunk_bytes(plan):
-        say(f"what the frozen layers make of the data is kept in {plan.run}: up to {kept / 1e9:.1f} GB until the run is done")
     with progress("train") as advance:
         trained, engine = execute(plan, advance)
     picture = draw_loss(plan.run)
@@ -104,6 +102,27 @@ def train_command(
         print(f"peak memory {engine.peak_memory() / 1e9:.2f} GB")
 
     finish(vars(trained) | measured | {"out": str(plan.run)}, as_json, show, plan.run, f"mlx-finetune evaluate {plan.run}")
+
+
+def announce(plan: "Plan") -> None:
+    """What a run will do, where, and what it takes of memory and disk.
+
+    Raises:
+        UserError: more than there is.
+    """
+    from mlx_finetune.planning.before_run import check_memory
+    from mlx_finetune.training.run import trunk_bytes
+
+    config, dataset = plan.config, plan.dataset
+    start = f", going on from {plan.checkpoint.name}" if plan.checkpoint else ""
+    say(f"training {config.model} on {len(dataset.train)} examples of {config.data}")
+    say(f"{plan.steps} steps{start} -> {plan.run}")
+    say(f"{100 * efficiency(dataset.train.lengths, config.batch_size, config.seed):.1f} % of the tokens read are no padding")
+    if config.engine == "mlx":
+        counts = dataset.info["train"]
+        say(check_memory(plan.model, config, dataset.train, counts["learned_tokens"] / counts["tokens"]))
+    if kept := trunk_bytes(plan):
+        say(f"what the frozen layers make of the data is kept in {plan.run}: up to {kept / 1e9:.1f} GB until the run is done")
 
 
 def show_config(config: RunConfig) -> None:

@@ -15,6 +15,7 @@ LAYERS = (
     ("data",),
     ("models",),
     ("engines",),
+    ("planning",),
     ("training",),
     ("export",),
     ("evaluation",),

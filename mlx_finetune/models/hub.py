@@ -1,6 +1,8 @@
 """A model's name to a folder on this machine, and whether that folder holds what training needs."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_finetune.errors import UserError
@@ -68,6 +70,14 @@ def _has_chat_template(folder: Path) -> bool:
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
+
+    with hub_errors(name):
+        return Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+
+
+@contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """What goes wrong between us and the Hub, said as a UserError about the model `name`."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -78,7 +88,7 @@ def _download(name: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        yield
     except HFValidationError as error:
         raise UserError(
             f"{name}: no such model folder, and no Hub id", hint="give a local folder or a Hub id such as org/name"
