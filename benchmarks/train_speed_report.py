@@ -37,13 +37,14 @@ def median_of(repetitions: Sequence[Figures]) -> Figures:
     return repetitions[0] | times | {"repetitions": len(repetitions)}
 
 
-def curve(measured: Measured, cut: bool, checkpoint: bool, name: str) -> Callable[[int], float] | None:
+def curve(measured: Measured, cut: bool, checkpoint: bool, name: str, widest: int) -> Callable[[int], float] | None:
     """`name` of the peer's step on one row of a width, from the widths that were measured: log-log between them.
 
-    What is in a row makes no difference to the peer, whose shapes are all fixed by the width.
+    None where none as wide as `widest` was measured: beyond them a token costs more, and how much more is not known. What is in
+    a row makes no difference to the peer, whose shapes are all fixed by the width.
     """
     known = {key[5]: one[name] for key, one in measured.items() if key[:4] == ("peer", cut, checkpoint, "row")}
-    if not known:
+    if max(known, default=0) < widest:
         return None
     widths = np.array(sorted(known))
     per_token = np.log([known[width] / width for width in widths])
@@ -93,7 +94,8 @@ def data_figures(measured: Measured, cells: Iterable[Any]) -> list[Figures]:
     """Learned tokens a second on real data; what the peer takes comes from its curve."""
     table = []
     for cell in cells:
-        seconds, peak = (curve(measured, cell.cut, cell.checkpoint, name) for name in ("cpu", "peak"))
+        widest = max(*map(width_of, cell.lengths), *(width for _, width in cell.shipped.shapes))
+        seconds, peak = (curve(measured, cell.cut, cell.checkpoint, name, widest) for name in ("cpu", "peak"))
         ours = measured.get(("ours", cell.cut, cell.checkpoint, "data", cell.letter, cell.length))
         one: Figures = {"data": NAMES[cell.letter], "tokens": cell.length, "cut_model": cell.cut, "checkpointing": cell.checkpoint}
         one |= {"examples": len(cell.lengths), "step_tokens": sum(cell.lengths), "step_learned": cell.learned}

@@ -117,8 +117,9 @@ def test_a_cut_model_has_the_first_layers(tiny_llama: Path, windows: Dataset, tm
 
 def test_the_curve_passes_through_what_was_measured_and_between_it() -> None:
     key = ("peer", False, False, "row", "a")
-    seconds = curve({(*key, 100): {"cpu": 1.0}, (*key, 400): {"cpu": 8.0}}, False, False, "cpu")
+    seconds = curve({(*key, 100): {"cpu": 1.0}, (*key, 400): {"cpu": 8.0}}, False, False, "cpu", 400)
     assert seconds and [seconds(width) for width in (50, 100, 200, 400)] == approx([0.5, 1.0, 8**0.5, 8.0])
+    assert curve({(*key, 100): {"cpu": 1.0}}, False, False, "cpu", 400) is None
 
 
 def test_an_exponent_of_one_means_cost_grows_with_the_square() -> None:
