@@ -46,8 +46,16 @@ def states_after(model: Path, steps: int, **settings: Any) -> dict[str, np.ndarr
     return engine.state()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text", "cohere2"])
-@pytest.mark.parametrize("ways", [{}, {"share_prefixes": "never"}, {"grad_checkpoint": 1}])
+@pytest.mark.parametrize(
+    ("model_type", "ways"),
+    [
+        ("llama", {"share_prefixes": "never"}),
+        ("llama", {"grad_checkpoint": 1}),
+        ("gemma2", {}),
+        ("gemma3_text", {}),
+        ("cohere2", {}),
+    ],
+)
 def test_what_is_learned_is_the_same_and_the_layers_below_are_computed_once(
     model_type: str, ways: dict[str, Any], models: dict[str, Path], tmp_path: Path, computed: list[int]
 ) -> None:
@@ -56,7 +64,7 @@ def test_what_is_learned_is_the_same_and_the_layers_below_are_computed_once(
         check_alike(*(first_step(models[model_type], batches(family()), **LAST, **ways, **more) for more in ({}, kept)))
     once = len(computed)
     assert once >= 1
-    plain, with_trunk = (states_after(models[model_type], 4, **ways, **more) for more in ({}, kept))
+    plain, with_trunk = (states_after(models[model_type], 2, **ways, **more) for more in ({}, kept))
     assert len(computed) == once  # other micro-batches of the same rows
     for name, array in plain.items():
         assert np.abs(array - with_trunk[name]).max() <= 1e-4 * max(np.abs(array).max(), 1e-3), name
