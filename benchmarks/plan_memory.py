@@ -32,10 +32,11 @@ from mlx_finetune.planning.calibrate import random_batch
 from mlx_finetune.planning.memory import Coefficients, Dials, dials_of, evaluation_terms, memory, step_terms, weigh
 from mlx_finetune.planning.model_shape import ModelShape, model_shape
 
-OUT = Path(__file__).with_suffix(".json")
+OUT = Path(__file__).parent / "results" / "plan_memory.json"
 SHARE = 0.3
-RIDGE = 0.01  # pull towards the coefficients that there are, so that what these settings cannot tell apart stays as it is
-ROUNDS = 30
+LITTLE = 64  # tokens
+PULL = 0.03  # towards the coefficients that there are, so that what these settings cannot tell apart stays as it is
+ROUNDS = 60
 BOUNDS = {"median": 0.05, "worst": 0.15}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -134,21 +135,24 @@ def measure_all(folder: Path, only: str) -> Iterator[dict[str, Any]]:
 
 
 def measure(folder: str, values: dict[str, Any]) -> dict[str, int]:
-    """Peak bytes while the model is loaded, in a step (the first: the next hold as much), and in a held-out loss."""
+    """Peak bytes while the model is loaded, in a step, and in a held-out loss."""
     import mlx.core as mx
 
     from mlx_finetune.engines.mlx.engine import MlxEngine
 
     config = make_config(values, "the benchmark")
+    vocabulary = model_shape(folder).sizes.vocabulary
+    random = np.random.default_rng(0)
+    little = random_batch(random, 1, LITTLE, vocabulary, SHARE)  # so that there is a sum of gradients
+    batch = random_batch(random, config.batch_size, config.max_length, vocabulary, SHARE)
+    batch.weights[:, -1] = 1  # what stands behind the last learned token is not computed
     mx.reset_peak_memory()
     engine = MlxEngine(Path(folder), config)
     peaks = {"load": mx.get_peak_memory()}
-    vocabulary = model_shape(folder).sizes.vocabulary
-    batch = random_batch(np.random.default_rng(0), config.batch_size, config.max_length, vocabulary, SHARE)
-    batch.weights[:, -1] = 1  # what stands behind the last learned token is not computed
+    engine.state()  # the moments come into being
     for phase in ("step", "evaluation"):
         mx.reset_peak_memory()
-        engine.step([batch], 1e-4, 0) if phase == "step" else engine.loss_sum(batch)
+        engine.step([little, batch], 1e-4, 0) if phase == "step" else engine.loss_sum(batch)
         peaks[phase] = mx.get_peak_memory()
     return peaks
 
@@ -177,29 +181,44 @@ def compare(rows: Sequence[Mapping[str, Any]], shapes: Mapping[str, ModelShape],
 
 
 def fit(rows: Sequence[Mapping[str, Any]], shapes: Mapping[str, ModelShape]) -> Coefficients:
-    """Least squares of relative errors over the weights; which of two terms is the larger is asked anew in each round."""
-    start = c = Coefficients()
+    """Least squares of relative errors; in which place the peak is, is asked anew in each round."""
+    start = best = c = Coefficients()
     names = tuple(vars(start))
+    pull = np.diag([PULL / getattr(start, name) for name in names])
     for _ in range(ROUNDS):
         lines, wanted = [], []
         for row in rows:
             shape = shapes[row["model"]]
             one = dials(row, shape)
-            kept, *momentary = step_terms(shape, one)
-            for phase, base, choices in (("step", kept, momentary), ("evaluation", {}, evaluation_terms(shape, one))):
-                largest = max(choices, key=lambda terms: weigh(terms, c))
-                terms = {name: base.get(name, 0) + largest.get(name, 0) for name in names}
-                found = memory(shape, one, c)
-                fixed = found.phases[phase] - sum(getattr(c, name) * value for name, value in terms.items())
+            found = memory(shape, one, c)
+            for phase, places in (("step", step_terms(shape, one)), ("evaluation", evaluation_terms(shape, one))):
+                terms = max(places, key=lambda terms: weigh(terms, c))
+                counted = found.phases[phase] - weigh(terms, c)
                 scale = row[phase] - found.weights
-                lines.append([terms[name] / scale for name in names])
-                wanted.append((row[phase] - fixed) / scale)
-        pull = np.diag([RIDGE * len(rows) / getattr(start, name) for name in names])
-        matrix = np.concatenate([np.array(lines), pull])
-        goal = np.concatenate([np.array(wanted), np.full(len(names), RIDGE * len(rows))])
-        solution = np.maximum(np.linalg.lstsq(matrix, goal, rcond=None)[0], 0.01)
+                lines.append([terms.get(name, 0.0) / scale for name in names])
+                wanted.append((row[phase] - counted) / scale)
+        goal = np.concatenate([np.array(wanted), np.full(len(names), PULL)])
+        solution = _not_negative(np.concatenate([np.array(lines), pull]), goal)
         c = Coefficients(**{name: (getattr(c, name) + float(value)) / 2 for name, value in zip(names, solution, strict=True)})
-    return c
+        if _loss(rows, shapes, c) < _loss(rows, shapes, best):
+            best = c
+    return best
+
+
+def _loss(rows: Sequence[Mapping[str, Any]], shapes: Mapping[str, ModelShape], c: Coefficients) -> float:
+    return float(np.square(compare(rows, shapes, c)["each"]["over_weights"]).sum())
+
+
+def _not_negative(matrix: np.ndarray, goal: np.ndarray) -> np.ndarray:
+    """Least squares with coefficients of at least 0: those that would be less are left out, one round after the other."""
+    solution, active = np.zeros(matrix.shape[1]), np.arange(matrix.shape[1])
+    while active.size:
+        solution[:] = 0
+        solution[active] = np.linalg.lstsq(matrix[:, active], goal, rcond=None)[0]
+        if (solution >= 0).all():
+            break
+        active = active[solution[active] > 0]
+    return solution
 
 
 def print_report(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_finetune.config import FIELDS, make_config
+from mlx_finetune.config import make_config
 from mlx_finetune.data.batches import Batch
 from mlx_finetune.planning.memory import Dials
 from mlx_finetune.planning.model_shape import ModelShape
@@ -36,8 +36,9 @@ def calibrate(folder: Path, shape: ModelShape, dials: Dials, seconds: float = SE
     from mlx_finetune.engines.mlx.engine import MlxEngine
 
     length = min(LENGTH, dials.max_length)
-    settings = {name: getattr(dials, name) for name in DIALS if name in FIELDS}
-    config = make_config(settings | {"batch_size": 1, "max_length": length}, "the plan")
+    settings = {name: getattr(dials, name) for name in DIALS}
+    dtype = dials.dtype if dials.bits >= 16 else "auto"
+    config = make_config(settings | {"batch_size": 1, "max_length": length, "dtype": dtype}, "the plan")
     engine = MlxEngine(folder, config)
     batch = random_batch(np.random.default_rng(0), 1, length, shape.sizes.vocabulary, dials.learned_share)
     engine.step([batch], 1e-5, seed=0)  # compiles and allocates

@@ -144,7 +144,7 @@ def _calibrate(options: PlanOptions, shape: ModelShape, plan: Plan) -> Calibrati
     if not folder.is_dir() or not shape.bytes_by_dtype:
         hint = "download the model, and name its folder; or leave --calibrate out"
         raise UserError(f"{options.model}: --calibrate runs the model, and its weights are not here", hint=hint)
-    if not plan.choice.fits or plan.choice.dials.bits < shape.stored_bits:
+    if not plan.choice.fits or _is_packed(plan, shape):
         hint = "name the converted model, or leave --calibrate out"
         raise UserError(f"{options.model}: as it is stored it does not fit, so --calibrate cannot run it", hint=hint)
     say(f"training on random tokens for twenty seconds, with the settings of the plan, on {plan.machine.name}")
@@ -167,6 +167,11 @@ def _dtype(plan: Plan, shape: ModelShape) -> str:
     return plan.choice.dials.dtype if plan.choice.dials.bits == 16 and shape.dtype == "F32" else "auto"
 
 
+def _is_packed(plan: Plan, shape: ModelShape) -> bool:
+    """Whether the plan asks for a quantised model where the one that there is is not."""
+    return plan.choice.dials.bits < min(16, shape.stored_bits)
+
+
 def _model_name(options: PlanOptions) -> str:
     """A config.json stands for the folder that it lies in."""
     path = Path(options.model).expanduser()
@@ -182,7 +187,7 @@ def _following(options: PlanOptions, shape: ModelShape, plan: Plan) -> list[str]
     if not plan.choice.fits:
         return ["mlx-finetune plan with a smaller model"]
     model, commands = _model_name(options), []
-    if plan.choice.dials.bits < min(16, shape.stored_bits):
+    if _is_packed(plan, shape):
         packed = _quantised_folder(options, plan)
         dtype = " --dtype bfloat16" if shape.dtype == "F32" else ""
         commands.append(f"mlx_lm.convert --hf-path {model} -q --q-bits {plan.choice.dials.bits}{dtype} --mlx-path {packed}")
@@ -206,8 +211,7 @@ def _write(options: PlanOptions, shape: ModelShape, plan: Plan) -> None:
 
     if not plan.choice.fits:
         raise UserError(f"{options.model}: {plan.reasons[0]}", hint=plan.reasons[-1])
-    smaller = plan.choice.dials.bits < min(16, shape.stored_bits)
-    model = _quantised_folder(options, plan) if smaller else _model_name(options)
+    model = _quantised_folder(options, plan) if _is_packed(plan, shape) else _model_name(options)
     values = {"model": model, "data": options.data, "out": "run"} | settings_of(plan, shape)
     config: RunConfig = make_config({name: value for name, value in values.items() if value not in ("", None)}, "the plan")
     assert options.write

@@ -19,42 +19,60 @@ Attention = Literal["fused", "blocks"]
 Activations = Literal["float32", "bfloat16", "float16"]
 FLOAT32 = 4
 LOGITS, FEWEST, MOST = 6 * 2**20, 64, 256  # rows of logits computed together, as engines/mlx/loss.py chooses them
-CHUNKS = 2.5  # of such rows that are alive: MLX allocates for the next operations before the last are through (measured)
+# MLX allocates for some ten operations to come before the last are through (inferred from peaks, which repeat to the byte), so more
+# than one chunk of logits, and more than one matrix of a file, are there at once.
+AHEAD = 10
+CHUNKS, CHUNKS_AGAIN = 2.0, 1.25  # of rows of logits; where layers are computed again (measured)
 BLOCK = 256  # of queries, in attention by blocks
 SAME_INPUT = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv") | dict.fromkeys(("gate_proj", "up_proj"), "gate_up")
+FUSED = ("qkv_proj", "Wqkv", "gate_up_proj")
+WIDTHS = ("hidden", "heads", "kv", "ffn")
+KEPT = (*WIDTHS, "inputs", "cast", "low", "scores", "boundary")
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LEARNED_SHARE = 0.3  # of the tokens, where no data set says it: the assistant's part of agents' conversations
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Arrays of each family that are alive at the peak. Fitted on MLX's CPU backend, float32; Metal was not measured.
+    """How many arrays of a family are alive at the peak. Fitted on MLX's CPU backend by `benchmarks/plan_memory.py --fit`.
 
-    Starting values: 6-layer cuts of SmolLM2 up to 2,048 tokens (rms 3.4 %), held-out models 2.3 % (facts, section 3).
+    Metal was not measured: it frees and fuses otherwise, so the real peak is likely to lie below.
     """
 
-    # Kept for the backward pass, in each trained layer:
-    hidden: float = 4.0  # of the hidden size: what norms read, residuals
+    # Kept for the backward pass, in each trained layer that is not computed again:
+    hidden: float = 2.5  # of the hidden size: what norms read, residuals
     heads: float = 3.0  # of all heads together: queries, attention's output
     kv: float = 2.4  # of keys or values: both
-    ffn: float = 5.0  # of the intermediate size: gate, up, activation
+    ffn: float = 4.0  # of the intermediate size: gate, up, activation
     inputs: float = 1.0  # of what enters the adapted matrices, once where they share it
     cast: float = 1.0  # float32 copies of what enters them, one for each, where the model is not in float32
     low: float = 1.0  # x A, rank wide, for each adapted matrix
     scores: float = 1.0  # attention probabilities, [heads, T, T]; none with blocks
     boundary: float = 1.5  # of the hidden size, in each layer that is computed again
-    # Alive for a moment, the larger of the two: the layer at work, or the head
-    work_hidden: float = 2.5  # of the hidden size
-    work_heads: float = 3.0  # of all heads together
-    work_kv: float = 2.2  # of keys or values
-    work_ffn: float = 4.2  # of the intermediate size
+    gradient: float = 1.0  # of the adapter, fresh
+    # Alive for a moment at the top of the layers, where the backward pass begins:
+    work_hidden: float = 3.0
+    work_heads: float = 4.0
+    work_ffn: float = 6.0
     work_scores: float = 2.0  # of [heads, T, T], with blocks of [heads, 256, T]
-    logits: float = 4.3  # of the rows of logits that are alive, float32
-    head_hidden: float = 2.4  # of the hidden size, around the head
-    # Elsewhere:
-    forward: float = 4.0  # of hidden + intermediate size, in a forward pass alone
-    forward_logits: float = 2.0  # of the rows of logits in a held-out loss, one chunk after the other
-    load: float = 1.5  # of the embeddings as stored, where weights change their dtype as they are loaded
+    # In a layer further down that is computed again, everything of it:
+    again_hidden: float = 2.5
+    again_heads: float = 2.5
+    again_kv: float = 2.5
+    again_ffn: float = 4.0
+    again_scores: float = 3.3
+    again_fused: float = 6.0  # of what matrices fused of several give, such as gate_up_proj: it is cut apart
+    # At the head:
+    logits: float = 4.0  # of the rows of logits that are there, float32
+    head_hidden: float = 3.5
+    # In a forward pass alone, the larger of head and layer:
+    forward_logits: float = 2.3  # of one chunk of rows
+    forward_hidden: float = 2.0
+    forward_ffn: float = 4.0
+    forward_scores: float = 1.0
+    forward_fused: float = 1.0
+    # Where weights change their dtype as they are loaded:
+    load: float = 1.1  # of embeddings, head, and the next matrices, as stored
 
 
 @dataclass(frozen=True)
@@ -85,7 +103,7 @@ class Memory:
     weights: int
     adapter: int  # A and B
     optimizer: int  # two moments
-    gradient: int  # the sum over micro-batches, and that of the newest
+    gradient: int  # the sum over micro-batches
     activations: int  # kept for the backward pass
     transient: int  # for a moment: the head with its logits, or one layer at work
     phases: Mapping[str, int]  # load, step, update, evaluation
@@ -116,16 +134,17 @@ def memory(shape: ModelShape, dials: Dials, coefficients: Coefficients | None = 
     c = coefficients or Coefficients()
     trainable = FLOAT32 * adapter_parameters(shape, dials)
     weights = shape.weight_bytes(dials.bits)
-    kept, *momentary = (weigh(terms, c) for terms in step_terms(shape, dials))
+    fullest = max(step_terms(shape, dials), key=lambda terms: weigh(terms, c))
+    kept = weigh({name: value for name, value in fullest.items() if name in KEPT}, c)
+    transient = weigh(fullest, c) - kept
     standing = weights + 3 * trainable  # adapter and two moments
     phases = {
-        "load": weights + weigh(load_terms(shape, dials), c),
-        "step": standing + 2 * trainable + kept + max(momentary),
+        "load": weights + trainable + weigh(load_terms(shape, dials), c),
+        "step": standing + trainable + kept + transient,  # the sum of the micro-batches before
         "update": standing + (2 + 3) * trainable,  # the new adapter and moments stand beside the old ones
         "evaluation": standing + max(weigh(terms, c) for terms in evaluation_terms(shape, dials)),
     }
-    transient = max(momentary)
-    return Memory(weights, trainable, 2 * trainable, 2 * trainable, kept, transient, phases, max(phases.values()))
+    return Memory(weights, trainable, 2 * trainable, trainable, kept, transient, phases, max(phases.values()))
 
 
 def targets(shape: ModelShape, dials: Dials) -> dict[str, tuple[int, int]]:
@@ -169,31 +188,43 @@ def weigh(terms: Mapping[str, float], c: Coefficients) -> int:
     return int(sum(getattr(c, name) * value for name, value in terms.items()))
 
 
-def step_terms(shape: ModelShape, dials: Dials) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Bytes by coefficient: kept for the backward pass, alive around the head, alive in a layer."""
-    sizes, item, layers = shape.sizes, ITEM_BYTES[dials.dtype], trained_layers(shape, dials)
-    again = recomputed_layers(shape, dials)
-    in_layer = _kept_in_layer(shape, dials)
-    kept = {name: (layers - again) * value for name, value in in_layer.items()}
-    alive = min(CHUNKS * head_rows(shape), max(1.0, dials.learned_share * dials.tokens))
-    head = {"logits": alive * sizes.vocabulary * FLOAT32, "head_hidden": float(dials.tokens * sizes.hidden * item)}
-    at_work = {f"work_{name}": float(dials.tokens * count * item) for name, count in _widths(shape).items()}
-    at_work["work_scores"] = float(_scores(shape, dials))
-    if again:
-        kept["boundary"] = float(again * dials.tokens * sizes.hidden * item)
-        at_work |= in_layer
-    return kept, head, at_work
+def step_terms(shape: ModelShape, dials: Dials) -> list[dict[str, float]]:
+    """Bytes by coefficient in each place where the peak may be: the head, the top layer, the next one computed again."""
+    layers, every, again = trained_layers(shape, dials), dials.grad_checkpoint, recomputed_layers(shape, dials)
+    layer, boundary = _kept_in_layer(shape, dials), _of_tokens(shape, dials, "hidden")
+    everything = _times(layer, layers - again) | {"boundary": again * boundary}
+    everything["gradient"] = float(FLOAT32 * adapter_parameters(shape, dials))
+    scores = float(_scores(shape, dials))
+    chunks = (CHUNKS_AGAIN if again else CHUNKS) * head_rows(shape)
+    head = {"logits": _logits(shape, dials, chunks), "head_hidden": boundary}
+    work = {f"work_{name}": _of_tokens(shape, dials, name) for name in ("hidden", "heads", "ffn")} | {"work_scores": scores}
+    top_again = bool(every) and (layers - 1) % every == 0
+    places = [everything | head, _plus(everything, layer if top_again else {}) | work]
+    if again and layers > 1:
+        at = every * ((layers - 2) // every)  # the next layer below the top that is computed again
+        below = ceil(at / every)  # how many are computed again below it
+        inside = {f"again_{name}": _of_tokens(shape, dials, name) for name in WIDTHS} | {"again_scores": scores}
+        inside["again_fused"] = _fused(shape, dials)
+        if "cast" in layer:
+            inside["cast"] = layer["cast"]
+        left = {"boundary": (below + 1) * boundary, "gradient": everything["gradient"]}
+        places.append(_plus(_times(layer, at - below), inside | left))
+    return places
 
 
-def evaluation_terms(shape: ModelShape, dials: Dials) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes by coefficient in a forward pass: around the head, in a layer."""
-    sizes, item = shape.sizes, ITEM_BYTES[dials.dtype]
-    rows = min(head_rows(shape), max(1.0, dials.learned_share * dials.tokens))
-    head = {"forward_logits": rows * sizes.vocabulary * FLOAT32}
-    return head, {
-        "forward": float(dials.tokens * (sizes.hidden + sizes.intermediate) * item),
-        "work_scores": float(_scores(shape, dials)),
-    }
+def evaluation_terms(shape: ModelShape, dials: Dials) -> list[dict[str, float]]:
+    """Bytes by coefficient in a forward pass: at the head, in a layer."""
+    layer = {f"forward_{name}": _of_tokens(shape, dials, name) for name in ("hidden", "ffn")}
+    layer |= {"forward_scores": float(_scores(shape, dials)), "forward_fused": _fused(shape, dials)}
+    return [{"forward_logits": _logits(shape, dials, head_rows(shape))}, layer]
+
+
+def _times(terms: Mapping[str, float], factor: float) -> dict[str, float]:
+    return {name: factor * value for name, value in terms.items()}
+
+
+def _plus(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in one.keys() | other.keys()}
 
 
 def head_rows(shape: ModelShape) -> int:
@@ -203,13 +234,15 @@ def head_rows(shape: ModelShape) -> int:
 
 def load_terms(shape: ModelShape, dials: Dials) -> dict[str, float]:
     """Bytes by coefficient while weights are loaded."""
-    changes = not shape.quantisation and dials.bits in (16, 32) and dials.bits != shape.stored_bits
-    return {"load": shape.sizes.vocabulary * shape.sizes.hidden * shape.stored_bits / 8} if changes else {}
+    if shape.quantisation or dials.bits not in (16, 32) or dials.bits == shape.stored_bits:
+        return {}
+    largest = max(rows * columns for rows, columns in shape.sizes.linears.values())
+    return {"load": (shape.embeddings + AHEAD * largest) * shape.stored_bits / 8}
 
 
-def trunk_cache_bytes(shape: ModelShape, tokens: int) -> int:
-    """On disk, where the frozen layers are computed once: what enters the first trained layer, 16 bits a number."""
-    return tokens * shape.sizes.hidden * 2
+def trunk_cache_bytes(shape: ModelShape, dials: Dials, tokens: int) -> int:
+    """On disk, where the frozen layers are computed once: what enters the first trained layer."""
+    return tokens * shape.sizes.hidden * ITEM_BYTES[dials.dtype]
 
 
 def coefficient_names() -> tuple[str, ...]:
@@ -220,7 +253,7 @@ def coefficient_names() -> tuple[str, ...]:
 def _kept_in_layer(shape: ModelShape, dials: Dials) -> dict[str, float]:
     """Bytes by coefficient that the backward pass of one trained layer needs."""
     item, adapted = ITEM_BYTES[dials.dtype], targets(shape, dials)
-    terms = {name: float(dials.tokens * count * item) for name, count in _widths(shape).items()}
+    terms = {name: _of_tokens(shape, dials, name) for name in WIDTHS}
     entering = {SAME_INPUT.get(name, name): columns for name, (_, columns) in adapted.items()}
     terms["inputs"] = float(dials.tokens * sum(entering.values()) * item)
     terms["low"] = float(dials.tokens * dials.rank * len(adapted) * FLOAT32)
@@ -231,15 +264,27 @@ def _kept_in_layer(shape: ModelShape, dials: Dials) -> dict[str, float]:
     return terms
 
 
-def _widths(shape: ModelShape) -> dict[str, float]:
-    """Numbers of one token in arrays of each family."""
+def _of_tokens(shape: ModelShape, dials: Dials, name: str) -> float:
+    """Bytes of one array of a family of WIDTHS."""
     sizes = shape.sizes
-    return {
+    width = {
         "hidden": sizes.hidden,
         "heads": sizes.heads * sizes.head_dim,
         "kv": sizes.kv_heads * sizes.head_dim,
         "ffn": sizes.intermediate * (1 if sizes.gated else 0.75),  # without a gate three arrays of four
-    }
+    }[name]
+    return dials.tokens * width * ITEM_BYTES[dials.dtype]
+
+
+def _fused(shape: ModelShape, dials: Dials) -> float:
+    """Bytes of what the matrices give that are fused of several."""
+    rows = sum(rows for name, (rows, _) in shape.sizes.linears.items() if name in FUSED)
+    return float(dials.tokens * rows * ITEM_BYTES[dials.dtype])
+
+
+def _logits(shape: ModelShape, dials: Dials, rows: float) -> float:
+    """Bytes of so many rows, or of all that are learned where they are fewer."""
+    return min(rows, max(1.0, dials.learned_share * dials.tokens)) * shape.sizes.vocabulary * FLOAT32
 
 
 def _scores(shape: ModelShape, dials: Dials) -> int:

@@ -110,7 +110,8 @@ def _of_data(shape: ModelShape, dials: Dials, data: Data) -> Iterator[str]:
     if dials.max_length < data.longest:
         yield (f"{data.named} has windows of up to {data.longest:,} tokens: prepare it again with --max-length {dials.max_length}")
     if dials.num_layers:
+        room = gb(trunk_cache_bytes(shape, dials, data.tokens))
         yield (
-            f"the layers that do not learn give the same each time: kept on the disk that is"
-            f" {gb(trunk_cache_bytes(shape, data.tokens))} for {data.named}, and pays from the second pass on"
+            "for more than one pass: cache_trunk=true keeps on the disk what the layers give that do not learn"
+            f" ({room} for {data.named}), and the passes after the first leave them out"
         )
