@@ -1,8 +1,8 @@
 """Predicted peak memory against mx.get_peak_memory: steps of small random models with the MLX engine, in a process each.
 
-    .venv/bin/python benchmarks/plan_memory.py [--fit] [--only llama] [--measured benchmarks/plan_memory.json]
+    .venv/bin/python benchmarks/plan_memory.py [--fit] [--only llama] [--measured benchmarks/results/plan_memory.json]
 
-Prints a table, the median and the worst error, and writes benchmarks/plan_memory.json. `--fit` also prints the
+Prints a table, the median and the worst error, and writes benchmarks/results/plan_memory.json. `--fit` also prints the
 coefficients that fit these peaks best (for mlx_finetune/planning/memory.py) and the errors with them; `--measured` takes
 the peaks from an earlier run instead of measuring. Settings that RunConfig does not have are skipped by name.
 """
