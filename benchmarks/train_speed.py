@@ -25,7 +25,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from train_speed_data import NAMES, WHOLE, Shipped, cut_model, make_collections, row_of, shipped, windows
+from train_speed_data import NAMES, WHOLE, Shipped, cut_model, make_collections, row_of, shipped, width_of, windows
 from train_speed_report import Figures, Key, data_figures, exponents, median_of, profile_figures, report, row_figures
 from train_speed_steps import ours_config, write_row
 
@@ -36,6 +36,7 @@ from mlx_finetune.models.gguf import find_smollm2, gguf_to_hugging_face
 
 LAYERS, CUT_LAYERS = 16, 4  # adapted layers of the whole model; layers of the cut one, all of them adapted
 SAME_LOSS = 1e-3
+STEP_TOKENS = 32768  # in a step on data at most
 WARM = 1024  # tokens up to which a step is made once before: in longer ones, tracing is less than 1 % of the time
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 PARTS = ("rows", "data", "profile")
@@ -55,7 +56,7 @@ class Plan:
 
 
 FULL = Plan(
-    (512, 1024, 2048), (512, 1024, 2048, 4096, 8192), (128, 256), {512: 8, 1024: 8, 2048: 6, 4096: 8, 8192: 8}, 1024, 3, True
+    (512, 1024, 2048), (512, 1024, 2048, 4096, 8192), (128, 256), dict.fromkeys((512, 1024, 2048, 4096, 8192), 8), 1024, 3, True
 )
 QUICK = Plan((512, 1024), (), (128,), {512: 3, 1024: 2}, None, 1, False)
 
@@ -180,10 +181,11 @@ class Bench:
                 continue
             cell = self._cell(letter, length)
             self.cells.append(cell)
-            job = {"dataset": str(cell.folder), "groups": cell.groups, "warm": False}
+            job = {"dataset": str(cell.folder), "groups": cell.groups, "warm": False, "pack": max(64, *map(width_of, cell.lengths))}
             key = cell.cut, cell.checkpoint, "data", letter, length
             if cell.checkpoint in self.modes:
                 self.jobs["ours", *key] = job
+                self.jobs["ours", cell.cut, cell.checkpoint, "folded", letter, length] = job | {"pack": sum(cell.lengths)}
             if self.plan is FULL and letter == "a" and length == min(self.plan.examples):  # one, to see what the curve is worth
                 self.jobs["peer", *key] = job
 
@@ -191,14 +193,15 @@ class Bench:
         """The step, of those of an epoch, whose share of learned tokens is nearest to that of all examples."""
         dataset = windows(self.collected[letter], self.template, self.folder / f"{letter}-{length}", length)
         config = ours_config(LAYERS, False, self.options)
-        shape = config.batch_size, -(-self.plan.examples[length] // config.batch_size)
         lengths = dataset.train.lengths
+        examples = max(2, min(self.plan.examples[length], STEP_TOKENS * len(lengths) // sum(lengths)))
+        shape = config.batch_size, -(-examples // config.batch_size)
         learned = [int((example.weights > 0).sum()) for example in dataset.train]
 
         def share(chosen: Sequence[int]) -> float:
             return sum(learned[i] for i in chosen) / sum(lengths[i] for i in chosen)
 
-        count = max(1, len(lengths) // self.plan.examples[length])
+        count = max(1, len(lengths) // examples)
         steps = [examples_at(lengths, *shape, 0, step, dataset.train.families) for step in range(count)]
         groups = min(steps, key=lambda step: abs(share([i for g in step for i in g]) - share(range(len(lengths)))))
         chosen = [i for group in groups for i in group]
@@ -239,8 +242,9 @@ class Bench:
             self.skipped.append(f"{named}: not in {memory / 1e9:.0f} GB")
         else:
             self.results.setdefault(key, []).append(done)
-            other = self.results.get(("peer" if key[0] == "ours" else "ours", *key[1:]))
-            if other and key[3] in ("row", "data"):
+            side, kind = "peer" if key[0] == "ours" else "ours", "data" if key[3] == "folded" else key[3]
+            other = self.results.get((side, *key[1:3], kind, *key[4:]))
+            if other and key[3] in ("row", "data", "folded"):
                 assert abs(done["loss"] / other[0]["loss"] - 1) < SAME_LOSS, f"{named}: loss {done['loss']}, not {other[0]['loss']}"
         print(f"{named}: {done['cpu'] if done and 'cpu' in done else done}", file=sys.stderr)
 

@@ -1,6 +1,6 @@
 """What train_speed.py trains on, and what `mlx_lm.lora` would learn of it.
 
-(a) the gptme sample, (b) the same mixed with OpenAssistant, (c) agent chats from a seeded generator: one system prompt for the
+(a) gptme logs with their system prompts, (b) the same mixed with OpenAssistant, (c) agent chats from a seeded generator: one system prompt for the
 whole collection, lengths with a long tail. Each is collected and prepared as a person's own data is, once whole (the rows that
 mlx_lm.lora reads) and once for each length as windows.
 """
@@ -30,9 +30,11 @@ from mlx_finetune.data.refine import Settings
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.engines.adapter import LAYER
 
-SAMPLE = Path(str(files("mlx_finetune") / "sample" / "gptme-logs"))
-TREES = Path(__file__).parents[2] / "shared" / "data" / "openassistant" / "oasst1_ready.trees.jsonl.gz"
-NAMES = {"a": "gptme sample", "b": "with OpenAssistant", "c": "generated agent chats"}
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+SAMPLE = Path(str(files("mlx_finetune") / "sample" / "gptme-logs"))  # without the long prompts: where there is no shared folder
+LOGS = SHARED / "gptme-logs" if (SHARED / "gptme-logs").is_dir() else SAMPLE
+TREES = SHARED / "openassistant" / "oasst1_ready.trees.jsonl.gz"
+NAMES = {"a": "gptme logs" if LOGS != SAMPLE else "gptme sample", "b": "with OpenAssistant", "c": "generated agent chats"}
 WHOLE = 2**20  # a window that holds any of the conversations
 CONVERSATIONS = 40
 PROMPT_SHARE = 0.77  # of all tokens, measured on logs of the real gptme
@@ -46,9 +48,9 @@ Pools = dict[str, list[str]]  # lines by who wrote them
 def make_collections(folder: Path, template: ChatTemplate) -> tuple[dict[str, Path], dict[str, str]]:
     """The collected folders by letter, and why one is missing."""
     collected, missing = {letter: folder / f"collected-{letter}" for letter in NAMES}, {}
-    collect(Sources(SAMPLE, ()), Settings(), collected["a"])
+    collect(Sources(LOGS, ()), Settings(), collected["a"])
     if TREES.is_file():
-        collect(Sources(SAMPLE, (str(TREES),)), Settings(), collected["b"])
+        collect(Sources(LOGS, (str(TREES),)), Settings(), collected["b"])
     else:
         missing["b"] = f"no {TREES}"
         del collected["b"]

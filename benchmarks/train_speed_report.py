@@ -27,7 +27,9 @@ ON_DATA = """\
 Shares are of all assistant tokens of the collection. mlx_lm.lora as shipped reads whole conversations, cut at the length, four
 in a batch up to 1,024; with --mask-prompt it learns the last turn alone, without it all that it reads, of which the assistant's
 tokens are counted here; "-" where it learns none. "NaN": batches with nothing to learn (--mask-prompt), after which the adapter
-is lost. The peer's time is the sum over its rows of what a row of that width took above."""
+is lost. The peer's time is the sum over its rows of what a row of that width took above. Ours folds at most as many
+tokens together as the longest row has, for the same class of memory; "folded": all of the step, as `train` does where memory allows
+(columns behind "tokens computed": both)."""
 
 
 def median_of(repetitions: Sequence[Figures]) -> Figures:
@@ -96,7 +98,9 @@ def data_figures(measured: Measured, cells: Iterable[Any]) -> list[Figures]:
     for cell in cells:
         widest = max(*map(width_of, cell.lengths), *(width for _, width in cell.shipped.shapes))
         seconds, peak = (curve(measured, cell.cut, cell.checkpoint, name, widest) for name in ("cpu", "peak"))
-        ours = measured.get(("ours", cell.cut, cell.checkpoint, "data", cell.letter, cell.length))
+        ours, folded = (
+            measured.get(("ours", cell.cut, cell.checkpoint, kind, cell.letter, cell.length)) for kind in ("data", "folded")
+        )
         one: Figures = {"data": NAMES[cell.letter], "tokens": cell.length, "cut_model": cell.cut, "checkpointing": cell.checkpoint}
         one |= {"examples": len(cell.lengths), "step_tokens": sum(cell.lengths), "step_learned": cell.learned}
         one["share"] = {"ours": cell.share, **shares(cell.shipped)}
@@ -104,7 +108,12 @@ def data_figures(measured: Measured, cells: Iterable[Any]) -> list[Figures]:
         if ours:
             one["ours"] = {
                 "learned_a_second": ours["learned"] / ours["cpu"],
-                **{n: ours[n] for n in ("cpu", "wall", "peak", "repetitions")},
+                **{n: ours[n] for n in ("cpu", "wall", "peak", "repetitions", "computed")},
+            }
+        if folded:
+            one["folded"] = {
+                "learned_a_second": folded["learned"] / folded["cpu"],
+                **{n: folded[n] for n in ("cpu", "peak", "computed")},
             }
         if seconds and peak:
             taken = sum(seconds(width_of(length)) for length in cell.lengths)
@@ -123,6 +132,10 @@ def data_figures(measured: Measured, cells: Iterable[Any]) -> list[Figures]:
             one["memory_ratio"] = one["ours"]["peak"] / one["corrected"]["peak"]
             for name, rate in (("times_shipped", "learned_a_second"), ("times_shipped_masked", "masked_a_second")):
                 one[name] = one["ours"]["learned_a_second"] / one["shipped"][rate] if one["shipped"][rate] else None
+        if "folded" in one and "corrected" in one:
+            one["folded_times_corrected"] = one["folded"]["learned_a_second"] / one["corrected"]["learned_a_second"]
+            rate = one["shipped"]["learned_a_second"]
+            one["folded_times_shipped"] = one["folded"]["learned_a_second"] / rate if rate else None
         whole = measured.get(("peer", cell.cut, cell.checkpoint, "data", cell.letter, cell.length))
         if whole and "corrected" in one:  # measured as well, to see how near the curve comes
             one["curve_to_measured"] = one["corrected"]["cpu"] / whole["cpu"]
@@ -234,7 +247,11 @@ DATA: dict[str, Column] = {
     "times corrected": lambda one: _number(one.get("times_corrected"), ".2f"),
     "times shipped": lambda one: _number(one.get("times_shipped"), ".2f"),
     "times shipped, --mask-prompt": lambda one: _number(one.get("times_shipped_masked"), ".1f"),
+    "folded: times corrected": lambda one: _number(one.get("folded_times_corrected"), ".2f"),
+    "times shipped ": lambda one: _number(one.get("folded_times_shipped"), ".2f"),
+    "tokens computed": lambda one: f"{_at(one, 'ours', 'computed') or 0:,}, {_at(one, 'folded', 'computed') or 0:,}",
     "GB: ours": lambda one: _gigabytes(one, "ours"),
+    "GB: folded": lambda one: _gigabytes(one, "folded"),
     "ours to corrected": lambda one: _number(one.get("memory_ratio"), ".2f"),
 }
 EXPONENTS: dict[str, Column] = {

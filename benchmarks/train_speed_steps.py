@@ -71,8 +71,10 @@ class Ours:
         self.engine.load_state(self.engine.state() | arrays, step=0)
         self.clock = Clock(sum(p.nbytes for n, p in tree_flatten(self.engine.model.parameters()) if "lora_" not in n))
 
-    def step(self, groups: Sequence[Sequence[Example]], warm: bool) -> Figures:
-        """One optimizer step on micro-batches."""
+    def step(self, groups: Sequence[Sequence[Example]], warm: bool, pack: int | None = None) -> Figures:
+        """One optimizer step on micro-batches, of which at most `pack` tokens are folded together."""
+        if pack:
+            self.engine.config = self.config.model_copy(update={"pack_length": pack})
         return self._timed([Batch.of(group) for group in groups], warm)
 
     def profile(self, row: Example) -> Figures:
@@ -98,7 +100,7 @@ class Ours:
             self.engine.step(batches, 0.0, seed=0)
         self.clock.start()
         result = self.engine.step(batches, 0.0, seed=0)
-        return self.clock.read() | {"loss": result.loss, "learned": result.tokens}
+        return self.clock.read() | {"loss": result.loss, "learned": result.tokens, "computed": result.computed}
 
 
 class Peer:
@@ -249,7 +251,8 @@ def answer(side: Ours | Peer, job: dict[str, Any]) -> Figures:
         return side.profile(row) if job.get("profile") else side.step([[row]], job["warm"])
     dataset = Dataset.open(Path(job["dataset"]))
     if "groups" in job:
-        return side.step([[dataset.train[i] for i in group] for group in job["groups"]], job["warm"])
+        groups = [[dataset.train[i] for i in group] for group in job["groups"]]
+        return side.step(groups, job["warm"], job["pack"]) if isinstance(side, Ours) else side.step(groups, job["warm"])
     assert isinstance(side, Peer)
     return side.shipped(dataset, job["length"], job["warm"])
 

@@ -11,9 +11,11 @@ from mlx_finetune.data.batches import Batch
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.engines import Engine, StepResult
 from mlx_finetune.errors import UserError
+from mlx_finetune.training.ahead import ahead
 from mlx_finetune.training.checkpoint import Origin, checkpoint_folder, point, save_checkpoint
 from mlx_finetune.training.held_out import held_out_loss
 from mlx_finetune.training.interrupt import interruptible
+from mlx_finetune.training.memory_watch import MemoryWatch, memory_errors
 from mlx_finetune.training.metrics import Metrics, read_metrics
 from mlx_finetune.training.schedule import learning_rate
 
@@ -26,11 +28,12 @@ class Trained:
 
     step: int
     steps: int
-    interrupted: bool
+    interrupted: bool  # by Ctrl-C, or by a shortage
     tokens_learned: int
     tokens_seen: int
     tokens_computed: int  # padding included; what several examples of a step begin with counts once
     seconds: float
+    shortage: str | None = None  # of memory: why it stopped early
 
 
 def total_steps(dataset: Dataset, config: RunConfig) -> int:
@@ -45,17 +48,19 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
         UserError: the loss or the gradient is not a number; the last good checkpoint stays.
     """
     steps, metrics = total_steps(dataset, config), Metrics(run / "metrics.jsonl", start)
-    look = _Look(engine, dataset.held_out(config.batch_size), metrics)
-    learned, seen, computed, spent, done = 0, 0, 0, 0.0, start
+    look, watch = _Look(engine, dataset.held_out(config.batch_size), metrics), MemoryWatch()
+    learned, seen, computed, spent, done, shortage = 0, 0, 0, 0.0, start, None
     look.point_best(run)
     if start == 0:
         advance(0, steps, "held-out loss of the base model")
-        look.at(0)
-    with interruptible() as interrupt:
-        while done < steps and not interrupt.asked:
+        with memory_errors(0, config):
+            look.at(0)
+    with interruptible() as interrupt, ahead(dataset, config, steps) as batches:
+        while done < steps and not (interrupt.asked or shortage):
             began = time.perf_counter()
-            rate, batches = learning_rate(done, steps, config), dataset.batches_at(done, config)
-            result = engine.step(batches, rate, config.seed + done)
+            rate = learning_rate(done, steps, config)
+            with memory_errors(done + 1, config):
+                result = engine.step(batches.batches_at(done), rate, config.seed + done)
             _check_finite(done + 1, result)
             seconds = time.perf_counter() - began
             learned, seen, spent = learned + result.tokens, seen + dataset.tokens_at(done, config), spent + seconds
@@ -64,11 +69,12 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
             metrics.train(done, result, rate, seconds)
             advance(done, steps, f"step {done} of {steps}, loss {result.loss:.3f}")
             better = look.at(done) if done % config.eval_every == 0 or done == steps else False
-            if better or done % config.save_every == 0 or done == steps or interrupt.asked:
+            shortage = watch.shortage()
+            if better or done % config.save_every == 0 or done == steps or interrupt.asked or shortage:
                 folder = save_checkpoint(run, engine, done, config, origin)
                 if better or not look.held_out:
                     point(run / "best", folder)
-    return Trained(done, steps, done < steps, learned, seen, computed, spent)
+    return Trained(done, steps, done < steps, learned, seen, computed, spent, shortage if done < steps else None)
 
 
 class _Look:

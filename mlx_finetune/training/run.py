@@ -15,6 +15,7 @@ from mlx_finetune.files import atomic_file, new_folder, read_json, refuse_existi
 from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.mlx_config import check_supported, max_exact_length
 from mlx_finetune.models.weights import fingerprint, tensor_headers
+from mlx_finetune.planning.before_run import with_pack_length
 from mlx_finetune.training.checkpoint import TEMPLATE, Origin, check_origin, read_progress, resume
 from mlx_finetune.training.loop import Advance, Trained, total_steps, train
 
@@ -147,7 +148,7 @@ def check_names(engine: Engine, model: Path) -> None:
 
 def execute(plan: Plan, advance: Advance) -> tuple[Trained, Engine]:
     """Loads the model and trains; the run folder is made once the engine is open."""
-    engine = open_engine(plan.config, plan.model)
+    engine = open_engine(_with_pack_length(plan), plan.model)
     check_names(engine, plan.model)
     start = resume(plan.checkpoint, engine, plan.config, plan.origin) if plan.checkpoint else 0
     if not plan.resumed:
@@ -159,6 +160,13 @@ def execute(plan: Plan, advance: Advance) -> tuple[Trained, Engine]:
     if not trained.interrupted and (plan.run / TRUNK).is_dir():
         shutil.rmtree(plan.run / TRUNK)
     return trained, engine
+
+
+def _with_pack_length(plan: Plan) -> RunConfig:
+    counts = plan.dataset.info["train"]
+    learned = counts["learned_tokens"] / counts["tokens"]
+    found = with_pack_length(plan.model, plan.config, plan.dataset.train, learned).pack_length
+    return plan.config.model_copy(update={"pack_length": found})
 
 
 def trunk_bytes(plan: Plan) -> int:

@@ -5,7 +5,7 @@ another branch of a tree, is never computed.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ import numpy as np
 from mlx_finetune.data.trees import Segment
 from mlx_finetune.engines.mlx.exponential import exp_is_slow, softmax, swiglu
 
-BLOCK = 256  # queries whose scores exist at once
+BLOCK, FEWEST = 256, 64  # queries whose scores exist at once
+SCORES = 2**20  # numbers that exist at once, where FEWEST queries have no more
 NAME, GATE = "scaled_dot_product_attention", "swiglu"
 
 
@@ -28,6 +29,16 @@ class Block:
     end: int
     ranges: tuple[tuple[int, int], ...]
     mask: mx.array | None = None  # bool [queries, keys]; None: causal, aligned to the lower right
+
+    def pieces(self, heads: int) -> Iterator["Block"]:
+        """Cut so that the scores of so many heads are about `SCORES` numbers."""
+        keys = sum(high - low for low, high in self.ranges)
+        rows = max(SCORES // (heads * keys) // FEWEST * FEWEST, FEWEST)
+        for start in range(self.start, self.end, rows):
+            end = min(start + rows, self.end)
+            ranges = (*self.ranges[:-1], (self.ranges[-1][0], end))
+            own = slice(start - self.start, end - self.start)
+            yield Block(start, end, ranges, None if self.mask is None else self.mask[own, : keys - (self.end - end)])
 
 
 class Mask(str):
@@ -167,11 +178,12 @@ def _join(x: mx.array, ranges: Sequence[tuple[int, int]]) -> mx.array:
 
 def flash_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, blocks: Sequence[Block]) -> mx.array:
     """[B, H, T, D] of queries and [B, KV, T, D] of keys and values -> [B, H, T, D]; a block at a time, forward and backward."""
+    pieces = [piece for block in blocks for piece in block.pieces(q.shape[0] * q.shape[1])]
 
     @mx.custom_function
     def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         outputs: list[mx.array] = []
-        for block in blocks:
+        for block in pieces:
             part = q[:, :, block.start : block.end]
             if outputs:
                 (part,) = mx.depends([part], [outputs[-1]])
@@ -184,7 +196,7 @@ def flash_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, blocks:
         q, k, v = primals
         dq: list[mx.array] = []
         dk, dv = mx.zeros(k.shape, mx.float32), mx.zeros(v.shape, mx.float32)
-        for block in blocks:
+        for block in pieces:
             part, upstream = q[:, :, block.start : block.end], cotangent[:, :, block.start : block.end]
             if dq:
                 part, upstream = mx.depends([part, upstream], [dk, dv, dq[-1]])
@@ -193,14 +205,20 @@ def flash_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, blocks:
             done = 0
             for low, high in block.ranges:
                 size = high - low
-                dk = dk.at[:, :, low:high].add(dk_[:, :, done : done + size])
-                dv = dv.at[:, :, low:high].add(dv_[:, :, done : done + size])
+                dk = _added(dk, low, dk_[:, :, done : done + size])
+                dv = _added(dv, low, dv_[:, :, done : done + size])
                 done += size
         return mx.concatenate(dq, axis=2), dk.astype(k.dtype), dv.astype(v.dtype)
 
     output: Any = attend(q, k, v)
     result: mx.array = output
     return result
+
+
+def _added(to: mx.array, low: int, part: mx.array) -> mx.array:
+    """`part` added to the tokens from `low` on; a third of the time of `at[].add`."""
+    sum_: mx.array = to[:, :, low : low + part.shape[2]] + part
+    return mx.slice_update(to, sum_, mx.array([low]), axes=[2])
 
 
 def _of_block(block: Block, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:

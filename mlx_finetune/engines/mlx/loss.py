@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from mlx_finetune.engines.mlx.exponential import exp
 
-LOGITS = 6 * 2**20  # numbers that exist at once
+LOGITS = 3 * 2**20  # numbers that exist at once
 FEWEST, MOST = 64, 256  # rows: fewer would read the head's weights too often
 SUM_CHUNK = 128
 Head = Callable[[mx.array], mx.array]  # hidden states [n, D] -> logits [n, V]
