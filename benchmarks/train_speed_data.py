@@ -1,8 +1,8 @@
 """What train_speed.py trains on, and what `mlx_lm.lora` would learn of it.
 
-(a) gptme logs with their system prompts, (b) the same mixed with OpenAssistant, (c) agent chats from a seeded generator: one system prompt for the
-whole collection, lengths with a long tail. Each is collected and prepared as a person's own data is, once whole (the rows that
-mlx_lm.lora reads) and once for each length as windows.
+(a) gptme logs with their system prompts, (b) the same mixed with OpenAssistant, (c) agent chats from a seeded generator: one
+system prompt for the whole collection, lengths with a long tail. Each is collected and prepared as a person's own data is, once
+whole (the rows that mlx_lm.lora reads) and once for each length as windows.
 """
 
 import contextlib
@@ -167,8 +167,8 @@ def shipped(whole: Dataset, model: Path, max_length: int, batch_size: int) -> Sh
     from mlx_lm.tuner.trainer import iterate_batches
 
     dataset = CacheDataset(chat_rows(whole, model))
-    examples = {tuple(e.tokens[:max_length].tolist()): e for e in whole.train}
-    total = sum(int((e.weights > 0).sum()) for e in whole.train)
+    examples = list(whole.train)
+    total = sum(int((e.weights > 0).sum()) for e in examples)
     shapes, learned, masked, nan = [], 0, 0, 0
     np.random.seed(0)  # noqa: NPY002  (mlx-lm shuffles with the global generator)
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):  # a warning for each long batch
@@ -178,7 +178,7 @@ def shipped(whole: Dataset, model: Path, max_length: int, batch_size: int) -> Sh
         steps = np.arange(1, batch.shape[1])
         of_turns = np.zeros((len(batch), len(steps)), bool)
         for row, length in enumerate(lengths):
-            weights = _example_of(batch[row, :length], examples).weights[1 : batch.shape[1]]
+            weights = _example_of(batch[row, :length], examples).weights[1:length]
             of_turns[row, : len(weights)] = weights > 0
         seen = steps <= lengths[:, None]
         in_loss = seen & (steps >= offsets[:, None])
@@ -200,7 +200,13 @@ def chat_rows(whole: Dataset, model: Path, mask_prompt: bool = True) -> Any:
     return ChatDataset([json.loads(line) for line in lines], load(model), mask_prompt=mask_prompt)
 
 
-def _example_of(tokens: np.ndarray, examples: dict[tuple[int, ...], Example]) -> Example:
-    """The example that these tokens are the start of; mlx-lm may have the template's last line break behind them."""
-    key = tuple(tokens.tolist())
-    return examples[key] if key in examples else examples[key[:-1]]
+def _example_of(tokens: np.ndarray, examples: Sequence[Example]) -> Example:
+    """The example that these tokens are of, by the start that they share: ours ends with what is learned last, and an answer of
+    which nothing is left in front of a native call has no line break there.
+    """
+
+    def common(example: Example) -> int:
+        length = min(len(tokens), len(example.tokens))
+        return int(np.argmin([*(tokens[:length] == example.tokens[:length]), False]))
+
+    return max(examples, key=common)

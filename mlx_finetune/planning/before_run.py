@@ -30,6 +30,10 @@ def check_memory(model: Path, config: RunConfig, train: ExampleStore, learned: f
     except UserError as error:  # trained all the same: what a plan knows less of than the engine
         return f"how much memory this takes is not known beforehand: {error}"
     dials = dials_of(with_pack_length(model, config, train, learned), shape, learned, machine.on_gpu)
+    if config.pack_length and needed(memory(shape, dials)) > machine.usable:
+        folded = gb(needed(memory(shape, dials)))
+        message = f"pack_length = {config.pack_length} needs {folded}, {gb(machine.usable)} may be used ({machine.rule})"
+        raise UserError(message, hint="leave pack_length out: it is then chosen by the memory")
     refuse_what_cannot_fit(shape, dials, machine)
     return f"up to {gb(needed(memory(shape, dials)))} of memory; {gb(machine.usable)} may be used"
 

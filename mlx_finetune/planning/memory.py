@@ -18,12 +18,12 @@ from mlx_finetune.planning.model_shape import ModelShape
 Attention = Literal["fused", "blocks"]
 Activations = Literal["float32", "bfloat16", "float16"]
 FLOAT32 = 4
-LOGITS, FEWEST, MOST = 6 * 2**20, 64, 256  # rows of logits computed together, as engines/mlx/loss.py chooses them
+LOGITS, FEWEST, MOST = 3 * 2**20, 64, 256  # rows of logits computed together, as engines/mlx/loss.py chooses them
 # MLX allocates for some ten operations to come before the last are through (inferred from peaks, which repeat to the byte), so more
 # than one chunk of logits, and more than one matrix of a file, are there at once.
 AHEAD = 10
 CHUNKS, CHUNKS_AGAIN = 2.0, 1.25  # of rows of logits; where layers are computed again (measured)
-BLOCK = 256  # of queries, in attention by blocks
+SCORES, FEWEST_QUERIES, BLOCK = 2**20, 64, 256  # in attention by blocks, as engines/mlx/attention.py cuts them
 SAME_INPUT = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv") | dict.fromkeys(("gate_proj", "up_proj"), "gate_up")
 FUSED = ("qkv_proj", "Wqkv", "gate_up_proj")
 WIDTHS = ("hidden", "heads", "kv", "ffn")
@@ -289,5 +289,8 @@ def _logits(shape: ModelShape, dials: Dials, rows: float) -> float:
 
 def _scores(shape: ModelShape, dials: Dials) -> int:
     """Bytes of the attention scores of one layer that exist at once."""
-    rows = min(BLOCK, dials.max_length) if dials.attention == "blocks" else dials.max_length
-    return dials.batch_size * shape.sizes.heads * rows * dials.max_length * ITEM_BYTES[dials.dtype]
+    heads, rows = dials.batch_size * shape.sizes.heads, dials.max_length
+    if dials.attention == "blocks":
+        fitting = SCORES // (heads * dials.max_length) // FEWEST_QUERIES * FEWEST_QUERIES
+        rows = min(rows, BLOCK, max(fitting, FEWEST_QUERIES))
+    return heads * rows * dials.max_length * ITEM_BYTES[dials.dtype]
