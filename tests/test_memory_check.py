@@ -7,7 +7,10 @@ from chats import chat, conversation_of
 from tiny_models import make_tiny
 
 from mlx_finetune.cli import main
+from mlx_finetune.config import make_config
 from mlx_finetune.data.conversation import write_conversations
+from mlx_finetune.data.dataset import Dataset
+from mlx_finetune.planning.before_run import with_pack_length
 from mlx_finetune.planning.machine import Machine
 
 
@@ -49,3 +52,33 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_there(
     told = capsys.readouterr().err
     assert "the run needs" in told and "0 MB may be used" in told.replace("1 MB", "0 MB") and "Traceback" not in told
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_are_folded_as_far_as_memory_allows(prepared: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = prepared
+    train = Dataset.open(Path(data)).train
+    longest = -(-(max(train.lengths) - 1) // 32) * 32
+    values = {"engine": "mlx", "batch_size": 2}
+
+    def folded(usable: int, **more: object) -> int | None:
+        machine = Machine("a machine", 2 * usable, usable, "half of it", None, on_gpu=False)
+        monkeypatch.setattr("mlx_finetune.planning.before_run.this_machine", lambda: machine)
+        return with_pack_length(Path(model), make_config(values | more, "test"), train, 0.3).pack_length
+
+    assert folded(2**40) == 8 * 2 * longest and folded(2**21) == 2 * longest
+    between = {folded(int(2 ** (k / 8))) for k in range(21 * 8, 31 * 8)}
+    assert between == {2 * longest * times for times in (1, 2, 4, 8)}
+    assert folded(2**40, gradient_accumulation=3) == 2 * 2 * longest
+    assert folded(2**21, pack_length=900) == 900 and folded(2**40, share_prefixes="never") is None
+
+
+def test_more_folded_together_than_fits_is_refused_by_name(
+    prepared: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine("a machine", 2**28, 2**27, "half of it", None, on_gpu=False)
+    monkeypatch.setattr("mlx_finetune.planning.before_run.this_machine", lambda: machine)
+    model, data = prepared
+    places = ["--model", model, "--data", data, "--out", str(tmp_path / "run")]
+    assert run(["train", "--engine", "mlx", *places, "--set", "pack_length=1m"]) == 2
+    told = capsys.readouterr().err
+    assert "pack_length = 1048576 needs" in told and "leave pack_length out" in told and not (tmp_path / "run").exists()

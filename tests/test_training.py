@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -21,8 +22,10 @@ from mlx_finetune.evaluation.compare import compare, open_run
 from mlx_finetune.evaluation.plot import shown_apart
 from mlx_finetune.models.weights import fingerprint
 from mlx_finetune.training import loop
+from mlx_finetune.training.ahead import ahead
 from mlx_finetune.training.checkpoint import Origin, load_checkpoint, save_checkpoint
 from mlx_finetune.training.held_out import held_out_loss
+from mlx_finetune.training.memory_watch import MemoryWatch, memory_errors
 from mlx_finetune.training.metrics import Metrics, read_metrics
 from mlx_finetune.training.run import execute, last_checkpoint, plan_resume, plan_run
 from mlx_finetune.training.schedule import learning_rate
@@ -387,3 +390,50 @@ def test_a_config_edited_after_training_is_refused_by_resume_and_evaluate(straig
     for read in (lambda: plan_resume(folder, {}), lambda: open_run(folder, "step-000005")):
         with pytest.raises(UserError, match=r"trained with alpha 8\.0, config\.yaml says 500\.0"):
             read()
+
+
+def test_batches_read_ahead_are_those_of_their_step_in_whatever_order_they_are_asked_for(data: Path) -> None:
+    config, dataset = make_config({"batch_size": 2, "gradient_accumulation": 2}, "test"), Dataset.open(data)
+    with ahead(dataset, config, 5) as batches:
+        for step in (0, 1, 2, 4, 3, 4):
+            for one, other in zip(batches.batches_at(step), dataset.batches_at(step, config), strict=True):
+                assert np.array_equal(one.inputs, other.inputs) and np.array_equal(one.weights, other.weights)
+
+
+def test_a_run_stops_with_a_saved_checkpoint_where_memory_runs_short_and_goes_on_exactly(
+    engine_name: str, straight: dict[str, Path], tiny_llama: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_run(make_config(settings(tiny_llama, data, tmp_path / "run", engine_name, dropout=0.1), "test"))
+    memory = psutil.virtual_memory()._replace(available=2**20)
+    with monkeypatch.context() as patched:
+        patched.setattr(psutil, "virtual_memory", lambda: memory)
+        trained, _ = execute(plan, lambda done, steps, note: None)
+    assert trained.step == 1 and trained.shortage and trained.shortage.startswith("0.0 of ")
+    execute(plan_resume(plan.run, {}), lambda done, steps, note: None)
+    expected, resumed = tensors(straight[engine_name], STEPS), tensors(plan.run, STEPS)
+    assert all(np.array_equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_what_was_swapped_before_the_run_does_not_count_and_what_is_swapped_in_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, swap, memory = MemoryWatch(), psutil.swap_memory(), psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=memory.total))
+    assert watch.shortage() is None
+    monkeypatch.setattr(psutil, "swap_memory", lambda: swap._replace(used=swap.used + 2 * 2**30))
+    assert watch.shortage() == "2.0 GB were swapped to the disk since the start"
+    assert MemoryWatch().shortage() is None
+
+
+def test_no_memory_is_one_line_that_names_the_setting_to_turn_and_other_errors_pass() -> None:
+    import torch
+
+    told = [
+        ({"engine": "torch"}, "--set grad_checkpoint=1"),
+        ({"engine": "torch", "grad_checkpoint": 1}, "prepare with a smaller --max-length"),
+        ({"engine": "mlx", "grad_checkpoint": 1}, "--set attention=blocks"),
+    ]
+    for values, hint in told:
+        with pytest.raises(UserError, match="step 3: no memory left") as error, memory_errors(3, make_config(values, "test")):
+            torch.empty(2**55)
+        assert hint in error.value.hint and "\n" not in error.value.message
+    with pytest.raises(RuntimeError, match="other"), memory_errors(3, make_config({}, "test")):
+        raise RuntimeError("some other thing")

@@ -50,7 +50,7 @@ def with_pack_length(model: Path, config: RunConfig, train: ExampleStore, learne
         return config
     machine = this_machine()
     one = longest * config.batch_size
-    for times in FOLDED:
+    for times in (times for times in FOLDED if times <= config.gradient_accumulation):
         folded = config.model_copy(update={"pack_length": times * one})
         try:
             shape = model_shape(str(model))

@@ -29,7 +29,7 @@ def softmax(x: mx.array) -> mx.array:
     if not exp_is_slow(x.dtype):
         return mx.softmax(x, axis=-1, precise=True)
     raised = exp(x - x.max(-1, keepdims=True))
-    return raised / raised.sum(-1, keepdims=True)
+    return raised / (raised @ mx.ones((raised.shape[-1], 1)))  # BLAS sums faster and more exactly than MLX's sum on a CPU
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
