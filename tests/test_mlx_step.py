@@ -113,6 +113,19 @@ def test_what_attends_in_its_own_way_is_refused_by_name_where_blocks_or_trees_ar
     check_alike(*(first_step(models[model_type], batches(family()), **settings) for settings in (PLAIN, {})))
 
 
+def test_rows_that_share_nothing_go_through_the_attention_that_was_asked_for(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_into_blocks(*arguments: Any) -> Any:
+        raise AssertionError("blocks where nothing is shared")
+
+    alone = example(range(3, 103), [(40, 60)])  # what stands behind the last learned token is no reason for a tree
+    monkeypatch.setattr("mlx_finetune.engines.mlx.attention.flash_attention", cut_into_blocks)
+    first_step(models["llama"], batches([alone], 1), attention="fused")
+    with pytest.raises(AssertionError, match="nothing is shared"):
+        first_step(models["llama"], batches([alone, alone], 1), attention="fused")
+
+
 def test_logits_in_chunks_of_any_size_give_the_same(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     plain = first_step(models["gemma3_text"], batches(family()), **PLAIN)
     for fewest, most in ((1, 7), (5000, 5000)):

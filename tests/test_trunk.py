@@ -112,9 +112,18 @@ def test_no_room_on_the_disk_is_said_before_anything_is_computed(
     from mlx_finetune.training.run import trunk_bytes
 
     config = make_config({"cache_trunk": True, "out": str(tmp_path / "run"), "dtype": "bfloat16"}, "test")
-    dataset = SimpleNamespace(train=SimpleNamespace(lengths=(1001, 501)))
+    dataset = SimpleNamespace(train=SimpleNamespace(lengths=(1001, 501)), valid=SimpleNamespace(lengths=(101,)))
     plan: Any = SimpleNamespace(config=config, model=models["llama"], run=tmp_path / "run", dataset=dataset)
-    assert trunk_bytes(plan) == 1500 * 64 * 2
+    assert trunk_bytes(plan) == 1600 * 64 * 2
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"cache_trunk needs 0\.0 GB"):
         trunk_bytes(plan)
+
+
+def test_the_held_out_loss_too_computes_the_layers_below_once(models: dict[str, Path], tmp_path: Path, computed: list[int]) -> None:
+    values = {"engine": "mlx", "dtype": "float32", "rank": 4, "out": str(tmp_path)} | LAST
+    with_, without = (open_engine(make_config(values | {"cache_trunk": kept}, "test"), models["llama"]) for kept in (True, False))
+    held_out = batches(family(), 3)
+    losses = [[engine.loss_sum(batch) for batch in held_out] for engine in (with_, with_, without)]
+    assert losses[0] == losses[1] and len(computed) == len(held_out)
+    assert np.allclose(losses[0], losses[2], rtol=1e-6)

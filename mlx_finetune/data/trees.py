@@ -78,8 +78,8 @@ def placed_rows(batch: Batch, width: int) -> tuple[Placed, ...]:
 
 
 def tokens_of(batches: Sequence[Batch]) -> int:
-    """How many tokens are computed for rows as they are, padding included."""
-    return sum(batch.inputs.size for batch in batches)
+    """How many tokens are computed for rows as they are: up to the last learned one of each batch, padding included."""
+    return sum(len(batch.inputs) * (int(batch.columns[-1]) + 1) for batch in batches)
 
 
 def _rows(batch: Batch) -> Iterator[_Row]:

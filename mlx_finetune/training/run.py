@@ -179,7 +179,7 @@ def trunk_bytes(plan: Plan) -> int:
         return 0
     width = int(read_json(plan.model / "config.json")["hidden_size"])
     size = 4 if plan.config.dtype in ("auto", "float32") else 2  # auto may be less
-    needed = size * width * sum(length - 1 for length in plan.dataset.train.lengths)
+    needed = size * width * sum(length - 1 for length in plan.dataset.train.lengths + plan.dataset.valid.lengths)
     free = shutil.disk_usage(plan.run.absolute().parent).free
     if needed > free:
         message = f"cache_trunk needs {needed / 1e9:.1f} GB in {plan.run}, where {free / 1e9:.1f} GB are free"

@@ -1,7 +1,7 @@
 """MlxEngine: mlx-lm's model classes with our LoRA, on Metal, or in float32 on a CPU."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from mlx_finetune.engines.mlx.trunk import Trunk
 from mlx_finetune.errors import UserError
 from mlx_finetune.models.weights import fingerprint
 
+WORTH = 0.95  # of the tokens of rows: what trees must come down to, for their attention is cut into more parts
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch's defaults, so that both engines step alike
 Parameters = dict[str, mx.array]
 
@@ -131,7 +132,8 @@ class MlxEngine:
     def loss_sum(self, batch: Batch) -> float:
         """See `Engine.loss_sum`."""
         work = Work.of_rows(batch, self._by_layout)
-        hidden = self._hidden(work)
+        with self._below(self._states(work)):
+            hidden = self._hidden(work)
         mx.eval(hidden)
         return value_of(self._head, hidden, work.targets, work.weights)
 
@@ -140,7 +142,7 @@ class MlxEngine:
         if self._in_trees:
             most = self.config.pack_length or max(batch.inputs.size for batch in batches)
             trees = plan(batches, most)
-            if sum(len(tree.inputs) for tree in trees) < tokens_of(batches):
+            if sum(len(tree.inputs) for tree in trees) < WORTH * tokens_of(batches):
                 return [Work.of_tree(tree) for tree in trees]
         return [Work.of_rows(batch, self._by_layout) for batch in batches]
 
@@ -183,10 +185,13 @@ class MlxEngine:
             return None
         return self._trunk.states(self.model, work.inputs, work.layouts(len(self.model.layers)), work.rows)
 
+    def _below(self, states: mx.array | None) -> AbstractContextManager[None]:
+        """Inside, layers with nothing to learn are not computed where `states` is what comes out of them."""
+        return self._trunk.given(states) if self._trunk and states is not None else nullcontext()
+
     def _loss(self, parameters: Parameters, work: Work, scale: float, states: mx.array | None) -> mx.array:
         self._set(parameters)
-        below = self._trunk.given(states) if self._trunk and states is not None else nullcontext()
-        with recomputed(self.model["model"], self.config.grad_checkpoint), below:
+        with recomputed(self.model["model"], self.config.grad_checkpoint), self._below(states):
             hidden = self._hidden(work)
         return loss_sum(self._head, hidden, work.targets, work.weights) * scale
 
