@@ -1,11 +1,12 @@
 """Learned tokens a second and peak memory of our MLX engine beside `mlx_lm.lora`, as shipped and with its masks and lengths mended:
 
-    .venv/bin/python benchmarks/train_speed.py [--quick] [--only rows,data,profile] [--ours key=value ...] [--minutes 38]
+    .venv/bin/python benchmarks/train_speed.py [--quick] [--only rows,data,profile] [--lengths 512,1024] [--ours key=value ...]
 
 Same weights (SmolLM2-135M-Instruct, float32), same LoRA, same tokens; each side in its own process, jobs taken in turns. Every
 job is done once; while `--minutes` last, again (at most three times), and medians are taken. What they leave no time for is named.
 `--quick`: 512 and 1,024 tokens, once, in 3 minutes of two free cores. `--ours` sets any field of RunConfig. Writes
-train_speed.json and train_speed.md into benchmarks/results.
+train_speed.json and train_speed.md into benchmarks/results. Those that are there were made in two parts: the lengths up to 2,048,
+and `--lengths 4096,8192 --name train_speed_long`.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -36,10 +37,11 @@ from mlx_finetune.models.gguf import find_smollm2, gguf_to_hugging_face
 
 LAYERS, CUT_LAYERS = 16, 4  # adapted layers of the whole model; layers of the cut one, all of them adapted
 SAME_LOSS = 1e-3
-STEP_TOKENS = 32768  # in a step on data at most
+STEP_TOKENS = 24576  # in a step on data at most
 WARM = 1024  # tokens up to which a step is made once before: in longer ones, tracing is less than 1 % of the time
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 PARTS = ("rows", "data", "profile")
+KINDS = ("row", "shipped", "profile", "data", "folded")  # rows first: what data takes the peer is read off them
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,19 @@ class Plan:
     profile: int | None
     repetitions: int
     warm: bool
+
+    def only(self, lengths: Sequence[int] | None) -> "Plan":
+        """Of it, what is asked for; None: all. Rows of the shorter widths, from which the peer's time on data is read, stay."""
+        if lengths is None:
+            return self
+        most, whole = max(lengths), any(length <= max(self.whole) for length in lengths)
+        return replace(
+            self,
+            whole=tuple(length for length in self.whole if whole and length <= most),
+            cut=tuple(length for length in self.cut if length <= most) if most > max(self.whole) else (),
+            examples={length: count for length, count in self.examples.items() if length in lengths},
+            profile=self.profile if self.profile in lengths else None,
+        )
 
 
 FULL = Plan(
@@ -186,7 +201,9 @@ class Bench:
             if cell.checkpoint in self.modes:
                 self.jobs["ours", *key] = job
                 self.jobs["ours", cell.cut, cell.checkpoint, "folded", letter, length] = job | {"pack": sum(cell.lengths)}
-            if self.plan is FULL and letter == "a" and length == min(self.plan.examples):  # one, to see what the curve is worth
+            if (
+                self.plan.repetitions > 1 and letter == "a" and length == min(self.plan.examples)
+            ):  # one, to see what the curve is worth
                 self.jobs["peer", *key] = job
 
     def _cell(self, letter: str, length: int) -> Cell:
@@ -222,7 +239,7 @@ class Bench:
     def run(self, sides: Sides, minutes: float) -> None:
         """Round after round, each side in turn."""
         began = time.perf_counter()
-        order = sorted(self.jobs, key=lambda key: (key[1], key[5], key[3], key[4], key[2], key[0]))
+        order = sorted(self.jobs, key=lambda key: (key[1], key[5], KINDS.index(key[3]), key[4], key[2], key[0]))
         spent: dict[Key, float] = {}
         for repetition in range(self.plan.repetitions):
             for key in order:
@@ -261,6 +278,8 @@ def arguments_of_the_command() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="512 and 1,024 tokens, one repetition")
     parser.add_argument("--only", default=",".join(PARTS), help="some of rows,data,profile")
+    parser.add_argument("--lengths", type=lambda text: tuple(map(int, text.split(","))), help="some of 512,1024,2048,4096,8192")
+    parser.add_argument("--name", default="train_speed", help="of the files with the results")
     parser.add_argument("--ours", action="append", default=[], metavar="KEY=VALUE", help="a setting of our engine")
     parser.add_argument(
         "--minutes", type=float, default=38, help="nothing is begun after them, and no repetition that would end after them"
@@ -277,7 +296,7 @@ def arguments_of_the_command() -> argparse.Namespace:
 def main() -> None:
     """Prints and stores the figures."""
     arguments, here, began = arguments_of_the_command(), machine(), time.perf_counter()
-    options, plan = parse_assignments(arguments.ours), QUICK if arguments.quick else FULL
+    options, plan = parse_assignments(arguments.ours), (QUICK if arguments.quick else FULL).only(arguments.lengths)
     result: Figures = {"machine": here, "quick": arguments.quick, "options": options, "layers": LAYERS, "cut_layers": CUT_LAYERS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -294,8 +313,8 @@ def main() -> None:
     result |= {"rows": rows, "data": data_figures(measured, bench.cells), "exponents": exponents(rows)}
     result |= {"profile": profile_figures(measured), "skipped": bench.skipped, "minutes": (time.perf_counter() - began) / 60}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "train_speed.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (arguments.out / "train_speed.md").write_text(report(result), encoding="utf-8")
+    (arguments.out / f"{arguments.name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (arguments.out / f"{arguments.name}.md").write_text(report(result), encoding="utf-8")
     print(report(result))
 
 

@@ -109,7 +109,7 @@ def _layers(shape: ModelShape, machine: Machine, dials: Dials, wanted: Wanted) -
 def _of_data(shape: ModelShape, dials: Dials, data: Data) -> Iterator[str]:
     if dials.max_length < data.longest:
         yield (f"{data.named} has windows of up to {data.longest:,} tokens: prepare it again with --max-length {dials.max_length}")
-    yield "each example is counted whole: what those of a step begin with alike, as with a system prompt, is computed once and saves time"
+    yield "examples are counted whole: what several of a step begin with, such as a system prompt, is computed once and saves time"
     if dials.num_layers:
         room = gb(trunk_cache_bytes(shape, dials, data.tokens))
         yield (
