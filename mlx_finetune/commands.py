@@ -63,7 +63,7 @@ def train_command(
 ) -> None:
     """`mlx-finetune train`."""
     from mlx_finetune.evaluation.plot import draw_loss
-    from mlx_finetune.training.memory_watch import knob
+    from mlx_finetune.training.memory_watch import less_memory
     from mlx_finetune.training.run import execute, plan_resume, plan_run
 
     overrides = parse_assignments(list(assignments)) | named
@@ -93,9 +93,9 @@ def train_command(
     rate = trained.tokens_learned / trained.seconds if trained.seconds else 0.0
     measured = {"learned_tokens_per_second": rate, "peak_memory": engine.peak_memory()}
     if trained.shortage:
-        message = f"stopped before the machine swaps: {trained.shortage}; step {trained.step} of {trained.steps} is saved"
-        hint = f"close other programs, then mlx-finetune train --resume --out {plan.run}{knob(config)}"
-        raise UserError(message, hint=hint)
+        say(f"stopped for want of memory: {trained.shortage}; step {trained.step} of {trained.steps} is saved")
+        say(f"next: {less_memory(config)}")
+        raise typer.Exit(130)
     if trained.interrupted:
         say(f"interrupted: step {trained.step} of {trained.steps} is saved")
         say(f"next: mlx-finetune train --resume --out {plan.run}")

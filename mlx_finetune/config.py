@@ -86,7 +86,7 @@ class RunConfig(BaseModel):
     pack_length: Size | None = Field(
         default=None,
         ge=64,
-        description="tokens folded together at most; none: by the memory, as many as up to eight of the largest micro-batches have",
+        description="tokens folded together at most; none: as many as the largest micro-batch has",
     )
     cache_trunk: bool = Field(
         default=False, description="with num_layers: keep on the disk what enters the first of them, for the second epoch on"

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 from chats import chat, conversation_of
 from tiny_models import make_tiny
@@ -10,8 +11,8 @@ from mlx_finetune.cli import main
 from mlx_finetune.config import make_config
 from mlx_finetune.data.conversation import write_conversations
 from mlx_finetune.data.dataset import Dataset
-from mlx_finetune.planning.before_run import with_pack_length
 from mlx_finetune.planning.machine import Machine
+from mlx_finetune.training.run import packed
 
 
 @pytest.fixture
@@ -54,22 +55,15 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_there(
     assert not (tmp_path / "run").exists()
 
 
-def test_rows_are_folded_as_far_as_memory_allows(prepared: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, data = prepared
-    train = Dataset.open(Path(data)).train
-    longest = -(-(max(train.lengths) - 1) // 32) * 32
-    values = {"engine": "mlx", "batch_size": 2}
+def test_as_much_is_folded_together_as_the_largest_micro_batch_has(prepared: tuple[str, str]) -> None:
+    dataset = Dataset.open(Path(prepared[1]))
+    longest = -(-(max(dataset.train.lengths) - 1) // 32) * 32
 
-    def folded(usable: int, **more: object) -> int | None:
-        machine = Machine("a machine", 2 * usable, usable, "half of it", None, on_gpu=False)
-        monkeypatch.setattr("mlx_finetune.planning.before_run.this_machine", lambda: machine)
-        return with_pack_length(Path(model), make_config(values | more, "test"), train, 0.3).pack_length
+    def folded(**values: object) -> int | None:
+        return packed(make_config({"engine": "mlx", "batch_size": 2} | values, "test"), dataset).pack_length
 
-    assert folded(2**40) == 8 * 2 * longest and folded(2**21) == 2 * longest
-    between = {folded(int(2 ** (k / 8))) for k in range(21 * 8, 31 * 8)}
-    assert between == {2 * longest * times for times in (1, 2, 4, 8)}
-    assert folded(2**40, gradient_accumulation=3) == 2 * 2 * longest
-    assert folded(2**21, pack_length=900) == 900 and folded(2**40, share_prefixes="never") is None
+    assert folded() == 2 * longest and folded(pack_length=900) == 900
+    assert folded(share_prefixes="never") is None and folded(engine="torch") is None
 
 
 def test_more_folded_together_than_fits_is_refused_by_name(
@@ -78,7 +72,36 @@ def test_more_folded_together_than_fits_is_refused_by_name(
     machine = Machine("a machine", 2**28, 2**27, "half of it", None, on_gpu=False)
     monkeypatch.setattr("mlx_finetune.planning.before_run.this_machine", lambda: machine)
     model, data = prepared
-    places = ["--model", model, "--data", data, "--out", str(tmp_path / "run")]
-    assert run(["train", "--engine", "mlx", *places, "--set", "pack_length=1m"]) == 2
+    places = ["train", "--engine", "mlx", "--model", model, "--data", data, "--out", str(tmp_path / "run"), "--dry-run"]
+    asked = [*places, "--set", "batch_size=1", "--set", "gradient_accumulation=512", "--set", "pack_length=1m"]
+    assert run(asked) == 2
     told = capsys.readouterr().err
-    assert "pack_length = 1048576 needs" in told and "leave pack_length out" in told and not (tmp_path / "run").exists()
+    assert "pack_length = 1048576 needs" in told and "set pack_length=null" in told and not (tmp_path / "run").exists()
+    assert run([*asked, "--set", "share_prefixes=never"]) == 0  # where it does nothing it is no reason
+    assert run([*asked, "--set", "gradient_accumulation=1"]) == 0  # no more than a step has
+
+
+def test_a_run_that_does_not_fit_is_not_blamed_on_what_is_folded(
+    prepared: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_finetune.planning.before_run.this_machine", small_machine)
+    model, data = prepared
+    places = ["--model", model, "--data", data, "--out", str(tmp_path / "run")]
+    assert run(["train", "--engine", "mlx", *places, "--set", "pack_length=64"]) == 2
+    assert "the run needs" in capsys.readouterr().err
+
+
+def test_a_run_that_memory_ran_short_in_is_saved_and_says_how_it_goes_on(
+    prepared: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = psutil.virtual_memory()._replace(available=2**20)
+    model, data = prepared
+    places = ["--model", model, "--data", data, "--out", str(tmp_path / "run"), "--set", "gradient_accumulation=2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(psutil, "virtual_memory", lambda: memory)
+        assert run(["train", "--engine", "mlx", *places]) == 130
+    told = capsys.readouterr().err
+    assert "stopped for want of memory: 0.0 of" in told and "step 1 of 3 is saved" in told
+    command = told.split("next: mlx-finetune ")[-1].split()
+    assert command[:2] == ["train", "--resume"] and "grad_checkpoint=1" in command
+    assert run(command) == 0

@@ -169,6 +169,21 @@ def test_a_quantised_base_learns_alike_in_every_way(bits: int, models: dict[str,
         check_alike(plain, first_step(tmp_path, batches(family()), **settings))
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_an_adapter_on_a_half_precision_base_has_the_gradient_of_float32_copies(
+    rate: float, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlx.core as mx
+
+    settings = PLAIN | {"dtype": "bfloat16", "dropout": rate}
+    given = batches(family())
+    ours = [first_step(models["llama"], given, **settings, grad_checkpoint=again) for again in (0, 1)]
+    monkeypatch.setattr("mlx_finetune.engines.mlx.lora._product", lambda x, a: x.astype(mx.float32) @ a.T)
+    plain = first_step(models["llama"], given, **settings)
+    for one in ours:
+        check_alike(one, plain)
+
+
 def test_only_the_last_layers_learn_and_what_lies_below_is_not_computed_again(models: dict[str, Path]) -> None:
     given = batches(family())
     plain = first_step(models["llama"], given, **PLAIN, num_layers=2)

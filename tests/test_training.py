@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from mlx_finetune.training import loop
 from mlx_finetune.training.ahead import ahead
 from mlx_finetune.training.checkpoint import Origin, load_checkpoint, save_checkpoint
 from mlx_finetune.training.held_out import held_out_loss
-from mlx_finetune.training.memory_watch import MemoryWatch, memory_errors
+from mlx_finetune.training.memory_watch import MemoryWatch, memory_errors, watched
 from mlx_finetune.training.metrics import Metrics, read_metrics
 from mlx_finetune.training.run import execute, last_checkpoint, plan_resume, plan_run
 from mlx_finetune.training.schedule import learning_rate
@@ -417,23 +419,50 @@ def test_a_run_stops_with_a_saved_checkpoint_where_memory_runs_short_and_goes_on
 def test_what_was_swapped_before_the_run_does_not_count_and_what_is_swapped_in_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     watch, swap, memory = MemoryWatch(), psutil.swap_memory(), psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=memory.total))
+    watch.shortage()
     assert watch.shortage() is None
     monkeypatch.setattr(psutil, "swap_memory", lambda: swap._replace(used=swap.used + 2 * 2**30))
     assert watch.shortage() == "2.0 GB were swapped to the disk since the start"
     assert MemoryWatch().shortage() is None
 
 
-def test_no_memory_is_one_line_that_names_the_setting_to_turn_and_other_errors_pass() -> None:
+def test_memory_that_was_short_in_the_midst_of_a_step_is_seen_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, asked = psutil.virtual_memory(), threading.Event()
+
+    def falling() -> Any:
+        if threading.current_thread() is threading.main_thread():
+            return memory._replace(available=memory.total)
+        asked.set()
+        return memory._replace(available=2**20)
+
+    monkeypatch.setattr(psutil, "virtual_memory", falling)
+    with watched() as watch:
+        assert asked.wait(10)
+        time.sleep(0.05)
+        assert (watch.shortage() or "").startswith("0.0 of")
+    assert "memory" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_no_memory_is_one_line_that_says_how_to_go_on_and_other_errors_pass() -> None:
     import torch
 
-    told = [
-        ({"engine": "torch"}, "--set grad_checkpoint=1"),
-        ({"engine": "torch", "grad_checkpoint": 1}, "prepare with a smaller --max-length"),
-        ({"engine": "mlx", "grad_checkpoint": 1}, "--set attention=blocks"),
-    ]
-    for values, hint in told:
-        with pytest.raises(UserError, match="step 3: no memory left") as error, memory_errors(3, make_config(values, "test")):
-            torch.empty(2**55)
-        assert hint in error.value.hint and "\n" not in error.value.message
+    def of_torch() -> None:
+        torch.empty(2**55)
+
+    def of_numpy() -> None:
+        np.empty(2**55)
+
+    for values, hint in (({}, "--set grad_checkpoint=1"), ({"grad_checkpoint": 1}, "close other programs")):
+        for fails in (of_torch, of_numpy):
+            with pytest.raises(UserError, match="step 3: no memory left") as error, memory_errors(3, make_config(values, "test")):
+                fails()
+            assert hint in error.value.hint and "\n" not in error.value.message
     with pytest.raises(RuntimeError, match="other"), memory_errors(3, make_config({}, "test")):
         raise RuntimeError("some other thing")
+
+
+def test_evaluating_leaves_no_hidden_states_behind(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    values = settings(tiny_llama, data, tmp_path / "run", "mlx", num_layers=2, cache_trunk=True, steps=2)
+    made = run(values)
+    compare(made, "latest")
+    assert not (made / "trunk").exists()

@@ -70,7 +70,7 @@ def open_tuned(config: RunConfig, model: Path, dataset: Dataset, checkpoint: Pat
     """An engine with the checkpoint in it; raises UserError where model or data are not those it was trained on."""
     if choose_engine(config.engine) == "mlx":
         check_mlx(model, dataset)
-    engine = open_engine(config, model)
+    engine = open_engine(config.model_copy(update={"cache_trunk": False}), model)  # a look leaves nothing behind
     check_names(engine, model)
     resume(checkpoint, engine, config, Origin(data=dataset.id, model=fingerprint(model)))
     return engine

@@ -27,7 +27,7 @@ SCORES, FEWEST_QUERIES, BLOCK = 2**20, 64, 256  # in attention by blocks, as eng
 SAME_INPUT = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv") | dict.fromkeys(("gate_proj", "up_proj"), "gate_up")
 FUSED = ("qkv_proj", "Wqkv", "gate_up_proj")
 WIDTHS = ("hidden", "heads", "kv", "ffn")
-KEPT = (*WIDTHS, "inputs", "cast", "low", "scores", "boundary")
+KEPT = (*WIDTHS, "inputs", "low", "scores", "boundary")
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LEARNED_SHARE = 0.3  # of the tokens, where no data set says it: the assistant's part of agents' conversations
 
@@ -40,37 +40,37 @@ class Coefficients:
     """
 
     # Kept for the backward pass, in each trained layer that is not computed again:
-    hidden: float = 2.5  # of the hidden size: what norms read, residuals
-    heads: float = 3.0  # of all heads together: queries, attention's output
-    kv: float = 2.4  # of keys or values: both
-    ffn: float = 4.0  # of the intermediate size: gate, up, activation
-    inputs: float = 1.0  # of what enters the adapted matrices, once where they share it
-    cast: float = 1.0  # float32 copies of what enters them, one for each, where the model is not in float32
-    low: float = 1.0  # x A, rank wide, for each adapted matrix
-    scores: float = 1.0  # attention probabilities, [heads, T, T]; none with blocks
-    boundary: float = 1.5  # of the hidden size, in each layer that is computed again
-    gradient: float = 1.0  # of the adapter, fresh
+    hidden: float = 1.538  # of the hidden size: what norms read, residuals
+    heads: float = 2.893  # of all heads together: queries, attention's output
+    kv: float = 3.708  # of keys or values: both
+    ffn: float = 1.809  # of the intermediate size: gate, up, activation
+    inputs: float = 0.938  # of what enters the adapted matrices, once where they share it
+    low: float = 0.915  # x A, rank wide, for each adapted matrix
+    scores: float = 0.998  # attention probabilities, [heads, T, T]; none with blocks
+    boundary: float = 2.01  # of the hidden size, in each layer that is computed again
+    gradient: float = 0.727  # of the adapter, fresh
     # Alive for a moment at the top of the layers, where the backward pass begins:
-    work_hidden: float = 3.0
-    work_heads: float = 4.0
-    work_ffn: float = 6.0
-    work_scores: float = 2.0  # of [heads, T, T], with blocks of [heads, 256, T]
+    work_hidden: float = 2.968
+    work_heads: float = 4.359
+    work_ffn: float = 7.365
+    work_scores: float = 2.065  # of [heads, T, T], with blocks of [heads, 256, T]
+    wide: float = 2.0  # float32 arrays of the intermediate size beside adapters, where the model is not in float32
     # In a layer further down that is computed again, everything of it:
-    again_hidden: float = 2.5
-    again_heads: float = 2.5
-    again_kv: float = 2.5
-    again_ffn: float = 4.0
-    again_scores: float = 3.3
-    again_fused: float = 6.0  # of what matrices fused of several give, such as gate_up_proj: it is cut apart
+    again_hidden: float = 2.507
+    again_heads: float = 2.507
+    again_kv: float = 2.507
+    again_ffn: float = 4.052
+    again_scores: float = 3.314
+    again_fused: float = 6.365  # of what matrices fused of several give, such as gate_up_proj: it is cut apart
     # At the head:
-    logits: float = 4.0  # of the rows of logits that are there, float32
-    head_hidden: float = 3.5
+    logits: float = 3.998  # of the rows of logits that are there, float32
+    head_hidden: float = 3.648
     # In a forward pass alone, the larger of head and layer:
-    forward_logits: float = 2.3  # of one chunk of rows
-    forward_hidden: float = 2.0
-    forward_ffn: float = 4.0
-    forward_scores: float = 1.0
-    forward_fused: float = 1.0
+    forward_logits: float = 3.215  # of one chunk of rows
+    forward_hidden: float = 2.72
+    forward_ffn: float = 5.951
+    forward_scores: float = 0.988
+    forward_fused: float = 0.754
     # Where weights change their dtype as they are loaded:
     load: float = 1.1  # of embeddings, head, and the next matrices, as stored
 
@@ -198,15 +198,15 @@ def step_terms(shape: ModelShape, dials: Dials) -> list[dict[str, float]]:
     chunks = (CHUNKS_AGAIN if again else CHUNKS) * head_rows(shape)
     head = {"logits": _logits(shape, dials, chunks), "head_hidden": boundary}
     work = {f"work_{name}": _of_tokens(shape, dials, name) for name in ("hidden", "heads", "ffn")} | {"work_scores": scores}
+    wide = 0.0 if dials.dtype == "float32" else _of_tokens(shape, dials, "ffn") * FLOAT32 / ITEM_BYTES[dials.dtype]
+    work["wide"] = wide
     top_again = bool(every) and (layers - 1) % every == 0
     places = [everything | head, _plus(everything, layer if top_again else {}) | work]
     if again and layers > 1:
         at = every * ((layers - 2) // every)  # the next layer below the top that is computed again
         below = ceil(at / every)  # how many are computed again below it
         inside = {f"again_{name}": _of_tokens(shape, dials, name) for name in WIDTHS} | {"again_scores": scores}
-        inside["again_fused"] = _fused(shape, dials)
-        if "cast" in layer:
-            inside["cast"] = layer["cast"]
+        inside |= {"again_fused": _fused(shape, dials), "wide": wide}
         left = {"boundary": (below + 1) * boundary, "gradient": everything["gradient"]}
         places.append(_plus(_times(layer, at - below), inside | left))
     return places
@@ -257,8 +257,6 @@ def _kept_in_layer(shape: ModelShape, dials: Dials) -> dict[str, float]:
     entering = {SAME_INPUT.get(name, name): columns for name, (_, columns) in adapted.items()}
     terms["inputs"] = float(dials.tokens * sum(entering.values()) * item)
     terms["low"] = float(dials.tokens * dials.rank * len(adapted) * FLOAT32)
-    if item != FLOAT32:
-        terms["cast"] = float(dials.tokens * sum(columns for _, columns in adapted.values()) * FLOAT32)
     if dials.attention == "fused":
         terms["scores"] = float(_scores(shape, dials))
     return terms

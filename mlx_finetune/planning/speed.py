@@ -13,7 +13,6 @@ from mlx_finetune.planning.machine import Machine
 from mlx_finetune.planning.memory import (
     BLOCK,
     ITEM_BYTES,
-    Coefficients,
     Dials,
     memory,
     recomputed_layers,
@@ -130,7 +129,7 @@ def _bytes_of_token(shape: ModelShape, dials: Dials, length: float) -> float:
     one = Dials(
         dials.bits, max(1, round(length)), 1, None, dials.rank, dials.target_modules, dials.dtype, "blocks", 0, dials.learned_share
     )
-    in_all = memory(shape, one, Coefficients(cast=0)).activations / one.tokens
+    in_all = memory(shape, one).activations / one.tokens
     share = (1 + 2 * trained_layers(shape, dials) / shape.sizes.layers) / 3  # frozen layers: forward only
     weights = 3 * shape.weight_bytes(dials.bits) / (dials.batch_size * max(1.0, length))
     return MOVED * in_all * share + weights + 2 * shape.sizes.hidden * ITEM_BYTES[dials.dtype]

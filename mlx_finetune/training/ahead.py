@@ -30,5 +30,7 @@ class Ahead:
 def ahead(dataset: Dataset, config: RunConfig, steps: int) -> Iterator[Ahead]:
     """Of `steps` steps in all; what was begun and is not wanted is given up at the end."""
     with ThreadPoolExecutor(1, "batches") as pool:
-        yield Ahead(pool, dataset, config, steps)
-        pool.shutdown(cancel_futures=True)
+        try:
+            yield Ahead(pool, dataset, config, steps)
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -15,7 +15,7 @@ from mlx_finetune.training.ahead import ahead
 from mlx_finetune.training.checkpoint import Origin, checkpoint_folder, point, save_checkpoint
 from mlx_finetune.training.held_out import held_out_loss
 from mlx_finetune.training.interrupt import interruptible
-from mlx_finetune.training.memory_watch import MemoryWatch, memory_errors
+from mlx_finetune.training.memory_watch import memory_errors, watched
 from mlx_finetune.training.metrics import Metrics, read_metrics
 from mlx_finetune.training.schedule import learning_rate
 
@@ -48,14 +48,14 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
         UserError: the loss or the gradient is not a number; the last good checkpoint stays.
     """
     steps, metrics = total_steps(dataset, config), Metrics(run / "metrics.jsonl", start)
-    look, watch = _Look(engine, dataset.held_out(config.batch_size), metrics), MemoryWatch()
+    look = _Look(engine, dataset.held_out(config.batch_size), metrics)
     learned, seen, computed, spent, done, shortage = 0, 0, 0, 0.0, start, None
     look.point_best(run)
     if start == 0:
         advance(0, steps, "held-out loss of the base model")
         with memory_errors(0, config):
             look.at(0)
-    with interruptible() as interrupt, ahead(dataset, config, steps) as batches:
+    with interruptible() as interrupt, ahead(dataset, config, steps) as batches, watched() as watch:
         while done < steps and not (interrupt.asked or shortage):
             began = time.perf_counter()
             rate = learning_rate(done, steps, config)
@@ -68,7 +68,8 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
             done += 1
             metrics.train(done, result, rate, seconds)
             advance(done, steps, f"step {done} of {steps}, loss {result.loss:.3f}")
-            better = look.at(done) if done % config.eval_every == 0 or done == steps else False
+            with memory_errors(done, config):
+                better = look.at(done) if done % config.eval_every == 0 or done == steps else False
             shortage = watch.shortage()
             if better or done % config.save_every == 0 or done == steps or interrupt.asked or shortage:
                 folder = save_checkpoint(run, engine, done, config, origin)

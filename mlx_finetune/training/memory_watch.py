@@ -1,6 +1,7 @@
-"""Whether the machine runs out of memory while a run is on: seen between steps, before it swaps for good."""
+"""Whether the machine runs out of memory while a run is on."""
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,43 +13,65 @@ from mlx_finetune.errors import UserError
 GIB = 2**30
 LEAST_LEFT = 0.03  # of all memory; below it systems begin to swap what is in use
 MOST_SWAPPED = GIB  # more than at the start: idle programs may go there, a run may not
-SHORTAGE = re.compile(r"out of memory|insufficient memory|allocate", re.IGNORECASE)
+EVERY = 0.25  # seconds
+SHORTAGE = re.compile(r"out of memory|insufficient memory|allocate|bad_alloc|alloc_failed", re.IGNORECASE)
 
 
 class MemoryWatch:
-    """Compares memory and swap now with what they were when this was made."""
+    """The least memory that was left while steps were at work, and what was swapped since this was made."""
 
     def __init__(self) -> None:
-        self._swapped = psutil.swap_memory().used
+        self._swapped, self._least = psutil.swap_memory().used, psutil.virtual_memory().available
+
+    def look(self) -> None:
+        """Now, in the midst of a step."""
+        self._least = min(self._least, psutil.virtual_memory().available)
 
     def shortage(self) -> str | None:
-        """What is short, for people; None where there is enough."""
+        """What was short since it was asked last, for people; None where there was enough."""
+        self.look()
         memory, swapped = psutil.virtual_memory(), psutil.swap_memory().used - self._swapped
-        if memory.available < LEAST_LEFT * memory.total:
-            return f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GB of memory are left"
+        least, self._least = self._least, memory.available
+        if least < LEAST_LEFT * memory.total:
+            return f"{least / GIB:.1f} of {memory.total / GIB:.1f} GB of memory were left"
         if swapped > MOST_SWAPPED:
             return f"{swapped / GIB:.1f} GB were swapped to the disk since the start"
         return None
 
 
-def knob(config: RunConfig) -> str:
-    """The setting that a run may go on with in less memory, as `train --resume` takes it; empty where all are turned."""
+@contextmanager
+def watched() -> Iterator[MemoryWatch]:
+    """A thread looks several times a second: what a step holds at its peak is gone at its end."""
+    watch, done = MemoryWatch(), threading.Event()
+
+    def keep_looking() -> None:
+        while not done.wait(EVERY):
+            watch.look()
+
+    thread = threading.Thread(target=keep_looking, name="memory", daemon=True)
+    thread.start()
+    try:
+        yield watch
+    finally:
+        done.set()
+        thread.join()
+
+
+def less_memory(config: RunConfig) -> str:
+    """How a run may go on with less memory."""
+    again = f"mlx-finetune train --resume --out {config.out}"
     if config.grad_checkpoint != 1:
-        return " --set grad_checkpoint=1"
-    if config.engine == "mlx" and config.attention != "blocks":
-        return " --set attention=blocks"
-    return ""
+        return f"{again} --set grad_checkpoint=1"
+    return f"close other programs, then {again}; or prepare with a smaller --max-length for a new run"
 
 
 @contextmanager
 def memory_errors(step: int, config: RunConfig) -> Iterator[None]:
-    """Makes one line of what MLX and torch say where they get no memory: a UserError that names the setting to turn."""
+    """Makes one line of what MLX, torch and numpy say where they get no memory: a UserError that says how to go on."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one too
-        if not SHORTAGE.search(str(error)):
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is the former, numpy's the latter
+        if isinstance(error, RuntimeError) and not SHORTAGE.search(str(error)):
             raise
-        turned = knob(config)
-        hint = f"train --resume --out {config.out}{turned}" if turned else "prepare with a smaller --max-length"
-        message = f"step {step}: no memory left ({str(error).strip().splitlines()[0][:120]})"
-        raise UserError(message, hint=f"{hint}; checkpoints are kept") from error
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise UserError(f"step {step}: no memory left ({said})", hint=f"{less_memory(config)}; checkpoints are kept") from error

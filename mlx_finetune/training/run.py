@@ -1,11 +1,13 @@
 """A run folder from start to end: what it learns from is checked, the engine opened, the loop run, or run on."""
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_finetune.config import RunConfig, load_config, make_config, save_config
+from mlx_finetune.data.batches import WIDTHS
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.data.prepare import SETTINGS
 from mlx_finetune.data.template import ChatTemplate
@@ -15,7 +17,6 @@ from mlx_finetune.files import atomic_file, new_folder, read_json, refuse_existi
 from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.mlx_config import check_supported, max_exact_length
 from mlx_finetune.models.weights import fingerprint, tensor_headers
-from mlx_finetune.planning.before_run import with_pack_length
 from mlx_finetune.training.checkpoint import TEMPLATE, Origin, check_origin, read_progress, resume
 from mlx_finetune.training.loop import Advance, Trained, total_steps, train
 
@@ -148,7 +149,7 @@ def check_names(engine: Engine, model: Path) -> None:
 
 def execute(plan: Plan, advance: Advance) -> tuple[Trained, Engine]:
     """Loads the model and trains; the run folder is made once the engine is open."""
-    engine = open_engine(_with_pack_length(plan), plan.model)
+    engine = open_engine(packed(plan.config, plan.dataset), plan.model)
     check_names(engine, plan.model)
     start = resume(plan.checkpoint, engine, plan.config, plan.origin) if plan.checkpoint else 0
     if not plan.resumed:
@@ -162,11 +163,15 @@ def execute(plan: Plan, advance: Advance) -> tuple[Trained, Engine]:
     return trained, engine
 
 
-def _with_pack_length(plan: Plan) -> RunConfig:
-    counts = plan.dataset.info["train"]
-    learned = counts["learned_tokens"] / counts["tokens"]
-    found = with_pack_length(plan.model, plan.config, plan.dataset.train, learned).pack_length
-    return plan.config.model_copy(update={"pack_length": found})
+def packed(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """With `pack_length` said: as many tokens as the largest micro-batch has, where the config leaves it open.
+
+    A pure function of data and settings: what is folded together decides which inputs a dropout drops.
+    """
+    if config.pack_length or config.engine != "mlx" or config.share_prefixes == "never":
+        return config
+    longest = math.ceil((max(dataset.train.lengths) - 1) / WIDTHS) * WIDTHS
+    return config.model_copy(update={"pack_length": longest * config.batch_size})
 
 
 def trunk_bytes(plan: Plan) -> int:

@@ -111,7 +111,7 @@ def install(model: nn.Module) -> None:
         original = getattr(home, NAME, None)
         if original is not None and not hasattr(original, "original"):
             setattr(home, NAME, _dispatcher(original))
-        if hasattr(home, GATE) and exp_is_slow(mx.float32):
+        if hasattr(home, GATE):
             setattr(home, GATE, swiglu)
         if isinstance(module.get("rope"), nn.Module) and not isinstance(module["rope"], TreeRope):
             module["rope"] = TreeRope(module["rope"])

@@ -1,6 +1,7 @@
 """LoRA beside a frozen linear layer (Hu et al. 2021)."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +20,7 @@ class LoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """[..., in] -> [..., out]."""
-        low = self.scale * (self._dropped(x).astype(mx.float32) @ self.lora_A.T)
+        low = self.scale * _product(self._dropped(x), self.lora_A)
         base = self.linear(x)
         if base.dtype == mx.float32:
             return mx.addmm(base, low, self.lora_B.T)
@@ -31,6 +32,28 @@ class LoRALinear(nn.Module):
             return x
         kept = mx.random.bernoulli(1 - self.rate, x.shape, key=self._key)
         return x * kept.astype(x.dtype) * (1 / (1 - self.rate))
+
+
+def _product(x: mx.array, a: mx.array) -> mx.array:
+    """x A^T in float32. [..., in], [rank, in] -> [..., rank]."""
+    if x.dtype == mx.float32:
+        return x @ a.T
+    product: Any = _widened(x, a)
+    result: mx.array = product
+    return result
+
+
+@mx.custom_function
+def _widened(x: mx.array, a: mx.array) -> mx.array:
+    """What is kept for the gradient is `x` as it is: a float32 copy for each adapted layer would be twice as large."""
+    return x.astype(mx.float32) @ a.T
+
+
+@_widened.vjp
+def _widened_gradient(primals: Any, cotangent: Any, output: Any) -> tuple[mx.array, mx.array]:
+    x, a = primals
+    rows = cotangent.reshape(-1, a.shape[0])
+    return (cotangent @ a).astype(x.dtype), rows.T @ x.reshape(-1, a.shape[1]).astype(mx.float32)
 
 
 def set_dropout(model: nn.Module, seed: int | None) -> None:
