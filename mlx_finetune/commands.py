@@ -116,7 +116,7 @@ def announce(plan: "Plan") -> None:
         UserError: more than there is.
     """
     from mlx_finetune.planning.before_run import check_memory
-    from mlx_finetune.training.run import trunk_bytes
+    from mlx_finetune.training.run import folding_advice, trunk_bytes
 
     config, dataset = plan.config, plan.dataset
     start = f", going on from {plan.checkpoint.name}" if plan.checkpoint else ""
@@ -126,6 +126,8 @@ def announce(plan: "Plan") -> None:
     if config.engine == "mlx":
         counts = dataset.info["train"]
         say(check_memory(plan.model, config, dataset.train, counts["learned_tokens"] / counts["tokens"]))
+        if advice := folding_advice(plan):
+            say(advice)
     if kept := trunk_bytes(plan):
         say(f"what the frozen layers make of the data is kept in {plan.run}: up to {kept / 1e9:.1f} GB until the run is done")
 

@@ -1,5 +1,6 @@
 """Before a run loads its model it says what that takes, and one that cannot fit is refused with what to change."""
 
+import re
 from pathlib import Path
 
 import psutil
@@ -64,6 +65,20 @@ def test_as_much_is_folded_together_as_the_largest_micro_batch_has(prepared: tup
 
     assert folded() == 2 * longest and folded(pack_length=900) == 900
     assert folded(share_prefixes="never") is None and folded(engine="torch") is None
+
+
+def test_train_says_what_folding_more_together_would_save(
+    prepared: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = prepared
+    places = ["train", "--engine", "mlx", "--model", model, "--data", data, "--out", str(tmp_path / "run"), "--dry-run"]
+    assert run(places) == 0
+    found = re.search(r"with pack_length=(\d+) (\d+)% fewer tokens", capsys.readouterr().err)
+    assert found and int(found[2]) > 30  # 5 rows of 333 tokens, which share most of what was asked
+    assert 2 * 352 <= int(found[1]) < 4 * 352
+    for more in (f"pack_length={found[1]}", "share_prefixes=never", "gradient_accumulation=1"):
+        assert run([*places, "--set", more]) == 0
+        assert "fewer tokens" not in capsys.readouterr().err
 
 
 def test_more_folded_together_than_fits_is_refused_by_name(
