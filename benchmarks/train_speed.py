@@ -288,6 +288,9 @@ def arguments_of_the_command() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="SmolLM2-135M-Instruct as a folder; else it is made from its GGUF")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
     arguments = parser.parse_args()
+    plan = QUICK if arguments.quick else FULL
+    if unknown := set(arguments.lengths or ()) - plan.examples.keys():
+        parser.error(f"--lengths {', '.join(map(str, unknown))}: not one of {', '.join(map(str, plan.examples))}")
     if unknown := set(arguments.only.split(",")) - set(PARTS):
         parser.error(f"--only {', '.join(unknown)}: not one of {', '.join(PARTS)}")
     return arguments

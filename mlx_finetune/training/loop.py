@@ -45,7 +45,7 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
     """Steps `start` to the end; writes metrics and checkpoints into `run`, and moves `latest` and `best`.
 
     Raises:
-        UserError: the loss or the gradient is not a number; the last good checkpoint stays.
+        UserError: the loss or the gradient is not a number, or there is no memory; the last good checkpoint stays.
     """
     steps, metrics = total_steps(dataset, config), Metrics(run / "metrics.jsonl", start)
     look = _Look(engine, dataset.held_out(config.batch_size), metrics)
