@@ -201,9 +201,8 @@ class Bench:
             if cell.checkpoint in self.modes:
                 self.jobs["ours", *key] = job
                 self.jobs["ours", cell.cut, cell.checkpoint, "folded", letter, length] = job | {"pack": sum(cell.lengths)}
-            if (
-                self.plan.repetitions > 1 and letter == "a" and length == min(self.plan.examples)
-            ):  # one, to see what the curve is worth
+            # The peer too, once, to see what its curve is worth.
+            if self.plan.repetitions > 1 and letter == "a" and length == min(self.plan.examples):
                 self.jobs["peer", *key] = job
 
     def _cell(self, letter: str, length: int) -> Cell:

@@ -84,9 +84,7 @@ class RunConfig(BaseModel):
         default="auto", description="compute once what several examples of a step begin with; auto: where engine and model can"
     )
     pack_length: Size | None = Field(
-        default=None,
-        ge=64,
-        description="tokens folded together at most; none: as many as the largest micro-batch has",
+        default=None, ge=64, description="tokens folded together at most; none: as many as the largest micro-batch has"
     )
     cache_trunk: bool = Field(
         default=False, description="with num_layers: keep on the disk what enters the first of them, for the second epoch on"

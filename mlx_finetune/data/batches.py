@@ -82,11 +82,11 @@ def examples_at(
 def efficiency(lengths: tuple[int, ...], batch_size: int, seed: int) -> float:
     """Which part of the tokens that the first epoch reads are no padding."""
     known = np.array(lengths)
-    slots = sum(len(indices) * int(_widths(known[indices]).max()) for indices in _epoch(lengths, batch_size, seed, 0))
+    slots = sum(len(indices) * int(widths(known[indices]).max()) for indices in _epoch(lengths, batch_size, seed, 0))
     return float((known - 1).sum()) / slots
 
 
-def _widths(lengths: np.ndarray) -> np.ndarray:
+def widths(lengths: np.ndarray) -> np.ndarray:
     """Of examples alone in a batch: the last token is only a target."""
     return np.ceil((lengths - 1) / WIDTHS) * WIDTHS
 
@@ -98,7 +98,7 @@ def _epoch(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int, fam
     Those whose first examples are of one family (`families[i]`; none: each is alone) stay together, a few at a time.
     """
     random = np.random.default_rng((seed, epoch))
-    noisy = _widths(np.array(lengths)) * random.uniform(1 / NOISE, NOISE, len(lengths))
+    noisy = widths(np.array(lengths)) * random.uniform(1 / NOISE, NOISE, len(lengths))
     order = np.argsort(noisy, kind="stable").tolist()
     micro_batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     groups = _relatives(micro_batches, families) if families else [[batch] for batch in micro_batches]

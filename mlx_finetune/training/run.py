@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_finetune.config import RunConfig, load_config, make_config, save_config
-from mlx_finetune.data.batches import WIDTHS
+from mlx_finetune.data.batches import WIDTHS, widths
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.data.prepare import SETTINGS
 from mlx_finetune.data.template import ChatTemplate
@@ -173,7 +175,7 @@ def packed(config: RunConfig, dataset: Dataset) -> RunConfig:
     """
     if config.pack_length or config.engine != "mlx" or config.share_prefixes == "never":
         return config
-    longest = math.ceil((max(dataset.train.lengths) - 1) / WIDTHS) * WIDTHS
+    longest = int(widths(np.array(dataset.train.lengths)).max())
     return config.model_copy(update={"pack_length": longest * config.batch_size})
 
 
