@@ -53,8 +53,7 @@ class Coefficients:
     work_hidden: float = 2.968
     work_heads: float = 4.359
     work_ffn: float = 7.365
-    work_scores: float = 2.065  # of [heads, T, T], with blocks of [heads, 256, T]
-    wide: float = 2.0  # float32 arrays of the intermediate size beside adapters, where the model is not in float32
+    work_scores: float = 2.065  # of [heads, T, T], with blocks of the scores that are there at once
     # In a layer further down that is computed again, everything of it:
     again_hidden: float = 2.507
     again_heads: float = 2.507
@@ -198,15 +197,13 @@ def step_terms(shape: ModelShape, dials: Dials) -> list[dict[str, float]]:
     chunks = (CHUNKS_AGAIN if again else CHUNKS) * head_rows(shape)
     head = {"logits": _logits(shape, dials, chunks), "head_hidden": boundary}
     work = {f"work_{name}": _of_tokens(shape, dials, name) for name in ("hidden", "heads", "ffn")} | {"work_scores": scores}
-    wide = 0.0 if dials.dtype == "float32" else _of_tokens(shape, dials, "ffn") * FLOAT32 / ITEM_BYTES[dials.dtype]
-    work["wide"] = wide
     top_again = bool(every) and (layers - 1) % every == 0
     places = [everything | head, _plus(everything, layer if top_again else {}) | work]
     if again and layers > 1:
         at = every * ((layers - 2) // every)  # the next layer below the top that is computed again
         below = ceil(at / every)  # how many are computed again below it
         inside = {f"again_{name}": _of_tokens(shape, dials, name) for name in WIDTHS} | {"again_scores": scores}
-        inside |= {"again_fused": _fused(shape, dials), "wide": wide}
+        inside["again_fused"] = _fused(shape, dials)
         left = {"boundary": (below + 1) * boundary, "gradient": everything["gradient"]}
         places.append(_plus(_times(layer, at - below), inside | left))
     return places
