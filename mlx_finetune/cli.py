@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 from mlx_finetune.cli_collect import collect
 from mlx_finetune.config import FIELDS, RunConfig, default
 from mlx_finetune.errors import UserError
+from mlx_finetune.launched import rank_of
 from mlx_finetune.terminal import one_line
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -205,7 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str, hint: str) -> None:
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    who = f"process {rank_of()}: " if rank_of() else ""
+    print(f"{who}error: {one_line(message)}", file=sys.stderr)
     if hint:
         print(f"hint: {one_line(hint)}", file=sys.stderr)
     sys.exit(2)

@@ -116,12 +116,14 @@ def announce(plan: "Plan") -> None:
         UserError: more than there is.
     """
     from mlx_finetune.planning.before_run import check_memory
-    from mlx_finetune.training.run import folding_advice, trunk_bytes
+    from mlx_finetune.training.run import folding_advice, moved, trunk_bytes
 
     config, dataset = plan.config, plan.dataset
     start = f", going on from {plan.checkpoint.name}" if plan.checkpoint else ""
     say(f"training {config.model} on {len(dataset.train)} examples of {config.data}")
     say(f"{plan.steps} steps{start} -> {plan.run}")
+    if changed := moved(plan):
+        say(changed)
     say(f"{100 * efficiency(dataset.train.lengths, config.batch_size, config.seed):.1f} % of the tokens read are no padding")
     if config.engine == "mlx":
         counts = dataset.info["train"]

@@ -21,9 +21,19 @@ def _size(value: Any) -> Any:
     return int(match[1]) * UNITS[match[2]] if match else value
 
 
+def _pattern(text: str) -> str:
+    """A regular expression, or a word such as all-linear."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from error
+    return text
+
+
 Size = Annotated[int, BeforeValidator(_size)]
 Place = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser()) if path.startswith("~") else path)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
 class RunConfig(BaseModel):
@@ -37,8 +47,16 @@ class RunConfig(BaseModel):
     engine: Literal["auto", "mlx", "torch"] = Field(
         default="auto", description="auto: MLX on Apple silicon, torch on CUDA, else what is installed"
     )
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field(
+        default="auto", description="of the torch engine; auto: CUDA where it is found, else the CPU. MLX takes its own"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of the frozen weights; auto: as stored on a GPU (bfloat16 on CUDA), float32 on a CPU"
+        default="auto",
+        description="of the frozen weights; auto: as stored on Metal, bfloat16 on CUDA, float32 on a CPU and on mps",
+    )
+    quantization: Literal["none", "4bit", "8bit"] = Field(
+        default="none",
+        description="of the frozen weights, by bitsandbytes (torch): 4bit is NF4, quantised twice. MLX: convert first",
     )
 
     max_length: Size = Field(default=8192, ge=64, description="tokens in one window; longer conversations become several windows")
@@ -59,27 +77,50 @@ class RunConfig(BaseModel):
 
     allow_inexact: bool = Field(default=False, description="also learn turns whose context cannot be made that which is served")
 
+    fine_tune_type: Literal["lora", "dora", "full"] = Field(
+        default="lora", description="lora, dora (magnitudes of rows are learned too), or full (the weights themselves, in float32)"
+    )
+    adapter_path: Place = Field(
+        default="", description="folder of an adapter to start from, of peft or of mlx-lm; its rank and targets are taken over"
+    )
     rank: int = Field(default=16, ge=1, description="width of the adapter")
     alpha: float = Field(default=32.0, gt=0, description="the adapter is scaled by alpha / rank")
+    use_rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) instead")
     dropout: Fraction = Field(default=0.0, description="on the adapter's input while training")
-    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        default="all-linear", description="all-linear, or names such as q_proj,v_proj"
+    target_modules: Pattern | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        default="all-linear",
+        description="all-linear, names such as q_proj,v_proj (also embed_tokens, lm_head), or a regular expression for whole paths",
     )
     num_layers: int | None = Field(default=None, ge=1, description="adapt the last so many layers only; none: all")
+    neftune_noise_alpha: float = Field(
+        default=0.0, ge=0, description="noise on the embeddings while training (NEFTune; 5 is usual); 0: none"
+    )
 
-    learning_rate: float = Field(default=2e-4, gt=0, description="at the end of the warmup; cosine to 0 from there")
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "muon"] = Field(
+        default="adamw", description="adamw_8bit: moments in 8 bits, by bitsandbytes (torch)"
+    )
+    learning_rate: float = Field(default=2e-4, gt=0, description="at the end of the warmup")
+    loraplus_lr_ratio: float = Field(default=1.0, gt=0, description="the adapter's B learns faster than its A by this (LoRA+)")
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine", description="after the warmup; cosine and linear: to 0; wsd: constant, then linearly to 0"
+    )
     warmup_ratio: Fraction = Field(default=0.05, description="share of the steps in which the rate rises linearly")
-    weight_decay: float = Field(default=0.01, ge=0, description="AdamW, decoupled")
+    decay_ratio: Fraction = Field(default=0.2, description="share of the steps in which the rate falls, with wsd")
+    weight_decay: float = Field(default=0.01, ge=0, description="decoupled, of matrices")
     max_grad_norm: float = Field(default=1.0, gt=0, description="the gradient of a step is clipped to this norm")
     batch_size: int = Field(default=1, ge=1, description="examples in a micro-batch: what memory holds at once")
     gradient_accumulation: int = Field(default=8, ge=1, description="micro-batches in a step")
     grad_checkpoint: int = Field(
         default=0, ge=0, description="compute the activations of every so many-th layer again in the backward pass; 0: keep all"
     )
-    attention: Literal["auto", "fused", "blocks"] = Field(
+    attention: Literal["auto", "fused", "blocks", "flash"] = Field(
         default="auto",
-        description="blocks: in bounded memory; fused: the framework's own; auto: blocks with MLX on a CPU, else fused",
+        description="blocks: in bounded memory (MLX); flash: the package flash-attn (CUDA); fused: the framework's own; "
+        "auto: blocks with MLX on a CPU, else fused",
     )
+    torch_compile: bool = Field(default=False, description="compile the layers (torch); the first steps take minutes")
+    use_liger_kernel: bool = Field(default=False, description="kernels of the package liger-kernel for norms and gates (CUDA)")
+    fsdp: bool = Field(default=False, description="under torchrun: frozen weights cut over the GPUs, for a model larger than one")
     share_prefixes: Literal["auto", "always", "never"] = Field(
         default="auto", description="compute once what several examples of a step begin with; auto: where engine and model can"
     )
@@ -100,7 +141,7 @@ class RunConfig(BaseModel):
     @classmethod
     def _split_names(cls, values: Any) -> Any:
         targets = values.get("target_modules") if isinstance(values, dict) else None
-        if isinstance(targets, str) and targets != "all-linear":
+        if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w\s,]*", targets):
             values = values | {"target_modules": tuple(name.strip() for name in targets.split(",") if name.strip())}
         return values
 

@@ -12,7 +12,6 @@ from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.refine import Settings
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.engines import Engine, choose_engine
-from mlx_finetune.engines.adapter import without_adapter
 from mlx_finetune.evaluation.compare import Comparison, compare
 from mlx_finetune.evaluation.plot import draw_loss
 from mlx_finetune.export.fuse import Fused
@@ -106,7 +105,7 @@ def _answers(engine: Engine, template: ChatTemplate, config: RunConfig, info: di
     messages = conversation.messages[: question + 1]
     prompt = template.prompt(messages).tolist()
     tuned = template.decode(list(engine.generate(prompt, ANSWER_TOKENS, template.stop_ids)))
-    engine.load_state(without_adapter(engine.shapes, config.rank), step=0)
+    engine.load_state(engine.initial(), step=0)
     base = template.decode(list(engine.generate(prompt, ANSWER_TOKENS, template.stop_ids)))
     logged = next(m.content for m in conversation.messages[question:] if m.role == "assistant")
     return Answers(messages[-1].content, logged, base, tuned)

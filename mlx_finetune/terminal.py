@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlx_finetune.launched import rank_of
+
 
 def say(text: str) -> None:
-    """A line of talk."""
-    print(text, file=sys.stderr, flush=True)
+    """A line of talk, of the first process where a launcher started several."""
+    if not rank_of():
+        print(text, file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
@@ -31,7 +34,7 @@ def progress(title: str) -> Iterator[Callable[..., None]]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if rank_of() or not console.is_terminal:
         yield _lines(title)
         return
     columns = [
@@ -76,6 +79,8 @@ def table(title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str] = (
 
 def finish(result: Mapping[str, Any], as_json: bool, show: Callable[[], None], made: Path | None, following: str) -> None:
     """The end of a verb: with --json the result as one object and nothing else on stdout; else what `show` prints and the path."""
+    if rank_of():
+        return
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
     else:

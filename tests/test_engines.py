@@ -9,7 +9,7 @@ from tiny_models import make_tiny
 from mlx_finetune.config import RunConfig, make_config
 from mlx_finetune.data.batches import Batch, Example
 from mlx_finetune.engines import Engine, open_engine
-from mlx_finetune.engines.adapter import choose_targets, initial_adapter, without_adapter
+from mlx_finetune.engines.adapter import Target, choose_targets, initial_adapter
 from mlx_finetune.errors import UserError
 from mlx_finetune.models.mlx_config import PROVEN
 
@@ -109,7 +109,7 @@ def test_a_fresh_adapter_and_a_zero_adapter_are_the_base_model(engine_name: str,
     base = engine.loss_sum(batch)
     engine.step([batch], 1e-2, seed=0)
     assert engine.loss_sum(batch) < base
-    engine.load_state(without_adapter(engine.shapes, 4), step=0)
+    engine.load_state(engine.initial(), step=0)
     assert engine.loss_sum(batch) == base
 
 
@@ -164,7 +164,8 @@ def test_greedy_generation_is_what_the_logits_say_and_stops_before_a_stop_token(
     assert list(engine.generate(prompt, 6, frozenset({expected[3]}))) == expected[: expected.index(expected[3])]
 
 
-LINEARS = {f"model.layers.{i}.self_attn.{n}": (8, 8) for i in range(12) for n in ("q_proj", "v_proj")} | {"lm_head": (9, 8)}
+LINEARS = {f"model.layers.{i}.self_attn.{n}": Target(8, 8) for i in range(12) for n in ("q_proj", "v_proj")}
+LINEARS |= {"lm_head": Target(9, 8)}
 
 
 def test_the_last_layers_are_chosen_by_number_not_by_name() -> None:
@@ -182,8 +183,8 @@ def test_a_wrong_target_is_named_with_the_nearest_right_one() -> None:
 
 
 def test_the_adapter_starts_from_its_seed_within_its_bound() -> None:
-    shapes = {"a.0.x": (6, 16), "a.1.x": (5, 9)}
-    first, again, other = initial_adapter(shapes, 4, 0), initial_adapter(shapes, 4, 0), initial_adapter(shapes, 4, 1)
+    targets = {"a.0.x": Target(6, 16), "a.1.x": Target(5, 9)}
+    first, again, other = (initial_adapter(targets, make_config({"rank": 4, "seed": seed}, "test")) for seed in (0, 0, 1))
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert not np.array_equal(first["a.0.x.lora_A.weight"], other["a.0.x.lora_A.weight"])
     assert np.abs(first["a.0.x.lora_A.weight"]).max() <= 0.25 and not first["a.0.x.lora_B.weight"].any()

@@ -64,7 +64,7 @@ def test_as_much_is_folded_together_as_the_largest_micro_batch_has(prepared: tup
         return packed(make_config({"engine": "mlx", "batch_size": 2} | values, "test"), dataset).pack_length
 
     assert folded() == 2 * longest and folded(pack_length=900) == 900
-    assert folded(share_prefixes="never") is None and folded(engine="torch") is None
+    assert folded(share_prefixes="never") is None and folded(engine="torch") == 2 * longest
 
 
 def test_train_says_what_folding_more_together_would_save(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_mlx_step import batches, check_alike, family, first_step
+from test_steps import batches, check_alike, family, first_step
 from tiny_models import make_tiny
 
 from mlx_finetune.config import make_config
@@ -101,7 +101,7 @@ def test_it_is_refused_by_name_where_nothing_can_be_kept_or_torch_computes(model
     kept = {"cache_trunk": True, "out": str(tmp_path / "run")}
     with pytest.raises(UserError, match="every layer learns"):
         first_step(models["llama"], batches(family()), **kept)
-    with pytest.raises(UserError, match="cache_trunk is not there with torch"):
+    with pytest.raises(UserError, match="cache_trunk = true is not there with the torch engine"):
         first_step(models["llama"], batches(family()), **LAST, **kept, engine="torch")
     assert not (tmp_path / "run").exists()
 

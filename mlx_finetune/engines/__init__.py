@@ -13,7 +13,10 @@ import numpy as np
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
+from mlx_finetune.engines.adapter import Target
+from mlx_finetune.engines.ranks import Ranks
 from mlx_finetune.errors import UserError
+from mlx_finetune.launched import launched
 
 TRUNK = "trunk"  # in a run's folder: hidden states that are the same in every epoch
 Arrays = dict[str, np.ndarray]
@@ -34,10 +37,15 @@ class Engine(Protocol):
 
     name: str  # "mlx" or "torch"
     device: str
-    shapes: dict[str, tuple[int, int]]  # adapted modules: (out, in)
+    targets: dict[str, Target]  # the adapted modules, by path; none where the weights themselves are trained
+    trained: dict[str, tuple[int, ...]]  # the shape of each trained array, by its name
+    ranks: Ranks  # the processes that train together
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float, seed: int) -> StepResult:
-        """One optimizer step over all micro-batches, weighted by token; nothing changes where the gradient is not finite."""
+        """One optimizer step over all micro-batches, weighted by token; nothing changes where the gradient is not finite.
+
+        Every process is given all micro-batches, computes its share of them, and ends with the same result.
+        """
 
     def loss_sum(self, batch: Batch) -> float:
         """Sum of weight times cross entropy (nats); leaves training untouched."""
@@ -46,7 +54,13 @@ class Engine(Protocol):
         """Greedy answer, at most `limit` tokens, ending before a token of `stop`."""
 
     def state(self) -> Arrays:
-        """`adapter/NAME`, `m/NAME`, `v/NAME` for each NAME such as model.layers.0.self_attn.q_proj.lora_A.weight."""
+        """`adapter/NAME`, and what the optimizer keeps of it (`m/NAME`, `v/NAME`: optimizers.py).
+
+        NAME is such as model.layers.0.self_attn.q_proj.lora_A.weight, or a weight's own where weights are trained.
+        """
+
+    def initial(self) -> Arrays:
+        """`adapter/NAME` of each, as it is in a fresh adapter: the model is the base model."""
 
     def load_state(self, state: Arrays, step: int) -> None:
         """Goes on from `state` after `step` steps; moments that are missing start at zero."""
@@ -70,7 +84,9 @@ def choose_engine(name: str) -> str:
     installed = {engine: importlib.util.find_spec(engine) is not None for engine in ("mlx", "torch")}
     if name == "auto":
         on_apple_silicon = sys.platform == "darwin" and platform.machine() == "arm64"
-        name = "mlx" if on_apple_silicon or not installed["torch"] else "torch"
+        name = launched() or ("mlx" if on_apple_silicon or not installed["torch"] else "torch")
+    if launched() not in (None, name):
+        raise UserError(f"engine {name} under a launcher of {launched()}", hint="torchrun is for torch, mlx.launch for mlx")
     if name not in installed:
         raise UserError(f"engine {name!r} is not one of auto, mlx, torch", hint="leave --engine out for auto")
     if not installed[name]:

@@ -1,9 +1,11 @@
-"""What is adapted, how it starts, and what PEFT calls it. Numpy only: both engines begin with the same numbers."""
+"""What is trained, how it starts, and what PEFT calls it. Numpy only: both engines begin with the same numbers."""
 
 import difflib
+import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
@@ -11,51 +13,119 @@ from mlx_finetune.config import RunConfig
 from mlx_finetune.errors import UserError
 
 PEFT_PREFIX = "base_model.model."
-MOMENTS = ("m", "v")
 LAYER = re.compile(r"\.(\d+)\.")
+ROUTERS = ("gate", "router", "shared_expert_gate")  # of mixtures of experts: small, and easily led astray
+HEAD = "lm_head"
+LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+Norms = Callable[[str], np.ndarray]  # of a module: the length of each row of its weight, float32 [rows]
 
 
-def choose_targets(linears: Mapping[str, tuple[int, int]], config: RunConfig) -> dict[str, tuple[int, int]]:
-    """The linear layers to adapt, of all that the model has: path -> (out, in). Head and embeddings are never among them.
+@dataclass(frozen=True)
+class Target:
+    """A module with a weight [rows, columns] that can be adapted."""
+
+    rows: int
+    columns: int
+    kind: Literal["linear", "embedding", "tied"] = "linear"  # tied: embeddings whose weight is the head's too
+
+
+def choose_targets(modules: Mapping[str, Target], config: RunConfig) -> dict[str, Target]:
+    """The modules to adapt, of all that the model has, by path. Head and embeddings are among them where they are named.
 
     Raises:
-        UserError: a name in `target_modules` that no layer has, or more layers than the model has.
+        UserError: a name or a pattern in `target_modules` that no module has, or more layers than the model has.
     """
-    in_layers = {name: shape for name, shape in linears.items() if LAYER.search(name)}
+    in_layers = [name for name in modules if LAYER.search(name) and name.rsplit(".", 1)[-1] not in ROUTERS]
     layers = sorted({int(LAYER.search(name)[1]) for name in in_layers})  # type: ignore[index]
     if not layers:
         raise UserError("this model has no linear layers that can be adapted", hint="choose a model of another architecture")
     if config.num_layers and config.num_layers > len(layers):
         raise UserError(f"num_layers = {config.num_layers}: the model has {len(layers)}", hint="leave it out to adapt all")
     last = set(layers[-config.num_layers :] if config.num_layers else layers)
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in in_layers})
-    wanted = leaves if config.target_modules == "all-linear" else list(config.target_modules)
-    for target in wanted:
-        if target not in leaves:
-            near = difflib.get_close_matches(target, leaves, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(leaves)}"
+    outside = [name for name in modules if not LAYER.search(name)]
+    chosen = _named(in_layers, outside, config.target_modules)
+    return {n: modules[n] for n in chosen if not (found := LAYER.search(n)) or int(found[1]) in last}
+
+
+def _named(in_layers: list[str], outside: list[str], asked: str | tuple[str, ...]) -> list[str]:
+    if asked == "all-linear":
+        return in_layers
+    if isinstance(asked, str):
+        if found := [name for name in [*in_layers, *outside] if re.fullmatch(asked, name)]:
+            return found
+        raise UserError(f"target_modules: {asked!r} matches no layer", hint=f"a path is such as {in_layers[0]}")
+    known = sorted({name.rsplit(".", 1)[-1] for name in [*in_layers, *outside]})
+    for target in asked:
+        if target not in known and target not in in_layers and target not in outside:
+            near = difflib.get_close_matches(target, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
             raise UserError(f"target_modules: no layer of this model is called {target!r}", hint=hint)
-    return {n: s for n, s in in_layers.items() if n.rsplit(".", 1)[-1] in wanted and int(LAYER.search(n)[1]) in last}  # type: ignore[index]
+    return [name for name in [*in_layers, *outside] if name in asked or name.rsplit(".", 1)[-1] in asked]
 
 
-def initial_adapter(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, np.ndarray]:
-    """A uniform in +-1/sqrt(in), B zero, so that training starts at the base model (LoRA: Hu et al. 2021; A as PEFT draws it)."""
-    random = np.random.default_rng(seed)
+def check_targets(targets: Mapping[str, Target], tied: bool, config: RunConfig) -> None:
+    """Raises UserError for what a model or a kind of adapter cannot have."""
+    if tied and HEAD in targets:
+        raise UserError("target_modules: the head of this model is its embeddings", hint="name embed_tokens: it adapts both")
+    embeddings = [name for name, target in targets.items() if target.kind != "linear"]
+    if config.fine_tune_type == "dora" and embeddings:
+        raise UserError(f"fine_tune_type = dora is not there for {embeddings[0]}", hint="use lora, or leave the embeddings out")
+
+
+def scale_of(config: RunConfig) -> float:
+    """What B A is multiplied by: alpha / rank, with rsLoRA alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    return config.alpha / (math.sqrt(config.rank) if config.use_rslora else config.rank)
+
+
+def trained_shapes(targets: Mapping[str, Target], config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each trained array, by the name that PEFT gives it."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, target in sorted(targets.items()):
+        if target.kind == "linear":
+            shapes |= {name + LORA_A: (config.rank, target.columns), name + LORA_B: (target.rows, config.rank)}
+        else:
+            shapes |= {name + EMBEDDING_A: (config.rank, target.rows), name + EMBEDDING_B: (target.columns, config.rank)}
+        if config.fine_tune_type == "dora":
+            shapes[name + MAGNITUDE] = (target.rows,)
+    return shapes
+
+
+def initial_adapter(targets: Mapping[str, Target], config: RunConfig, norms: Norms | None = None) -> dict[str, np.ndarray]:
+    """A uniform in +-1/sqrt(in), B zero, so that training starts at the base model (LoRA: Hu et al. 2021; A as PEFT draws it).
+
+    Of embeddings it is A that is zero and B that is drawn from a normal distribution, as in PEFT. `norms` is asked where DoRA
+    (Liu et al. 2024) needs the lengths of rows.
+    """
+    random = np.random.default_rng(config.seed)
     arrays = {}
-    for name, (rows, columns) in sorted(shapes.items()):
-        bound = 1 / np.sqrt(columns)
-        arrays[f"{name}.lora_A.weight"] = random.uniform(-bound, bound, (rank, columns)).astype(np.float32)
-        arrays[f"{name}.lora_B.weight"] = np.zeros((rows, rank), np.float32)
+    for name, shape in trained_shapes(targets, config).items():
+        if name.endswith(LORA_A):
+            bound = 1 / np.sqrt(shape[1])
+            arrays[name] = random.uniform(-bound, bound, shape).astype(np.float32)
+        elif name.endswith(EMBEDDING_B):
+            arrays[name] = random.standard_normal(shape).astype(np.float32)
+        elif name.endswith(MAGNITUDE):
+            assert norms is not None
+            arrays[name] = norms(name.removesuffix(MAGNITUDE))
+        else:
+            arrays[name] = np.zeros(shape, np.float32)
     return arrays
 
 
-def without_adapter(shapes: Mapping[str, tuple[int, int]], rank: int) -> dict[str, np.ndarray]:
-    """An engine's state in which the model is the base model again."""
-    return {f"adapter/{name}": array for name, array in initial_adapter(shapes, rank, 0).items()}
+def peft_tensors(arrays: Mapping[str, np.ndarray], targets: Mapping[str, Target]) -> dict[str, np.ndarray]:
+    """`adapter_model.safetensors` of trained arrays. What adapts tied embeddings stands there for the head too."""
+    tensors = {PEFT_PREFIX + name: array for name, array in arrays.items()}
+    for name, target in targets.items():
+        if target.kind == "tied":
+            tensors[PEFT_PREFIX + HEAD + LORA_A] = np.ascontiguousarray(arrays[name + EMBEDDING_B].T)
+            tensors[PEFT_PREFIX + HEAD + LORA_B] = np.ascontiguousarray(arrays[name + EMBEDDING_A].T)
+    return tensors
 
 
-def peft_config(shapes: Mapping[str, tuple[int, int]], config: RunConfig, base: str) -> dict[str, Any]:
+def peft_config(targets: Mapping[str, Target], config: RunConfig, base: str) -> dict[str, Any]:
     """`adapter_config.json` with explicit paths, which peft matches exactly."""
+    tied = any(target.kind == "tied" for target in targets.values())
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -63,12 +133,12 @@ def peft_config(shapes: Mapping[str, tuple[int, int]], config: RunConfig, base: 
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": sorted(shapes),
+        "target_modules": sorted([*targets, HEAD] if tied else targets),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "use_dora": False,
-        "use_rslora": False,
+        "use_dora": config.fine_tune_type == "dora",
+        "use_rslora": config.use_rslora,
     }

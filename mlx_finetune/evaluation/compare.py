@@ -7,7 +7,6 @@ from typing import Any
 from mlx_finetune.config import RunConfig, load_config, make_config
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.engines import Engine, choose_engine, open_engine
-from mlx_finetune.engines.adapter import without_adapter
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import write_json
 from mlx_finetune.models.hub import check_model_folder, model_folder
@@ -89,7 +88,7 @@ def compare(run: Path, checkpoint: str = "best", engine: str = "") -> tuple[Comp
         raise UserError(f"{dataset.folder}: nothing was held out", hint="prepare two or more conversations, with a valid_fraction")
     opened = open_tuned(config, model, dataset, folder)
     tuned, state = held_out_loss(opened, held_out), opened.state()
-    opened.load_state(without_adapter(opened.shapes, config.rank), step=0)
+    opened.load_state(opened.initial(), step=0)
     base = held_out_loss(opened, held_out)
     step = int(read_progress(folder)["step"])
     opened.load_state(state, step)

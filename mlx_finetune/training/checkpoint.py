@@ -12,11 +12,13 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.engines import Arrays, Engine
-from mlx_finetune.engines.adapter import MOMENTS, PEFT_PREFIX, peft_config
+from mlx_finetune.engines.adapter import HEAD, PEFT_PREFIX, peft_config, peft_tensors
+from mlx_finetune.engines.optimizers import state_shapes
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_folder, read_json, write_json
 
 TEMPLATE = "chat_template.jinja"  # in a run's folder: the chat template with which its data was rendered
+ADAPTER, WEIGHTS = "adapter_model.safetensors", "model.safetensors"  # the latter where the weights themselves are trained
 DAMAGED = "remove this folder to go on from the one before"
 PACKAGES = ("mlx-finetune", "mlx", "mlx-lm", "torch", "transformers")
 
@@ -48,11 +50,14 @@ def save_checkpoint(run: Path, engine: Engine, step: int, config: RunConfig, ori
             f"step {step}: a weight is not a finite number, nothing was saved", hint="start a new run with a lower learning_rate"
         )
     with atomic_folder(folder) as temporary:
-        adapter = {PEFT_PREFIX + n.removeprefix("adapter/"): a for n, a in state.items() if n.startswith("adapter/")}
-        save_file(adapter, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        trained = {n.removeprefix("adapter/"): a for n, a in state.items() if n.startswith("adapter/")}
+        if engine.targets:
+            save_file(peft_tensors(trained, engine.targets), temporary / ADAPTER, metadata={"format": "pt"})
+            write_json(temporary / "adapter_config.json", peft_config(engine.targets, config, config.model))
+        else:
+            save_file(trained, temporary / WEIGHTS, metadata={"format": "pt"})
         moments = {n: a for n, a in state.items() if not n.startswith("adapter/")}
         save_file(moments, temporary / "optimizer.safetensors", metadata={"format": "np"})
-        write_json(temporary / "adapter_config.json", peft_config(engine.shapes, config, config.model))
         write_json(temporary / "progress.json", _progress(step, engine, config, origin))
         for file in temporary.iterdir():
             with file.open("rb") as handle:
@@ -77,11 +82,12 @@ def load_checkpoint(folder: Path) -> tuple[Arrays, dict[str, Any]]:
     """
     progress = read_progress(folder)
     try:
-        adapter = load_file(folder / "adapter_model.safetensors")
+        trained = load_file(folder / (ADAPTER if (folder / ADAPTER).exists() else WEIGHTS))
         moments = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: not a whole checkpoint: {error}", hint=DAMAGED) from error
-    return {f"adapter/{n.removeprefix(PEFT_PREFIX)}": a for n, a in adapter.items()} | moments, progress
+    names = {name: name.removeprefix(PEFT_PREFIX) for name in trained}
+    return {f"adapter/{names[n]}": a for n, a in trained.items()} | moments, progress
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
@@ -100,7 +106,9 @@ def resume(folder: Path, engine: Engine, config: RunConfig, origin: Origin) -> i
     """
     state, progress = load_checkpoint(folder)
     check_origin(folder, progress, origin)
-    if {n: a.shape for n, a in state.items()} != _state_shapes(engine, config):
+    shapes = state_shapes(config, engine.trained)
+    state = {name: array for name, array in state.items() if name in shapes or not name.startswith(f"adapter/{HEAD}.")}
+    if {name: array.shape for name, array in state.items()} != shapes:
         raise UserError(f"{folder}: its adapter has other shapes than this run's", hint="start a new run with another --out")
     engine.load_state(state, progress["step"])
     return int(progress["step"])
@@ -114,15 +122,6 @@ def check_origin(folder: Path, progress: dict[str, Any], origin: Origin) -> None
             before = progress.get("config", {}).get(name)
             hint = f"it was trained with --{name} {before}; for another, start a new run with another --out"
             raise UserError(f"{folder}: trained with {name} {then}, this is {name} {now}", hint=hint)
-
-
-def _state_shapes(engine: Engine, config: RunConfig) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for kind in ("adapter", *MOMENTS):
-        for name, (rows, columns) in engine.shapes.items():
-            shapes[f"{kind}/{name}.lora_A.weight"] = (config.rank, columns)
-            shapes[f"{kind}/{name}.lora_B.weight"] = (rows, config.rank)
-    return shapes
 
 
 def _progress(step: int, engine: Engine, config: RunConfig, origin: Origin) -> dict[str, Any]:

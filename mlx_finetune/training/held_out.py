@@ -3,9 +3,12 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from mlx_finetune.data.batches import Batch
 from mlx_finetune.data.sources.openassistant import SOURCE as OPENASSISTANT
 from mlx_finetune.engines import Engine
+from mlx_finetune.engines.work import share_of
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,14 @@ def judged_by(sources: Iterable[str]) -> list[str]:
 
 
 def held_out_loss(engine: Engine, batches: dict[str, list[Batch]]) -> HeldOut:
-    """Weighted by token over all batches of the sources that count; `batches` must not be empty."""
-    sums = {source: sum(engine.loss_sum(batch) for batch in each) for source, each in batches.items()}
+    """Weighted by token over all batches of the sources that count; `batches` must not be empty.
+
+    Each process of a run computes its share of them.
+    """
+    ranks = engine.ranks
+    mine = {s: [each[i] for i in share_of([b.inputs.size for b in each], ranks.rank, ranks.size)] for s, each in batches.items()}
+    own = np.array([sum(engine.loss_sum(batch) for batch in each) for each in mine.values()], np.float64)
+    sums = dict(zip(batches, ranks.sum(own).tolist(), strict=True))
     weights = {source: sum(batch.learned for batch in each) for source, each in batches.items()}
     tokens = {source: sum(int((batch.weights > 0).sum()) for batch in each) for source, each in batches.items()}
     counted = judged_by(batches)

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run between two steps, after saving; a second one ends it at once."""
+"""Ctrl-C, or a polite kill, ends a run between two steps, after saving; a second Ctrl-C ends it at once."""
 
 import signal
 import threading
@@ -10,26 +10,29 @@ from types import FrameType
 
 @dataclass
 class Interrupt:
-    """`asked` becomes true at the first Ctrl-C."""
+    """`asked` becomes true at the first Ctrl-C, and at SIGTERM: of a cluster that takes the machine back, or of a launcher."""
 
     asked: bool = False
 
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """While inside, the first SIGINT only sets `asked`; the next one raises KeyboardInterrupt."""
+    """While inside, SIGTERM and the first SIGINT only set `asked`; the next SIGINT raises KeyboardInterrupt."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: FrameType | None) -> None:
         interrupt.asked = True
-        signal.signal(signal.SIGINT, before)
+        if number == signal.SIGINT:
+            signal.signal(number, before[signal.SIGINT])
 
-    signal.signal(signal.SIGINT, ask)
+    for number in before:
+        signal.signal(number, ask)
     try:
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

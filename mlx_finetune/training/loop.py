@@ -10,13 +10,14 @@ from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.engines import Engine, StepResult
+from mlx_finetune.engines.ranks import any_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.training.ahead import ahead
 from mlx_finetune.training.checkpoint import Origin, checkpoint_folder, point, save_checkpoint
 from mlx_finetune.training.held_out import held_out_loss
 from mlx_finetune.training.interrupt import interruptible
 from mlx_finetune.training.memory_watch import memory_errors, watched
-from mlx_finetune.training.metrics import Metrics, read_metrics
+from mlx_finetune.training.metrics import Metrics, Unwritten, read_metrics
 from mlx_finetune.training.schedule import learning_rate
 
 Advance = Callable[[int, int, str], None]  # steps done, steps in all, a note
@@ -47,16 +48,18 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
     Raises:
         UserError: the loss or the gradient is not a number, or there is no memory; the last good checkpoint stays.
     """
-    steps, metrics = total_steps(dataset, config), Metrics(run / "metrics.jsonl", start)
+    steps, first = total_steps(dataset, config), engine.ranks.rank == 0
+    metrics = Metrics(run / "metrics.jsonl", start) if first else Unwritten()
     look = _Look(engine, dataset.held_out(config.batch_size), metrics)
-    learned, seen, computed, spent, done, shortage = 0, 0, 0, 0.0, start, None
-    look.point_best(run)
+    learned, seen, computed, spent, done, shortage, stop = 0, 0, 0, 0.0, start, None, False
+    if first:
+        look.point_best(run)
     if start == 0:
         advance(0, steps, "held-out loss of the base model")
         with memory_errors(0, config):
             look.at(0)
     with interruptible() as interrupt, ahead(dataset, config, steps) as batches, watched() as watch:
-        while done < steps and not (interrupt.asked or shortage):
+        while done < steps and not stop:
             began = time.perf_counter()
             rate = learning_rate(done, steps, config)
             with memory_errors(done + 1, config):
@@ -71,7 +74,8 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
             with memory_errors(done, config):
                 better = look.at(done) if done % config.eval_every == 0 or done == steps else False
             shortage = watch.shortage()
-            if better or done % config.save_every == 0 or done == steps or interrupt.asked or shortage:
+            stop = any_of(engine.ranks, interrupt.asked or bool(shortage))
+            if first and (better or done % config.save_every == 0 or done == steps or stop):
                 folder = save_checkpoint(run, engine, done, config, origin)
                 if better or not look.held_out:
                     point(run / "best", folder)
@@ -81,9 +85,10 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
 class _Look:
     """Held-out losses as they are measured, and the lowest so far (the base model's does not count)."""
 
-    def __init__(self, engine: Engine, held_out: dict[str, list[Batch]], metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, held_out: dict[str, list[Batch]], metrics: Metrics | Unwritten) -> None:
         self.engine, self.held_out, self.metrics = engine, held_out, metrics
-        before = [(row["loss"], row["step"]) for row in read_metrics(metrics.path) if row["split"] == "valid" and row["step"]]
+        rows = read_metrics(metrics.path) if isinstance(metrics, Metrics) else []
+        before = [(row["loss"], row["step"]) for row in rows if row["split"] == "valid" and row["step"]]
         self.best: float = min(before)[0] if before else math.inf
         self.best_step: int = min(before)[1] if before else 0
 

@@ -35,6 +35,16 @@ class Metrics:
             file.write(json.dumps(row) + "\n")
 
 
+class Unwritten:
+    """In place of `Metrics` for a process that writes nothing."""
+
+    def train(self, step: int, result: StepResult, rate: float, seconds: float) -> None:
+        """Of `Metrics`."""
+
+    def held_out(self, step: int, loss: float, by_source: dict[str, float]) -> None:
+        """Of `Metrics`."""
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All rows; a last line that a crash cut is left out."""
     if not path.is_file():

@@ -1,5 +1,6 @@
 """A run folder from start to end: what it learns from is checked, the engine opened, the loop run, or run on."""
 
+import json
 import math
 import shutil
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.data.trees import plan as fold
 from mlx_finetune.data.trees import tokens_of
 from mlx_finetune.engines import TRUNK, Engine, choose_engine, open_engine
+from mlx_finetune.engines.ranks import agree
+from mlx_finetune.engines.supported import check_settings as check_settings_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file, new_folder, read_json, refuse_existing
 from mlx_finetune.models.hub import check_model_folder, model_folder
@@ -23,11 +26,13 @@ from mlx_finetune.models.mlx_config import check_supported, max_exact_length
 from mlx_finetune.models.weights import fingerprint, tensor_headers
 from mlx_finetune.training.checkpoint import TEMPLATE, Origin, check_origin, read_progress, resume
 from mlx_finetune.training.loop import Advance, Trained, total_steps, train
+from mlx_finetune.training.start import begin, started
 
+COMPUTES = ("engine", "dtype", "quantization")  # what computes, and in what the frozen weights are read
 STEPS_LOOKED_AT, WORTH_SAYING = 10, 0.15  # for advice on folding; a share of the tokens
 # What may differ when a run goes on: where things stand, what computes, and when to look.
-MAY_CHANGE = frozenset({"model", "data", "out", "engine", "dtype", "eval_every", "save_every"}) | {
-    "grad_checkpoint", "attention", "share_prefixes", "pack_length", "cache_trunk",
+MAY_CHANGE = frozenset({"model", "data", "out", "engine", "device", "dtype", "quantization", "eval_every", "save_every"}) | {
+    "grad_checkpoint", "attention", "share_prefixes", "pack_length", "cache_trunk", "torch_compile", "use_liger_kernel", "fsdp",
 }  # fmt: skip
 
 
@@ -56,6 +61,8 @@ def plan_run(config: RunConfig) -> Plan:
             raise UserError(f"no {name} given", hint=f"--{name}, or a line `{name}: ...` in the config")
     run = Path(config.out)
     refuse_existing(run, hint="choose another --out, or --resume to go on with it")
+    if config.adapter_path:
+        config = started(config, layers_of(model_folder(config.model)))
     return _plan(config, run, resumed=False)
 
 
@@ -89,7 +96,8 @@ def _plan(config: RunConfig, run: Path, resumed: bool) -> Plan:
     dataset = Dataset.open(Path(config.data))
     model = model_folder(config.model)
     check_model_folder(model)
-    if (engine := choose_engine(config.engine)) == "mlx":
+    check_engine(config, engine := choose_engine(config.engine))
+    if engine == "mlx":
         check_mlx(model, dataset)
     if ChatTemplate.load(model, dataset.info["chat_template"]).fingerprint != dataset.info["tokenizer"]:
         raise UserError(
@@ -128,6 +136,22 @@ def _as_prepared(config: RunConfig, dataset: Dataset) -> RunConfig:
     return config.model_copy(update={name: dataset.info[name] for name in SETTINGS})
 
 
+def check_engine(config: RunConfig, engine: str) -> None:
+    """Raises UserError for a setting that `engine` does not have, or a device that is not there: nothing is loaded yet."""
+    check_settings_of(config, engine)
+    if engine == "torch":
+        from mlx_finetune.engines.torch.device import choose_device
+
+        choose_device(config.device)
+
+
+def layers_of(model: Path) -> int:
+    """How many layers a model folder says that it has."""
+    check_model_folder(model)
+    found = read_json(model / "config.json")
+    return int(found.get("text_config", found)["num_hidden_layers"])
+
+
 def check_mlx(model: Path, dataset: Dataset) -> None:
     """Raises UserError where MLX would compute something else than transformers: another architecture, or beyond a window."""
     architecture = read_json(model / "config.json")
@@ -143,9 +167,9 @@ def check_mlx(model: Path, dataset: Dataset) -> None:
 def check_names(engine: Engine, model: Path) -> None:
     """Raises UserError where an adapted module is not a tensor of the checkpoint: its adapter could not be handed back."""
     headers = tensor_headers(model)
-    for name, shape in engine.shapes.items():
+    for name, target in engine.targets.items():
         tensor = headers.get(f"{name}.weight")
-        if tensor is None or (tensor.dtype in ("F32", "F16", "BF16") and tuple(tensor.shape) != shape):
+        if tensor is None or (tensor.dtype in ("F32", "F16", "BF16") and tuple(tensor.shape) != (target.rows, target.columns)):
             raise UserError(
                 f"{name}: not a tensor of that name and shape in {model}, so a tuned model could not be handed back",
                 hint="this architecture comes later; name other target_modules",
@@ -157,15 +181,38 @@ def execute(plan: Plan, advance: Advance) -> tuple[Trained, Engine]:
     engine = open_engine(packed(plan.config, plan.dataset), plan.model)
     check_names(engine, plan.model)
     start = resume(plan.checkpoint, engine, plan.config, plan.origin) if plan.checkpoint else 0
+    if not start and plan.config.adapter_path:
+        begin(engine, plan.config, layers_of(plan.model))
+    agree(engine.ranks, json.dumps([plan.config.to_dict() | {"device": ""}, start, vars(plan.origin)], sort_keys=True))
+    if not engine.ranks.rank:
+        _make_folder(plan)
+    trained = train(engine, plan.dataset, plan.config, plan.run, plan.origin, start, advance)
+    if not trained.interrupted and (plan.run / TRUNK).is_dir():
+        shutil.rmtree(plan.run / TRUNK)
+    return trained, engine
+
+
+def _make_folder(plan: Plan) -> None:
     if not plan.resumed:
         new_folder(plan.run)
     save_config(plan.run / "config.yaml", plan.config)
     with atomic_file(plan.run / TEMPLATE) as file:
         file.write(plan.dataset.info["chat_template"])
-    trained = train(engine, plan.dataset, plan.config, plan.run, plan.origin, start, advance)
-    if not trained.interrupted and (plan.run / TRUNK).is_dir():
-        shutil.rmtree(plan.run / TRUNK)
-    return trained, engine
+
+
+def moved(plan: Plan) -> str | None:
+    """What it means that a run goes on elsewhere than it went so far, in a sentence; None where it does not."""
+    if not plan.checkpoint:
+        return None
+    then, config = read_progress(plan.checkpoint), plan.config
+    before = then.get("config", {}) | {"engine": then.get("engine")}
+    changed = {name: before[name] for name in COMPUTES if before.get(name) not in (None, getattr(config, name))}
+    if not changed:
+        return None
+    what = ", ".join(f"{name} {value} -> {getattr(config, name)}" for name, value in changed.items())
+    dropout = ", and dropout drops others" if config.dropout and "engine" in changed else ""
+    kept = "adapter, optimizer and place in the data are the same" if config.fine_tune_type != "full" else "nothing is lost"
+    return f"goes on with {what}: {kept}; rounding differs{dropout}"
 
 
 def packed(config: RunConfig, dataset: Dataset) -> RunConfig:
@@ -173,7 +220,7 @@ def packed(config: RunConfig, dataset: Dataset) -> RunConfig:
 
     A pure function of data and settings: what is folded together decides which inputs a dropout drops.
     """
-    if config.pack_length or config.engine != "mlx" or config.share_prefixes == "never":
+    if config.pack_length or config.share_prefixes == "never":
         return config
     longest = int(widths(np.array(dataset.train.lengths)).max())
     return config.model_copy(update={"pack_length": longest * config.batch_size})

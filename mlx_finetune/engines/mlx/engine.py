@@ -14,26 +14,31 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
-from mlx_finetune.data.trees import Placed, Tree, placed_rows, plan, tokens_of
+from mlx_finetune.data.trees import Placed
 from mlx_finetune.engines import TRUNK, Arrays, StepResult, process_peak
-from mlx_finetune.engines.adapter import MOMENTS, choose_targets, initial_adapter
+from mlx_finetune.engines.adapter import HEAD, LAYER, Target, check_targets, choose_targets, initial_adapter, scale_of
+from mlx_finetune.engines.full import choose_weights, read_weights
 from mlx_finetune.engines.mlx.attention import Layout, follows_layout, install
 from mlx_finetune.engines.mlx.load import load_model
-from mlx_finetune.engines.mlx.lora import LoRALinear, set_dropout
+from mlx_finetune.engines.mlx.lora import LoRAEmbedding, LoRALinear, noisy, row_norms, set_dropout
 from mlx_finetune.engines.mlx.loss import Caught, Given, loss_sum, value_of
+from mlx_finetune.engines.mlx.ranks import ranks_of, sum_gradients
 from mlx_finetune.engines.mlx.recompute import recomputed
 from mlx_finetune.engines.mlx.trunk import Trunk
+from mlx_finetune.engines.noise import noise_of
+from mlx_finetune.engines.optimizers import decay_of, rate_factor, rule_of, slots_of, update
+from mlx_finetune.engines.supported import check_settings
+from mlx_finetune.engines.work import Work, share_of, works_of
 from mlx_finetune.errors import UserError
+from mlx_finetune.files import read_json
 from mlx_finetune.models.weights import fingerprint
 
-WORTH = 0.95  # of the tokens of rows: what trees must come down to, for their attention is cut into more parts
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch's defaults, so that both engines step alike
 Parameters = dict[str, mx.array]
 
 
 @dataclass(frozen=True)
-class Work:
-    """One forward pass: which tokens, what each sees, and where something is learned."""
+class Input:
+    """`Work` as MLX takes it."""
 
     inputs: mx.array  # int32 [B, T]
     rows: tuple[Placed, ...]
@@ -41,24 +46,16 @@ class Work:
     places: mx.array  # int32 [n], in the flattened inputs
     targets: mx.array  # int32 [n]
     weights: mx.array  # float32 [n]
+    noise: mx.array | None = None  # on the embeddings [B, T, D]
 
     @classmethod
-    def of_rows(cls, batch: Batch, by_layout: bool) -> "Work":
-        """What stands behind the last learned token of all is not computed."""
-        width = int(batch.columns[-1]) + 1
-        weights = batch.weights[:, :width].reshape(-1)
-        places = np.flatnonzero(weights > 0).astype(np.int32)
-        arrays = places, batch.targets[:, :width].reshape(-1)[places], weights[places]
-        layout = Layout.rows(width) if by_layout and width > 1 else None
-        learned = (mx.array(array) for array in arrays)
-        return cls(mx.array(batch.inputs[:, :width]), placed_rows(batch, width), layout, *learned)
-
-    @classmethod
-    def of_tree(cls, tree: Tree) -> "Work":
-        """The whole tree is one row."""
-        layout = Layout(tree.segments, tree.positions)
-        learned = (mx.array(array) for array in (tree.places, tree.targets, tree.weights))
-        return cls(mx.array(tree.inputs[None]), tree.rows, layout, *learned)
+    def of(cls, work: Work, by_layout: bool, noise: np.ndarray | None = None) -> "Input":
+        """`by_layout`: rows follow a layout too, as trees do."""
+        layout = None
+        if work.tree or (by_layout and work.inputs.shape[1] > 1):
+            layout = Layout(work.segments, work.tree.positions if work.tree else None)
+        arrays = (mx.array(array) for array in (work.places, work.targets, work.weights))
+        return cls(mx.array(work.inputs), work.rows, layout, *arrays, None if noise is None else mx.array(noise))
 
     def layouts(self, layers: int) -> list[Layout] | None:
         """As the model's layers take caches."""
@@ -72,26 +69,65 @@ class MlxEngine:
 
     def __init__(self, model: Path, config: RunConfig) -> None:
         """Loads the folder `model` and puts a fresh adapter on it."""
-        self.config = config
+        check_settings(config, self.name)
+        self.config, self._folder = config, model
+        self.ranks = ranks_of()
         self.on_gpu = mx.default_device() == mx.Device(mx.gpu)
         _bound_buffers()
         self.device = "Metal" if mx.metal.is_available() else "gpu" if self.on_gpu else "cpu"
+        full = config.fine_tune_type == "full"
         dtype = config.dtype if config.dtype != "auto" else None if self.on_gpu else "float32"
-        self.model = load_model(model, dtype)
+        self.model = load_model(model, "float32" if full else dtype)
         self.model.freeze()
-        linears = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Linear | nn.QuantizedLinear)}
-        self.shapes = choose_targets({n: _shape(m) for n, m in linears.items()}, config)
-        scale = config.alpha / config.rank
-        adapted = [(n, LoRALinear(linears[n], shape, config.rank, scale, config.dropout)) for n, shape in self.shapes.items()]
-        self.model.update_modules(tree_unflatten(adapted))
+        self.targets: dict[str, Target] = {}
+        self._adapted: dict[str, Any] = {}
+        if full:
+            self._thaw()
+        else:
+            self._adapt()
+        self.trained = {_name(n): tuple(p.shape) for n, p in sorted(self._parameters().items())}
+        self._of_head = [name for name in self._parameters() if not LAYER.search(name) and _behind_layers(name, self._tied)]
         self.model.eval()
         self._choose_paths(model)
         self._trunk: Trunk | None = None
         if config.cache_trunk:
+            if any(not LAYER.search(name) for name in self.trained):
+                raise UserError("cache_trunk: embeddings or head are trained too", hint="leave it out, or them")
             what = {"model": fingerprint(model), "dtype": dtype or "as stored", "attention": config.attention}
             self._trunk = Trunk(self.model, Path(config.out) / TRUNK, what)
-        adapter = initial_adapter(self.shapes, config.rank, config.seed)
-        self.load_state({f"adapter/{name}": array for name, array in adapter.items()}, step=0)
+        self._rules = {name: rule_of(config, _name(name), tuple(p.shape)) for name, p in self._parameters().items()}
+        self.load_state(self.initial(), step=0)
+
+    def _adapt(self) -> None:
+        """Puts adapters beside the modules that are chosen."""
+        config, modules = self.config, dict(self.model.named_modules())
+        known = {n: Target(*_shape(m)) for n, m in modules.items() if isinstance(m, nn.Linear | nn.QuantizedLinear)}
+        for name, module in modules.items():
+            if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+                known[name] = Target(*_shape(module), "tied" if self._tied else "embedding")
+        self.targets = choose_targets(known, config)
+        check_targets(self.targets, self._tied, config)
+        scale, dora = scale_of(config), config.fine_tune_type == "dora"
+        for path, target in self.targets.items():
+            module, shape = modules[path], (target.rows, target.columns)
+            self._adapted[path] = (
+                LoRALinear(module, shape, config.rank, scale, config.dropout, dora)
+                if target.kind == "linear"
+                else LoRAEmbedding(module, shape, config.rank, scale)
+            )
+        self.model.update_modules(tree_unflatten(list(self._adapted.items())))
+
+    def _thaw(self) -> None:
+        """Lets the weights that are chosen be trained themselves."""
+        weights = {name: tuple(p.shape) for name, p in tree_flatten(self.model.parameters())}
+        for name in choose_weights(weights, self.config):
+            module, _, leaf = name.rpartition(".")
+            _module_at(self.model, module).unfreeze(keys=leaf, recurse=False)
+
+    @property
+    def _tied(self) -> bool:
+        """Whether the head is the embeddings."""
+        return not any(name == HEAD for name, _ in self.model.named_modules())
 
     def _choose_paths(self, folder: Path) -> None:
         """Which attention, and whether rows may be folded into trees; refuses by name what this model cannot."""
@@ -104,7 +140,7 @@ class MlxEngine:
                 hint = "its attention is its own: leave the setting out"
                 raise UserError(f"{folder}: {name} is not there for this architecture", hint=hint)
         self._by_layout = able and (config.attention == "blocks" or (config.attention == "auto" and not self.on_gpu))
-        self._in_trees = able and config.share_prefixes != "never"
+        self._in_trees = able and config.share_prefixes != "never" and not config.neftune_noise_alpha
         if able:
             install(self.model)
 
@@ -112,39 +148,41 @@ class MlxEngine:
         """See `Engine.step`."""
         total = sum(batch.learned for batch in micro_batches)
         parameters = self._parameters()
-        loss, gradient = 0.0, {name: mx.zeros_like(p) for name, p in parameters.items()}
-        works = self._works(micro_batches)
-        for number, work in enumerate(works):
+        loss, gradient = 0.0, {name: mx.zeros(p.shape) for name, p in parameters.items()}
+        works = works_of(micro_batches, self._in_trees, self.config.pack_length)
+        for number in share_of([work.inputs.size for work in works], self.ranks.rank, self.ranks.size):
             set_dropout(self.model, int(np.random.default_rng((seed, number)).integers(2**63)))
+            work = self._input(works[number], (seed, number))
             part, fresh = mx.value_and_grad(self._loss)(parameters, work, 1 / total, self._states(work))
             gradient = {name: value + fresh[name] for name, value in gradient.items()}
             mx.eval(part, gradient)
             self._set(parameters)  # computing layers again leaves others behind
             loss += _number(part)
         set_dropout(self.model, None)
+        gradient = sum_gradients(self.ranks, gradient)
         norm = _number(mx.sqrt(mx.stack([mx.square(g).sum() for g in gradient.values()]).sum()))
         if norm < float("inf"):
             self._update(gradient, min(1.0, self.config.max_grad_norm / (norm + 1e-6)), learning_rate)
         mx.clear_cache()  # shapes differ from step to step: what they leave cached is seldom used again
         learned = sum(int((batch.weights > 0).sum()) for batch in micro_batches)
-        return StepResult(loss, learned, norm, sum(work.inputs.size for work in works))
+        mean = float(self.ranks.sum(np.array([loss]))[0])
+        return StepResult(mean, learned, norm, sum(work.inputs.size for work in works))
 
     def loss_sum(self, batch: Batch) -> float:
         """See `Engine.loss_sum`."""
-        work = Work.of_rows(batch, self._by_layout)
+        work = self._input(Work.of_rows(batch))
         with self._below(self._states(work)):
             hidden = self._hidden(work)
         mx.eval(hidden)
         return value_of(self._head, hidden, work.targets, work.weights)
 
-    def _works(self, batches: Sequence[Batch]) -> list[Work]:
-        """As trees where that is less to compute, else as the rows that they are."""
-        if self._in_trees:
-            most = self.config.pack_length or max(batch.inputs.size for batch in batches)
-            trees = plan(batches, most)
-            if sum(len(tree.inputs) for tree in trees) < WORTH * tokens_of(batches):
-                return [Work.of_tree(tree) for tree in trees]
-        return [Work.of_rows(batch, self._by_layout) for batch in batches]
+    def _input(self, work: Work, drawn: tuple[int, int] | None = None) -> Input:
+        """`drawn`: step's seed and number of the micro-batch, by which noise is drawn where some is asked for."""
+        noise = None
+        if drawn and self.config.neftune_noise_alpha:
+            shape = (*work.inputs.shape, int(read_json(self._folder / "config.json")["hidden_size"]))
+            noise = noise_of(self.config.neftune_noise_alpha, shape, *drawn)
+        return Input.of(work, self._by_layout, noise)
 
     def generate(self, prompt: Sequence[int], limit: int, stop: frozenset[int]) -> Iterator[int]:
         """See `Engine.generate`."""
@@ -162,24 +200,31 @@ class MlxEngine:
 
     def state(self) -> Arrays:
         """See `Engine.state`."""
-        kinds = {"adapter": self._parameters(), **self._moments}
-        return {f"{kind}/{n}.weight": np.array(array) for kind, arrays in kinds.items() for n, array in arrays.items()}
+        arrays = {f"adapter/{_name(n)}": np.array(p) for n, p in self._parameters().items()}
+        return arrays | {f"{slot}/{_name(n)}": np.array(a) for n, slots in self._slots.items() for slot, a in slots.items()}
+
+    def initial(self) -> Arrays:
+        """See `Engine.initial`."""
+        if self.config.fine_tune_type == "full":
+            return {f"adapter/{name}": array for name, array in read_weights(self._folder, self.trained).items()}
+        arrays = initial_adapter(self.targets, self.config, lambda name: np.array(row_norms(self._adapted[name].linear)))
+        return {f"adapter/{name}": array for name, array in arrays.items()}
 
     def load_state(self, state: Arrays, step: int) -> None:
         """See `Engine.load_state`."""
-        zeros = {name: mx.zeros_like(p) for name, p in self._parameters().items()}
-        self._set({name: mx.array(state[f"adapter/{name}.weight"]) for name in zeros})
-        self._moments = {
-            kind: {n: mx.array(state[f"{kind}/{n}.weight"]) if f"{kind}/{n}.weight" in state else z for n, z in zeros.items()}
-            for kind in MOMENTS
-        }
+        self._set({name: mx.array(state[f"adapter/{_name(name)}"]) for name in self._parameters()})
+        self._slots: dict[str, dict[str, mx.array]] = {}
+        for name, rule in self._rules.items():
+            shapes = slots_of(rule, self.trained[_name(name)])
+            keys = {slot: f"{slot}/{_name(name)}" for slot in shapes}
+            self._slots[name] = {s: mx.array(state[k]) if (k := keys[s]) in state else mx.zeros(shapes[s]) for s in shapes}
         self._steps = step
 
     def peak_memory(self) -> int:
         """See `Engine.peak_memory`."""
         return int(mx.get_peak_memory()) if self.on_gpu else process_peak()
 
-    def _states(self, work: Work) -> mx.array | None:
+    def _states(self, work: Input) -> mx.array | None:
         """What enters the first layer with something to learn, where that is kept from epoch to epoch."""
         if self._trunk is None:
             return None
@@ -189,39 +234,40 @@ class MlxEngine:
         """Inside, layers with nothing to learn are not computed where `states` is what comes out of them."""
         return self._trunk.given(states) if self._trunk and states is not None else nullcontext()
 
-    def _loss(self, parameters: Parameters, work: Work, scale: float, states: mx.array | None) -> mx.array:
+    def _loss(self, parameters: Parameters, work: Input, scale: float, states: mx.array | None) -> mx.array:
         self._set(parameters)
         with recomputed(self.model["model"], self.config.grad_checkpoint), self._below(states):
             hidden = self._hidden(work)
-        return loss_sum(self._head, hidden, work.targets, work.weights) * scale
+        of_head = {name: parameters[name] for name in self._of_head}
+        return loss_sum(self._head, hidden, work.targets, work.weights, of_head) * scale
 
-    def _hidden(self, work: Work) -> mx.array:
+    def _hidden(self, work: Input) -> mx.array:
         """[n, D]: what the head is to make logits of."""
-        caught = Caught(self.model["model"])
-        with _replaced(self.model, caught):
+        layers = self.model["model"]
+        caught = Caught(layers)
+        with noisy(layers, work.noise), _replaced(self.model, caught):
             self.model(work.inputs, cache=work.layouts(len(self.model.layers)))
         assert caught.hidden is not None
         return caught.hidden.reshape(-1, caught.hidden.shape[-1])[work.places]
 
-    def _head(self, hidden: mx.array) -> mx.array:
-        """[n, D] -> [n, V]."""
+    def _head(self, hidden: mx.array, learned: Parameters | None = None) -> mx.array:
+        """[n, D] -> [n, V]; `learned`: of the head itself, put in first."""
+        if learned:
+            self._set(learned)
         with _replaced(self.model, Given(self.model["model"], hidden[None])):
             logits: mx.array = self.model(mx.zeros((1, 1), mx.int32))[0]
         return logits
 
     def _update(self, gradient: dict[str, mx.array], clip: float, learning_rate: float) -> None:
-        """AdamW with bias correction and decoupled decay (Loshchilov and Hutter 2019), as torch has it."""
+        """By the rules of optimizers.py."""
         self._steps += 1
-        first, second = (1 - beta**self._steps for beta in BETAS)
         parameters = self._parameters()
         for name, raw in gradient.items():
-            g = raw * clip
-            m = self._moments["m"][name] = BETAS[0] * self._moments["m"][name] + (1 - BETAS[0]) * g
-            v = self._moments["v"][name] = BETAS[1] * self._moments["v"][name] + (1 - BETAS[1]) * mx.square(g)
-            decayed = parameters[name] * (1 - learning_rate * self.config.weight_decay)
-            parameters[name] = decayed - (learning_rate / first) * m / (mx.sqrt(v / second) + EPSILON)
+            how = self._steps, learning_rate * rate_factor(self.config, _name(name)), decay_of(self.config, tuple(raw.shape))
+            changed = update(self._rules[name], parameters[name], raw * clip, self._slots[name], *how)
+            parameters[name], self._slots[name] = changed
         self._set(parameters)
-        mx.eval(parameters, self._moments)
+        mx.eval(parameters, self._slots)
 
     def _parameters(self) -> dict[str, mx.array]:
         return dict(tree_flatten(self.model.trainable_parameters()))
@@ -238,9 +284,25 @@ def _bound_buffers() -> None:
         mx.set_cache_limit(usable // 10)
 
 
-def _shape(linear: nn.Module) -> tuple[int, int]:
-    rows, columns = linear.weight.shape
-    return (rows, columns * 32 // linear.bits) if isinstance(linear, nn.QuantizedLinear) else (rows, columns)
+def _shape(module: Any) -> tuple[int, int]:
+    rows, columns = module.weight.shape
+    return (
+        (rows, columns * 32 // module.bits) if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding) else (rows, columns)
+    )
+
+
+def _name(name: str) -> str:
+    """An array of the model by the name that PEFT gives it."""
+    return f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name
+
+
+def _behind_layers(name: str, tied: bool) -> bool:
+    """Whether an array that is in no layer is used behind them: of the head, or of embeddings that are the head too."""
+    return name.startswith(f"{HEAD}.") or (tied and ".embed_tokens." in name)
+
+
+def _module_at(model: nn.Module, path: str) -> Any:
+    return dict(model.named_modules())[path]
 
 
 @contextmanager

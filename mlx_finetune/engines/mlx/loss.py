@@ -1,6 +1,6 @@
 """Cross entropy of learned tokens alone, a few rows of logits at a time, with the gradient computed on the way forward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -11,34 +11,45 @@ from mlx_finetune.engines.mlx.exponential import exp
 LOGITS = 3 * 2**20  # numbers that exist at once
 FEWEST, MOST = 64, 256  # rows: fewer would read the head's weights too often
 SUM_CHUNK = 128
-Head = Callable[[mx.array], mx.array]  # hidden states [n, D] -> logits [n, V]
+Head = Callable[..., mx.array]  # hidden states [n, D], and what is trained of the head itself -> logits [n, V]
 
 
-def loss_sum(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """Sum of weight times cross entropy (nats). hidden: [n, D]; targets, weights: [n].
+def loss_sum(
+    head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, learned: Mapping[str, mx.array] | None = None
+) -> mx.array:
+    """Sum of weight times cross entropy (nats). hidden: [n, D]; targets, weights: [n]; `learned`: what is trained of the head.
 
     No array of [n, V] exists where n is large: neither forward nor backward.
     """
+    names = list(learned or ())
 
     @mx.custom_function
-    def chunked(hidden: mx.array) -> tuple[mx.array, mx.array]:
+    def chunked(hidden: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
         sums: list[mx.array] = []
         gradients: list[mx.array] = []
+        of_head: list[mx.array] = []
         for start, end in _chunks(head, hidden):
             part, target, weight = (each[start:end] for each in (hidden, targets, weights))
             if gradients:
-                (part,) = mx.depends([part], [gradients[-1]])
-            (_, value), gradient = mx.value_and_grad(lambda part, t=target, w=weight: _with_gradient(head, part, t, w))(part)
-            value, gradient = mx.depends([value, gradient], [gradient, value])
+                (part,) = mx.depends([part], [gradients[-1], *of_head])
+
+            def with_gradient(part: mx.array, *arrays: mx.array, t: mx.array = target, w: mx.array = weight) -> Any:
+                return _with_gradient(lambda x: head(x, dict(zip(names, arrays, strict=True))), part, t, w)
+
+            (_, value), found = mx.value_and_grad(with_gradient, tuple(range(1 + len(arrays))))(part, *arrays)
+            gradient, *others = found if arrays else (found,)
+            value, gradient, *others = mx.depends([value, gradient, *others], [gradient, value])
             sums.append(value)
             gradients.append(gradient)
-        return mx.stack(sums).sum(), mx.concatenate(gradients)
+            of_head = [one + other for one, other in zip(of_head, others, strict=True)] if of_head else others
+        return mx.stack(sums).sum(), mx.concatenate(gradients), *of_head
 
     @chunked.vjp
-    def backward(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
-        return (cotangents[0] * outputs[1]).astype(outputs[1].dtype)
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        scaled = [(cotangents[0] * output).astype(output.dtype) for output in outputs[1:]]
+        return scaled if names else scaled[0]
 
-    outputs: Any = chunked(hidden)
+    outputs: Any = chunked(hidden, *(learned or {}).values())
     value: mx.array = outputs[0]
     return value
 

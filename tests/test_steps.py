@@ -1,4 +1,4 @@
-"""Whatever way the MLX engine computes a step (blocks, layers again, trees), loss and gradient are those of plain padded rows."""
+"""Whatever way an engine computes a step (blocks, layers again, trees), loss and gradient are those of plain padded rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -190,15 +190,29 @@ def test_only_the_last_layers_learn_and_what_lies_below_is_not_computed_again(mo
     check_alike(plain, first_step(models["llama"], given, num_layers=2, grad_checkpoint=1))
 
 
-def test_torch_computes_layers_again_too_and_refuses_by_name_what_only_mlx_has(models: dict[str, Path]) -> None:
-    given = batches(family())
-    torch = {"engine": "torch"}
-    plain = first_step(models["qwen3"], given, **torch)
-    check_alike(plain, first_step(models["qwen3"], given, **torch, grad_checkpoint=2))
-    check_alike(plain, first_step(models["qwen3"], given))
-    for settings in ({"attention": "blocks"}, {"share_prefixes": "always"}, {"pack_length": 512}):
+@pytest.mark.parametrize("model_type", sorted(PROVEN))
+def test_torch_gives_the_loss_and_gradient_of_plain_rows_in_trees_and_with_layers_computed_again(
+    model_type: str, models: dict[str, Path]
+) -> None:
+    given, torch = batches(family(), 8), {"engine": "torch"}
+    plain = first_step(models[model_type], given, **torch, share_prefixes="never")
+    rows = model_type in (*OWN_ATTENTION, "stablelm")
+    way = "every second layer again" if rows else "trees, every layer again"
+    check_alike(plain, first_step(models[model_type], given, **torch, **WAYS[way] | {"attention": "auto"}))
+
+
+def test_torch_folds_into_small_trees_and_refuses_by_name_what_only_mlx_has(models: dict[str, Path]) -> None:
+    given, torch = batches(family(), 3), {"engine": "torch"}
+    plain = first_step(models["qwen3"], given, **torch, share_prefixes="never")
+    check_alike(plain, first_step(models["qwen3"], given, **torch, pack_length=400))
+    engine = open_engine(make_config(torch | {"rank": 4}, "test"), models["qwen3"])
+    rows, folded = engine.step(given, 0.0, 0).computed, sum(batch.inputs.size for batch in given)
+    assert rows < 0.7 * folded
+    for settings in ({"attention": "blocks"}, {"cache_trunk": True}):
         with pytest.raises(UserError, match=next(iter(settings))):
             first_step(models["qwen3"], given, **torch, **settings)
+    with pytest.raises(UserError, match="not there for this architecture"):
+        first_step(models["gemma2"], given, **torch, share_prefixes="always")
 
 
 def test_memory_of_a_step_grows_with_its_length_and_not_with_its_square(models: dict[str, Path]) -> None:

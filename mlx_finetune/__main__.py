@@ -1,0 +1,5 @@
+"""`python -m mlx_finetune`, as launchers start it."""
+
+from mlx_finetune.cli import main
+
+main()

@@ -1,0 +1,48 @@
+"""The processes that train one model together: how many there are, which one this is, and sums over all of them."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from mlx_finetune.errors import UserError
+
+GONE = "the last checkpoint is whole: the same command with --resume goes on, on as many processes as there are"
+
+
+class Ranks(Protocol):
+    """`rank` of `size` processes, counted from 0; number 0 alone writes."""
+
+    rank: int
+    size: int
+
+    def sum(self, numbers: np.ndarray) -> np.ndarray:
+        """float64 [n] -> their sums over all processes, the same on each. Waits for the others."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One process."""
+
+    rank: int = 0
+    size: int = 1
+
+    def sum(self, numbers: np.ndarray) -> np.ndarray:
+        """See `Ranks.sum`."""
+        return numbers
+
+
+def agree(ranks: Ranks, what: str) -> None:
+    """Raises UserError, on every process, where they do not all bring the same `what`."""
+    digest = np.frombuffer(hashlib.sha256(what.encode()).digest()[:16], np.uint8).astype(np.float64)
+    sums = ranks.sum(np.concatenate([digest, digest**2]))
+    mean, square = np.split(sums / ranks.size, 2)
+    if np.abs(square - mean**2).max() > 0.1:
+        hint = "the same command, data, model and, to go on, run folder are needed on each machine"
+        raise UserError("the processes of this run do not train the same", hint=hint)
+
+
+def any_of(ranks: Ranks, said: bool) -> bool:
+    """Whether any process says so; the same answer on each."""
+    return bool(ranks.sum(np.array([float(said)]))[0])

@@ -1,0 +1,62 @@
+"""What an engine does not have, refused by name before anything is loaded. Neutral: no framework is imported."""
+
+import importlib.util
+from typing import Any
+
+from mlx_finetune.config import RunConfig, default
+from mlx_finetune.errors import UserError
+from mlx_finetune.launched import launched
+
+# What only one engine has: setting, values it does not know (None: all but the default), and what to do there.
+LACKS: dict[str, tuple[tuple[str, tuple[Any, ...] | None, str], ...]] = {
+    "mlx": (
+        ("device", None, "MLX takes Metal where it is; device is of the torch engine"),
+        ("quantization", None, "name a model that MLX quantised, or use --engine torch"),
+        ("optimizer", ("adamw_8bit",), "use adafactor, which keeps less than adamw too"),
+        ("attention", ("flash",), "leave it out"),
+        ("torch_compile", None, "leave it out"),
+        ("use_liger_kernel", None, "leave it out"),
+        ("fsdp", None, "leave it out"),
+    ),
+    "torch": (
+        ("attention", ("blocks",), "leave it out, or use --engine mlx"),
+        ("cache_trunk", None, "leave it out, or use --engine mlx"),
+    ),
+}
+# Settings that have nothing to act on where the weights themselves are trained.
+OF_ADAPTERS = ("dropout", "use_rslora", "loraplus_lr_ratio", "adapter_path", "quantization", "fsdp")
+PACKAGES = (  # setting, value, package, and the extra that brings it
+    ("quantization", ("4bit", "8bit"), "bitsandbytes", "qlora"),
+    ("optimizer", ("adamw_8bit",), "bitsandbytes", "qlora"),
+    ("use_liger_kernel", (True,), "liger_kernel", "liger"),
+    ("attention", ("flash",), "flash_attn", "flash"),
+)
+
+
+def check_settings(config: RunConfig, engine: str) -> None:
+    """Raises UserError, by name, for what `engine` does not have, what does not go together, and what is not installed."""
+    for name, values, hint in LACKS[engine]:
+        value = getattr(config, name)
+        if value in values if values else value != default(name):
+            raise UserError(f"{name} = {_said(value)} is not there with the {engine} engine", hint=hint)
+    if config.fine_tune_type == "full":
+        for name in OF_ADAPTERS:
+            if getattr(config, name) != default(name):
+                raise UserError(f"{name} is for adapters, and fine_tune_type = full trains the weights", hint="leave one out")
+        if config.dtype not in ("auto", "float32"):
+            raise UserError("fine_tune_type = full trains in float32", hint="leave dtype out: on CUDA it multiplies in bfloat16")
+    if config.neftune_noise_alpha and (config.share_prefixes == "always" or config.cache_trunk):
+        other = "cache_trunk" if config.cache_trunk else "share_prefixes = always"
+        raise UserError(f"neftune_noise_alpha and {other} do not go together", hint="each row has noise of its own: leave one out")
+    if config.lr_schedule != "wsd" and config.decay_ratio != default("decay_ratio"):
+        raise UserError(f"decay_ratio is of lr_schedule = wsd, not of {config.lr_schedule}", hint="leave one out")
+    if config.fsdp and launched() != "torch":
+        raise UserError("fsdp cuts the weights over several processes", hint="start the command with torchrun, or leave it out")
+    for name, values, package, extra in PACKAGES:
+        value = getattr(config, name)
+        if value in values and importlib.util.find_spec(package) is None:
+            raise UserError(f"{name} = {_said(value)} needs {package}", hint=f"pip install 'mlx-finetune[{extra}]'")
+
+
+def _said(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

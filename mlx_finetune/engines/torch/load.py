@@ -1,0 +1,81 @@
+"""A Hugging Face folder as a frozen model of transformers, quantised where that is asked for."""
+
+import importlib.util
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from mlx_finetune.config import RunConfig
+from mlx_finetune.engines.torch.device import half_of
+from mlx_finetune.engines.torch.mlp import replace_gates
+from mlx_finetune.errors import UserError
+
+
+def load_model(folder: Path, config: RunConfig, device: str) -> PreTrainedModel:
+    """Evaluated and frozen, on `device`.
+
+    Raises:
+        UserError: transformers cannot load it, or tensors are missing or too many.
+    """
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    dtype = "float32" if config.fine_tune_type == "full" else config.dtype if config.dtype != "auto" else half_of(device)
+    how = _quantised(config, dtype, device) | ({"attn_implementation": "flash_attention_2"} if config.attention == "flash" else {})
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True, output_loading_info=True, **how
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{folder}: transformers cannot load this model: {reason}", hint="see that the folder is complete"
+        ) from error
+    if found["missing_keys"] or found["unexpected_keys"]:
+        keys = sorted(found["missing_keys"])[:2] + sorted(found["unexpected_keys"])[:2]
+        raise UserError(
+            f"{folder}: weights do not fit the model: {', '.join(map(str, keys))}", hint="see that the folder is complete"
+        )
+    model = (model if config.quantization != "none" else model.to(device)).requires_grad_(False).eval()
+    # Padding is never learned from; a token that is also used for padding, such as an end of turn, learns like any other.
+    model.get_input_embeddings().padding_idx = None
+    if config.use_liger_kernel:
+        _use_liger(model, device)
+    else:
+        replace_gates(model)
+    return model
+
+
+def _quantised(config: RunConfig, dtype: str, device: str) -> dict[str, Any]:
+    if config.quantization == "none":
+        return {}
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError(f"quantization = {config.quantization} needs accelerate", hint="pip install 'mlx-finetune[qlora]'")
+    if config.quantization == "8bit":
+        how = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        how = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
+    return {"quantization_config": how, "device_map": {"": torch.cuda.current_device() if device == "cuda" else device}}
+
+
+def _use_liger(model: PreTrainedModel, device: str) -> None:
+    """Norms, rotations and gates; the loss stays ours, which needs no logits either."""
+    if device != "cuda":
+        raise UserError("use_liger_kernel: its kernels are for CUDA", hint="leave it out")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
+
+    if model.config.model_type not in known:
+        raise UserError(f"use_liger_kernel: not there for {model.config.model_type}", hint="leave it out")
+    losses = ("cross_entropy", "fused_linear_cross_entropy")
+    takes = inspect.signature(known[model.config.model_type]).parameters
+    known[model.config.model_type](model=model, **{name: False for name in losses if name in takes})

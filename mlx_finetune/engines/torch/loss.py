@@ -1,0 +1,59 @@
+"""Cross entropy of learned tokens alone, a few rows of logits at a time, with the gradient computed on the way forward."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+LOGITS = {"cpu": 2**23, "cuda": 2**27, "mps": 2**25}  # numbers that exist at once
+FEWEST = 32  # rows: fewer would read the head's weights too often
+Head = Callable[[torch.Tensor], torch.Tensor]  # hidden states [n, D] -> logits [n, V]
+
+
+def loss_sum(head: Head, vocabulary: int, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor,
+             learned: Sequence[torch.Tensor]) -> torch.Tensor:  # fmt: skip
+    """Sum of weight times cross entropy (nats). hidden: [n, D]; targets: int64 [n]; weights: [n].
+
+    `learned`: what is trained of the head itself. No array of [n, V] exists where n is large: neither forward nor backward.
+    """
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or learned):
+        parts = [_part(head, *each) for each in _chunks(vocabulary, hidden, targets, weights)]
+        return torch.stack(parts).sum()
+    result: torch.Tensor = _Chunked.apply(head, vocabulary, targets, weights, hidden, *learned)
+    return result
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, head: Head, vocabulary: int, targets: torch.Tensor, weights: torch.Tensor, hidden: torch.Tensor,
+                *learned: torch.Tensor) -> torch.Tensor:  # fmt: skip
+        total = torch.zeros((), device=hidden.device)
+        gradient, place = torch.empty_like(hidden), 0
+        of_head: list[torch.Tensor] | None = None
+        for part, target, weight in _chunks(vocabulary, hidden.detach(), targets, weights):
+            with torch.enable_grad():
+                part = part.requires_grad_()
+                value = _part(head, part, target, weight)
+                first, *others = torch.autograd.grad(value, [part, *learned])
+            gradient[place : place + len(part)] = first
+            of_head = others if of_head is None else [one.add_(other) for one, other in zip(of_head, others, strict=True)]
+            total += value.detach()
+            place += len(part)
+        ctx.save_for_backward(gradient, *(of_head or []))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
+        return None, None, None, None, *(saved.mul_(upstream[0].to(saved.dtype)) for saved in ctx.saved_tensors)
+
+
+def _part(head: Head, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    losses = F.cross_entropy(head(hidden).float(), targets, reduction="none")
+    return (losses * weights).sum()
+
+
+def _chunks(vocabulary: int, *arrays: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Rows whose logits are computed together."""
+    rows = max(LOGITS[arrays[0].device.type] // vocabulary, FEWEST)
+    return zip(*(array.split(rows) for array in arrays), strict=True)

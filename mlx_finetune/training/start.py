@@ -1,0 +1,167 @@
+"""An adapter made elsewhere, by peft or by mlx-lm, as the start of a run. Numpy only."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from mlx_finetune.config import RunConfig
+from mlx_finetune.engines import Arrays, Engine
+from mlx_finetune.engines.adapter import EMBEDDING_A, EMBEDDING_B, HEAD, LAYER, LORA_A, LORA_B, MAGNITUDE, PEFT_PREFIX
+from mlx_finetune.errors import UserError
+from mlx_finetune.files import read_json
+
+PLAIN_START = (True, False, "gaussian", None)  # other ways of peft to begin change the weights beside the adapter
+# What peft can do beside A, B and magnitudes; an adapter that does it cannot be taken up.
+BEYOND = (
+    *("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias", "use_qalora"),
+    *("alora_invocation_tokens", "fan_in_fan_out", "megatron_config", "velora_config", "kasa_config", "use_bdlora"),
+    *("arrow_config", "monteclora_config"),
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Settings that an adapter brings, and its arrays by PEFT's names, float32."""
+
+    settings: dict[str, Any]
+    arrays: Arrays
+
+
+def read_start(folder: Path, layers: int) -> Start:
+    """The adapter of `folder`, made for a model of so many layers.
+
+    Raises:
+        UserError: no adapter, or one that does more than LoRA, rsLoRA and DoRA do.
+    """
+    found = read_json(folder / "adapter_config.json")
+    if not isinstance(found, dict):
+        raise UserError(f"{folder}/adapter_config.json: no settings in it", hint="name the folder of an adapter")
+    if found.get("peft_type") == "LORA":
+        start = _of_peft(folder, found)
+    elif "lora_parameters" in found:
+        start = _of_mlx_lm(folder, found)
+    else:
+        raise UserError(f"{folder}: an adapter of neither peft (LoRA) nor mlx-lm", hint="name another, or leave adapter_path out")
+    modules = {re.sub(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.weight)?$", "", name) for name in start.arrays}
+    return Start(start.settings | _where(modules, layers), start.arrays)
+
+
+def started(config: RunConfig, layers: int) -> RunConfig:
+    """The config with what its `adapter_path` brings.
+
+    Raises:
+        UserError: a setting asks for something else.
+    """
+    brought = read_start(Path(config.adapter_path), layers).settings
+    for name, value in brought.items():
+        asked = getattr(config, name)
+        if name in config.model_fields_set and asked != value:
+            raise UserError(f"{name} = {asked}, but {config.adapter_path} has {value}", hint=f"leave {name} out")
+    return config.model_copy(update=brought | {"adapter_path": str(Path(config.adapter_path).resolve())})
+
+
+def begin(engine: Engine, config: RunConfig, layers: int) -> None:
+    """Puts the adapter of `adapter_path` into a fresh engine.
+
+    Raises:
+        UserError: it is of another model.
+    """
+    arrays = read_start(Path(config.adapter_path), layers).arrays
+    for name, shape in engine.trained.items():
+        if name not in arrays or arrays[name].shape != shape:
+            has = list(arrays[name].shape) if name in arrays else "nothing"
+            hint = "name the model that it was made for"
+            raise UserError(f"{config.adapter_path}: {name} has {has}, the model takes {list(shape)}", hint=hint)
+    engine.load_state({f"adapter/{name}": arrays[name] for name in engine.trained}, step=0)
+
+
+def _of_peft(folder: Path, found: dict[str, Any]) -> Start:
+    for name in BEYOND:
+        if found.get(name):
+            raise UserError(f"{folder}: {name} = {found[name]!r} of peft is not there", hint="leave adapter_path out")
+    if found.get("bias", "none") != "none" or found.get("init_lora_weights", True) not in PLAIN_START:
+        raise UserError(f"{folder}: it changes more than A and B say", hint="merge it into the model, and leave adapter_path out")
+    arrays = {name.removeprefix(PEFT_PREFIX): array for name, array in _tensors(folder / "adapter_model.safetensors").items()}
+    rank, alpha, rslora = int(found["r"]), float(found["lora_alpha"]), bool(found.get("use_rslora"))
+    ranks, alphas = found.get("rank_pattern") or {}, found.get("alpha_pattern") or {}
+    widest = max([rank, *(array.shape[0] for name, array in arrays.items() if name.endswith((LORA_A, EMBEDDING_A)))])
+    scale = alpha / (math.sqrt(rank) if rslora else rank)
+    if ranks or alphas:
+        arrays = {n: _as_wide(n, a, widest, _own_scale(n, found, rslora) / scale) for n, a in arrays.items()}
+    settings = {"rank": widest, "alpha": scale * (math.sqrt(widest) if rslora else widest), "use_rslora": rslora}
+    return Start(settings | {"fine_tune_type": "dora" if found.get("use_dora") else "lora"}, _untied(folder, arrays))
+
+
+def _own_scale(name: str, found: dict[str, Any], rslora: bool) -> float:
+    """Of a module whose rank or alpha a pattern says, matched as peft does."""
+    module = name.rsplit(".lora_", 1)[0]
+
+    def of(patterns: dict[str, Any] | None, otherwise: float) -> float:
+        return next((float(v) for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
+
+    rank = of(found.get("rank_pattern"), found["r"])
+    return of(found.get("alpha_pattern"), found["lora_alpha"]) / (math.sqrt(rank) if rslora else rank)
+
+
+def _as_wide(name: str, array: np.ndarray, rank: int, factor: float) -> np.ndarray:
+    """With zeros up to `rank`; B takes up what the module is scaled by beside the others."""
+    if name.endswith((LORA_A, EMBEDDING_A)):
+        return np.pad(array, ((0, rank - array.shape[0]), (0, 0)))
+    if name.endswith((LORA_B, EMBEDDING_B)):
+        return np.pad(np.float32(factor) * array, ((0, 0), (0, rank - array.shape[1])))
+    return array
+
+
+def _untied(folder: Path, arrays: Arrays) -> Arrays:
+    """Without what stands there for a head that is its embeddings: the embeddings say the same."""
+    embedding = next((name.removesuffix(EMBEDDING_A) for name in arrays if name.endswith(EMBEDDING_A)), None)
+    if embedding is None or HEAD + LORA_A not in arrays:
+        return arrays
+    same = np.array_equal(arrays[HEAD + LORA_A], arrays[embedding + EMBEDDING_B].T)
+    if same and np.array_equal(arrays[HEAD + LORA_B], arrays[embedding + EMBEDDING_A].T):
+        return {name: array for name, array in arrays.items() if not name.startswith(f"{HEAD}.")}
+    return arrays
+
+
+def _of_mlx_lm(folder: Path, found: dict[str, Any]) -> Start:
+    kind, how = found.get("fine_tune_type", "lora"), found["lora_parameters"]
+    if kind not in ("lora", "dora"):
+        raise UserError(
+            f"{folder}: mlx-lm trained the weights themselves ({kind})", hint="name an adapter, or leave adapter_path out"
+        )
+    arrays = {}
+    for name, array in _tensors(folder / "adapters.safetensors").items():
+        module, _, leaf = name.rpartition(".")
+        embedding = module.rpartition(".")[2] == "embed_tokens"
+        names = {"lora_a": EMBEDDING_A if embedding else LORA_A, "lora_b": EMBEDDING_B if embedding else LORA_B, "m": MAGNITUDE}
+        if leaf not in names or array.ndim > 2:
+            raise UserError(f"{folder}: {name} is not of a linear layer", hint="leave adapter_path out")
+        arrays[module + names[leaf]] = np.ascontiguousarray(array.T)
+    rank = int(how["rank"])
+    return Start({"rank": rank, "alpha": float(how["scale"]) * rank, "use_rslora": False, "fine_tune_type": kind}, arrays)
+
+
+def _where(modules: set[str], layers: int) -> dict[str, Any]:
+    """`target_modules` and `num_layers` in few words where the last layers are adapted alike, else each by its path."""
+    leaves: dict[str, set[int]] = {}
+    for module in modules:
+        where = LAYER.search(module)
+        leaves.setdefault(module.rsplit(".", 1)[-1], set()).add(int(where[1]) if where else -1)
+    inside = [found for found in leaves.values() if found != {-1}]
+    count = len(inside[0]) if inside else 0
+    if not inside or any(found != set(range(layers - count, layers)) for found in inside):
+        return {"target_modules": tuple(sorted(modules)), "num_layers": None}
+    return {"target_modules": tuple(sorted(leaves)), "num_layers": count if count < layers else None}
+
+
+def _tensors(path: Path) -> Arrays:
+    try:
+        return {name: array.astype(np.float32) for name, array in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: {error}", hint="an adapter has its weights there, as safetensors") from error
