@@ -310,7 +310,7 @@ def test_rslora_scales_by_the_root_of_the_rank(llama, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, "use_dora is True"),
+        ({"use_dora": True}, "has no lora_magnitude_vector"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern is"),
@@ -341,7 +341,7 @@ def rename_module(tensors: dict[str, np.ndarray], name: str) -> None:
             lambda t: rename_module(t, "model.layers.7.mlp.gate"),
             r"adapter on model\.layers\.7\.mlp\.gate: .* no tensor",
         ),
-        (lambda t: rename_module(t, "lm_head"), "adapter on lm_head: .*tied"),
+        (lambda t: rename_module(t, "transformer.wte"), r"adapter on transformer\.wte: .*tied"),
         (lambda t: rename_module(t, "model.layers.0.self_attn.k_proj"), r"changes \[64, 64\], .* has \[32, 64\]"),
         (lambda t: t.pop(f"base_model.model.{MODULES[0]}.lora_B.weight"), f"{MODULES[0]} has only one of"),
         (lambda t: t.update({"base_model.model.x.lora_magnitude_vector": np.ones(3, np.float32)}), "is no LoRA matrix"),

@@ -1,0 +1,200 @@
+"""What a checkpoint changes in the original weights: which tensors, and what becomes of their rows.
+
+LoRA: W + scale * B @ A; of embeddings W + scale * (B @ A)^T. DoRA: each row of that sum, made as long as the trained magnitude
+says. Full fine-tuning: the trained tensor itself. A weight that embeddings and head share changes once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from mlx_finetune.errors import UserError
+from mlx_finetune.export.adapter import TENSORS, Adapter, Pair, read_adapter
+from mlx_finetune.files import read_json
+from mlx_finetune.models.weights import ITEM_BYTES, SINGLE, TensorLocation, file_headers, read_float32, tensor_headers, to_float32
+
+# (number of the first row, stored rows [n, columns] float32) -> what they become, float32
+Rows = Callable[[int, np.ndarray], np.ndarray]
+Headers = dict[str, TensorLocation]
+
+PROGRESS = "progress.json"
+EMBEDDINGS, HEAD = "embed_tokens", "lm_head"
+HEAD_WEIGHT = f"{HEAD}.weight"
+# Embeddings and heads of models that call them otherwise: which of them share a weight is not known here.
+OTHER_NAMES = ("embed_in", "embed_out", "wte")
+BASE = "give the model it was trained on"
+ORIGINAL = "fuse into the original, unquantised model"
+DIVERGED = "the training diverged: take an earlier checkpoint"
+BOTH = "train embed_tokens, which adapts the head alike"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A tensor of the original checkpoint; `open_rows` reads what its change takes."""
+
+    location: TensorLocation
+    open_rows: Callable[[], Rows]
+
+
+def is_full(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds weights themselves and not an adapter."""
+    return not (checkpoint / TENSORS).exists() and (checkpoint / SINGLE).is_file() and (checkpoint / PROGRESS).is_file()
+
+
+def read_changes(model: Path, checkpoint: Path) -> dict[str, Change]:
+    """The tensors of `model` that the checkpoint changes, by name, in the order of the files.
+
+    Raises:
+        UserError: a broken file; a checkpoint that does not fit the model, or of a kind that cannot be fused.
+    """
+    changes = _full_changes(model, checkpoint) if is_full(checkpoint) else _lora_changes(model, read_adapter(checkpoint))
+    return dict(sorted(changes.items(), key=lambda item: (item[1].location.file.name, item[1].location.start)))
+
+
+def base_weights(model: Path, adapter: Adapter) -> dict[str, TensorLocation]:
+    """The tensor of the original checkpoint that each adapted module changes.
+
+    Of embeddings and head that share a weight, only those whose name it has.
+
+    Raises:
+        UserError: a module without such a tensor, of another shape, quantised, or that must not change alone.
+    """
+    headers, is_tied = _original(model)
+    alias = _alias(model, adapter, headers) if is_tied else ""
+    found = {}
+    for module, pair in adapter.pairs.items():
+        name, by = module.rpartition(".")[2], f"adapter on {module}"
+        if name in OTHER_NAMES:
+            raise UserError(f"{by}: its weight may be tied to another; fusing would part them", hint="leave it out")
+        if pair.on_embeddings != (name == EMBEDDINGS):
+            kind = "embeddings" if pair.on_embeddings else "a linear layer"
+            raise UserError(f"{by}: its matrices are those of {kind}", hint=BASE)
+        if module != alias:
+            found[module] = _fitting(model, headers, f"{module}.weight", pair.shape, f"{by}: the adapter changes")
+    return found
+
+
+def _original(model: Path) -> tuple[Headers, bool]:
+    """The tensors of the model, and whether its head is its embeddings."""
+    config = read_json(model / "config.json")
+    if not isinstance(config, dict) or "quantization_config" in config or "quantization" in config:
+        raise UserError(f"{model}: quantised weights cannot be changed", hint=ORIGINAL)
+    headers = tensor_headers(model)
+    return headers, bool(config.get("tie_word_embeddings")) or HEAD_WEIGHT not in headers
+
+
+def _fitting(model: Path, headers: Headers, name: str, shape: tuple[int, ...], by: str) -> TensorLocation:
+    location = headers.get(name)
+    if location is None:
+        raise UserError(f"{by} {list(shape)}, {model} has no tensor {name}", hint=BASE)
+    if location.shape != shape:
+        raise UserError(f"{by} {list(shape)}, {model} has {list(location.shape)}", hint=BASE)
+    if location.dtype not in ITEM_BYTES:
+        what = f"is stored as {location.dtype}, not as one of {', '.join(ITEM_BYTES)}"
+        raise UserError(f"{model}: {name} {what}", hint=ORIGINAL)
+    return location
+
+
+def _alias(model: Path, adapter: Adapter, headers: Headers) -> str:
+    """Of adapted embeddings and head that share a weight, the one under whose name it is not stored; else nothing.
+
+    Raises:
+        UserError: only one of them is adapted, or the two unlike.
+    """
+    embeddings = next((module for module, pair in adapter.pairs.items() if pair.on_embeddings), "")
+    if not embeddings and HEAD not in adapter.pairs:
+        return ""
+    if not embeddings or HEAD not in adapter.pairs:
+        raise UserError(f"adapter on {embeddings or HEAD} alone: {model} has one tensor for embeddings and head", hint=BOTH)
+    if not _is_alike(adapter.pairs[embeddings], adapter.pairs[HEAD]):
+        what = f"adapters on {embeddings} and {HEAD} are not the same change"
+        raise UserError(f"{what}, but {model} has one tensor for both", hint=BOTH)
+    return HEAD if HEAD_WEIGHT not in headers else "" if f"{embeddings}.weight" in headers else embeddings
+
+
+def _is_alike(embeddings: Pair, head: Pair) -> bool:
+    sides = ((embeddings.a, head.b), (embeddings.b, head.a))
+    return all(np.array_equal(read_float32(one).T, read_float32(other)) for one, other in sides)
+
+
+def _lora_changes(model: Path, adapter: Adapter) -> dict[str, Change]:
+    weights = base_weights(model, adapter)
+    return {f"{module}.weight": Change(at, partial(_lora_rows, adapter, module)) for module, at in weights.items()}
+
+
+def _lora_rows(adapter: Adapter, module: str) -> Rows:
+    left, right, magnitude = _read_factors(adapter, module)
+
+    def rows(first: int, before: np.ndarray) -> np.ndarray:
+        here = slice(first, first + len(before))
+        after: np.ndarray = before + left[here] @ right
+        if magnitude is None:
+            return after
+        with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is refused where it is written
+            return after * (magnitude[here] / np.linalg.norm(after, axis=1))[:, None]
+
+    return rows
+
+
+def _read_factors(adapter: Adapter, module: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """scale * B [rows, r] and A [r, columns] of the weight, and the magnitude [rows] of DoRA; float32.
+
+    Laid out alike whether of embeddings or of a linear layer: where a shared weight is stored twice, both get the same bits.
+
+    Raises:
+        UserError: a number that is not finite: a training that diverged.
+    """
+    pair = adapter.pairs[module]
+    a, b = read_float32(pair.a), read_float32(pair.b)
+    magnitude = read_float32(pair.magnitude) if pair.magnitude else None
+    if not all(np.isfinite(array).all() for array in (a, b, magnitude) if array is not None):
+        raise UserError(f"{pair.a.file}: {module} has numbers that are not finite", hint=DIVERGED)
+    left, right = (np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)) if pair.on_embeddings else (b, a)
+    return np.float32(adapter.scale) * left, right, magnitude
+
+
+def _full_changes(model: Path, checkpoint: Path) -> dict[str, Change]:
+    headers, is_tied = _original(model)
+    trained = file_headers(checkpoint / SINGLE)
+    if not trained:
+        raise UserError(f"{checkpoint / SINGLE}: no tensors", hint="use a checkpoint folder of a finished save")
+    changes = {}
+    for name, source in trained.items():
+        by = f"{checkpoint / SINGLE}: {name}"
+        if ".experts." in name:
+            raise UserError(f"{by}: experts cannot be fused yet", hint="train layers other than the experts")
+        if source.dtype not in ITEM_BYTES:
+            raise UserError(f"{by}: dtype {source.dtype} is not one of {', '.join(ITEM_BYTES)}")
+        location = _fitting(model, headers, name, source.shape, f"{by} is")
+        changes[name] = Change(location, partial(_trained_rows, name, source))
+    if is_tied and HEAD_WEIGHT in headers:
+        changes |= _second_copy(model, headers, trained)
+    return changes
+
+
+def _second_copy(model: Path, headers: Headers, trained: Headers) -> dict[str, Change]:
+    """What becomes of the head where a shared weight is stored twice and trained as embeddings."""
+    embeddings = next((name for name in headers if name.endswith(f"{EMBEDDINGS}.weight")), "")
+    if embeddings in trained and HEAD_WEIGHT not in trained:
+        source = trained[embeddings]
+        location = _fitting(model, headers, HEAD_WEIGHT, source.shape, f"{embeddings} is")
+        return {HEAD_WEIGHT: Change(location, partial(_trained_rows, embeddings, source))}
+    if HEAD_WEIGHT in trained:
+        raise UserError(f"{HEAD_WEIGHT}: {model} has one tensor for embeddings and head", hint=BOTH)
+    return {}
+
+
+def _trained_rows(name: str, source: TensorLocation) -> Rows:
+    def rows(first: int, before: np.ndarray) -> np.ndarray:
+        item = ITEM_BYTES[source.dtype]
+        with source.file.open("rb") as file:
+            file.seek(source.start + first * before.shape[1] * item)
+            after = to_float32(file.read(before.size * item), source.dtype)
+        if not np.isfinite(after).all():
+            raise UserError(f"{source.file}: {name} has numbers that are not finite", hint=DIVERGED)
+        return after.reshape(before.shape)
+
+    return rows
