@@ -12,7 +12,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from mlx_finetune.config import RunConfig, make_config
 from mlx_finetune.data.batches import Batch, Example
 from mlx_finetune.data.dataset import Dataset
-from mlx_finetune.engines.adapter import initial_adapter
+from mlx_finetune.engines.adapter import Target, initial_adapter
 
 SHORT = 128  # tokens of a block in which attention costs next to nothing
 RANK, ALPHA = 8, 16.0
@@ -50,9 +50,9 @@ class Clock:
         return {"cpu": cpu, "wall": wall, "peak": mx.get_peak_memory() - self.weights}
 
 
-def adapter_of(shapes: dict[str, tuple[int, int]]) -> dict[str, np.ndarray]:
+def adapter_of(targets: Mapping[str, Target]) -> dict[str, np.ndarray]:
     """The same numbers for both sides, B not zero, so that the loss sees the adapter and A has a gradient."""
-    arrays, random = initial_adapter(shapes, RANK, seed=0), np.random.default_rng(0)
+    arrays, random = initial_adapter(targets, make_config({"rank": RANK, "seed": 0}, "benchmark")), np.random.default_rng(0)
     scaled = {name: 0.02 * random.standard_normal(a.shape).astype(np.float32) for name, a in arrays.items() if "lora_B" in name}
     return arrays | scaled
 
@@ -67,7 +67,7 @@ class Ours:
 
         self.config = ours_config(layers, checkpoint, options)
         self.engine = MlxEngine(model, self.config)
-        arrays = {f"adapter/{name}": array for name, array in adapter_of(self.engine.shapes).items()}
+        arrays = {f"adapter/{name}": array for name, array in adapter_of(self.engine.targets).items()}
         self.engine.load_state(self.engine.state() | arrays, step=0)
         self.clock = Clock(sum(p.nbytes for n, p in tree_flatten(self.engine.model.parameters()) if "lora_" not in n))
 
@@ -120,7 +120,7 @@ class Peer:
         self.model.freeze()
         linear_to_lora_layers(self.model, layers, {"rank": RANK, "scale": ALPHA / RANK, "dropout": 0.0})
         adapted = {n: m for n, m in self.model.named_modules() if isinstance(m, LoRALinear)}
-        arrays = adapter_of({name: (m.lora_b.shape[1], m.lora_a.shape[0]) for name, m in adapted.items()})
+        arrays = adapter_of({name: Target(m.lora_b.shape[1], m.lora_a.shape[0]) for name, m in adapted.items()})
         renamed = {
             name.removesuffix(".weight").replace("lora_A", "lora_a").replace("lora_B", "lora_b"): array
             for name, array in arrays.items()

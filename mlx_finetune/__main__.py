@@ -2,4 +2,5 @@
 
 from mlx_finetune.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

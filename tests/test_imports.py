@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "mlx_finetune"
 FRAMEWORKS = ("mlx", "mlx_lm", "torch", "transformers", "peft", "datasets", "matplotlib")
 # From top to bottom: a file imports only from its own layer or one above it.
 LAYERS = (
-    ("errors", "files", "config", "terminal", "sample"),
+    ("errors", "files", "config", "launched", "terminal", "sample"),
     ("data",),
     ("models",),
     ("engines",),
@@ -20,7 +20,7 @@ LAYERS = (
     ("export",),
     ("evaluation",),
     ("demo", "commands", "collected", "collecting", "prepared", "inspecting", "inspect_page", "inspect_terminal"),
-    ("cli", "cli_collect"),
+    ("cli", "cli_collect", "__main__"),
 )
 MODULES = sorted(path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py"))
 NEUTRAL = [name for name in MODULES if not name.startswith(("mlx_finetune.engines.mlx", "mlx_finetune.engines.torch"))]

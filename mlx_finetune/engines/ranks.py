@@ -11,11 +11,23 @@ from mlx_finetune.errors import UserError
 GONE = "the last checkpoint is whole: the same command with --resume goes on, on as many processes as there are"
 
 
+class PeerGone(UserError):
+    """Another process of the run does not answer any more."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(f"another process of this run is gone ({said})", hint=GONE)
+
+
 class Ranks(Protocol):
     """`rank` of `size` processes, counted from 0; number 0 alone writes."""
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+
+    @property
+    def size(self) -> int:
+        """How many processes."""
 
     def sum(self, numbers: np.ndarray) -> np.ndarray:
         """float64 [n] -> their sums over all processes, the same on each. Waits for the others."""

@@ -68,3 +68,13 @@ def share_of(sizes: Sequence[int], rank: int, ranks: int) -> list[int]:
         if least == rank:
             mine.append(index)
     return sorted(mine)
+
+
+def in_step(mine: Sequence[int], sizes: Sequence[int], ranks: int) -> list[tuple[int, float]]:
+    """`mine` of `share_of`, each with what it counts; where other processes have more, with the smallest piece again for nothing.
+
+    Weights that are cut over processes are gathered by all of them at once, so each has to go through the layers as often.
+    """
+    most = max(len(share_of(sizes, rank, ranks)) for rank in range(ranks))
+    smallest = min(range(len(sizes)), key=lambda i: sizes[i])
+    return [(index, 1.0) for index in mine] + [(smallest, 0.0)] * (most - len(mine))

@@ -115,7 +115,7 @@ def dials_of(config: RunConfig, shape: ModelShape, learned_share: float = LEARNE
     dtype = config.dtype if config.dtype != "auto" else stored if on_gpu else "float32"
     bits = shape.stored_bits if shape.quantisation else 8 * ITEM_BYTES[dtype]
     attention: Attention = (
-        "fused" if config.attention == "auto" and on_gpu else "blocks" if config.attention == "auto" else config.attention
+        "fused" if config.attention in ("fused", "flash") or (config.attention == "auto" and on_gpu) else "blocks"
     )
     rows = max(config.batch_size, ceil((config.pack_length or 0) / config.max_length))  # a tree may be longer than a micro-batch
     return Dials(

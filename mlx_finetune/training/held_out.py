@@ -8,6 +8,7 @@ import numpy as np
 from mlx_finetune.data.batches import Batch
 from mlx_finetune.data.sources.openassistant import SOURCE as OPENASSISTANT
 from mlx_finetune.engines import Engine
+from mlx_finetune.engines.ranks import Alone
 from mlx_finetune.engines.work import share_of
 
 
@@ -35,7 +36,7 @@ def held_out_loss(engine: Engine, batches: dict[str, list[Batch]]) -> HeldOut:
 
     Each process of a run computes its share of them.
     """
-    ranks = engine.ranks
+    ranks = Alone() if engine.lockstep else engine.ranks
     mine = {s: [each[i] for i in share_of([b.inputs.size for b in each], ranks.rank, ranks.size)] for s, each in batches.items()}
     own = np.array([sum(engine.loss_sum(batch) for batch in each) for each in mine.values()], np.float64)
     sums = dict(zip(batches, ranks.sum(own).tolist(), strict=True))

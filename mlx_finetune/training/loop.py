@@ -10,9 +10,9 @@ from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.engines import Engine, StepResult
-from mlx_finetune.engines.ranks import any_of
+from mlx_finetune.engines.ranks import PeerGone, any_of
 from mlx_finetune.errors import UserError
-from mlx_finetune.training.ahead import ahead
+from mlx_finetune.training.ahead import Ahead, ahead
 from mlx_finetune.training.checkpoint import Origin, checkpoint_folder, point, save_checkpoint
 from mlx_finetune.training.held_out import held_out_loss
 from mlx_finetune.training.interrupt import interruptible
@@ -45,41 +45,91 @@ def total_steps(dataset: Dataset, config: RunConfig) -> int:
 def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin: Origin, start: int, advance: Advance) -> Trained:
     """Steps `start` to the end; writes metrics and checkpoints into `run`, and moves `latest` and `best`.
 
+    Where several processes train together all of them are here, and the first alone writes.
+
     Raises:
-        UserError: the loss or the gradient is not a number, or there is no memory; the last good checkpoint stays.
+        UserError: the loss or the gradient is not a number, there is no memory, or another process is gone; the last good
+            checkpoint stays.
     """
-    steps, first = total_steps(dataset, config), engine.ranks.rank == 0
-    metrics = Metrics(run / "metrics.jsonl", start) if first else Unwritten()
-    look = _Look(engine, dataset.held_out(config.batch_size), metrics)
-    learned, seen, computed, spent, done, shortage, stop = 0, 0, 0, 0.0, start, None, False
-    if first:
-        look.point_best(run)
-    if start == 0:
-        advance(0, steps, "held-out loss of the base model")
-        with memory_errors(0, config):
-            look.at(0)
-    with interruptible() as interrupt, ahead(dataset, config, steps) as batches, watched() as watch:
-        while done < steps and not stop:
-            began = time.perf_counter()
-            rate = learning_rate(done, steps, config)
-            with memory_errors(done + 1, config):
-                result = engine.step(batches.batches_at(done), rate, config.seed + done)
-            _check_finite(done + 1, result)
-            seconds = time.perf_counter() - began
-            learned, seen, spent = learned + result.tokens, seen + dataset.tokens_at(done, config), spent + seconds
-            computed += result.computed
-            done += 1
-            metrics.train(done, result, rate, seconds)
-            advance(done, steps, f"step {done} of {steps}, loss {result.loss:.3f}")
-            with memory_errors(done, config):
-                better = look.at(done) if done % config.eval_every == 0 or done == steps else False
-            shortage = watch.shortage()
-            stop = any_of(engine.ranks, interrupt.asked or bool(shortage))
-            if first and (better or done % config.save_every == 0 or done == steps or stop):
-                folder = save_checkpoint(run, engine, done, config, origin)
-                if better or not look.held_out:
-                    point(run / "best", folder)
-    return Trained(done, steps, done < steps, learned, seen, computed, spent, shortage if done < steps else None)
+    loop = _Loop(engine, dataset, config, run, origin, start, advance)
+    loop.begin()
+    try:
+        with interruptible() as interrupt, ahead(dataset, config, loop.steps) as batches, watched() as watch:
+            while loop.done < loop.steps and not loop.stopped:
+                loop.step(batches)
+                better, shortage = loop.look_at_held_out(), watch.shortage()
+                loop.stop(any_of(engine.ranks, interrupt.asked or bool(shortage)), shortage)
+                loop.save(better)
+    except PeerGone:
+        loop.save_alone()
+        raise
+    return loop.trained()
+
+
+class _Loop:
+    """Where a run is, and what it has seen since it was started."""
+
+    def __init__(
+        self, engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin: Origin, start: int, advance: Advance
+    ) -> None:
+        self.engine, self.dataset, self.config, self.run, self.origin = engine, dataset, config, run, origin
+        self.start, self.done, self.advance = start, start, advance
+        self.steps, self.first = total_steps(dataset, config), engine.ranks.rank == 0
+        self.metrics = Metrics(run / "metrics.jsonl", start) if self.first else Unwritten()
+        self.look = _Look(engine, dataset.held_out(config.batch_size), self.metrics)
+        self.stopped = False
+        self.shortage: str | None = None
+        self.learned, self.seen, self.computed, self.seconds = 0, 0, 0, 0.0
+
+    def begin(self) -> None:
+        """Mends `best`, and measures the model as it is at the start."""
+        if self.first:
+            self.look.point_best(self.run)
+        if self.start == 0:
+            self.advance(0, self.steps, "held-out loss before the first step")
+            with memory_errors(0, self.config):
+                self.look.at(0)
+
+    def step(self, batches: Ahead) -> None:
+        """One optimizer step."""
+        began, number = time.perf_counter(), self.done
+        rate = learning_rate(number, self.steps, self.config)
+        with memory_errors(number + 1, self.config):
+            result = self.engine.step(batches.batches_at(number), rate, self.config.seed + number)
+        _check_finite(number + 1, result)
+        seconds = time.perf_counter() - began
+        self.done, self.seconds = number + 1, self.seconds + seconds
+        self.learned, self.seen = self.learned + result.tokens, self.seen + self.dataset.tokens_at(number, self.config)
+        self.computed += result.computed
+        self.metrics.train(self.done, result, rate, seconds)
+        self.advance(self.done, self.steps, f"step {self.done} of {self.steps}, loss {result.loss:.3f}")
+
+    def look_at_held_out(self) -> bool:
+        """Where it is due; whether this is the best so far."""
+        with memory_errors(self.done, self.config):
+            return self.look.at(self.done) if self.done % self.config.eval_every == 0 or self.done == self.steps else False
+
+    def stop(self, asked: bool, shortage: str | None) -> None:
+        """After this step, where it is asked for on any process."""
+        self.stopped, self.shortage = asked, shortage
+
+    def save(self, better: bool) -> None:
+        """A checkpoint where it is due, and `best` where it is."""
+        if self.first and (better or self.done % self.config.save_every == 0 or self.done == self.steps or self.stopped):
+            folder = save_checkpoint(self.run, self.engine, self.done, self.config, self.origin)
+            if better or not self.look.held_out:
+                point(self.run / "best", folder)
+
+    def save_alone(self) -> None:
+        """Another process is gone: what the last whole step left is here as well."""
+        if self.first and self.done > self.start and not checkpoint_folder(self.run, self.done).exists():
+            save_checkpoint(self.run, self.engine, self.done, self.config, self.origin)
+
+    def trained(self) -> Trained:
+        """How far it came."""
+        early = self.done < self.steps
+        counts = self.learned, self.seen, self.computed
+        return Trained(self.done, self.steps, early, *counts, self.seconds, self.shortage if early else None)
 
 
 class _Look:

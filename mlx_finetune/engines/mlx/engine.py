@@ -54,8 +54,8 @@ class Input:
         layout = None
         if work.tree or (by_layout and work.inputs.shape[1] > 1):
             layout = Layout(work.segments, work.tree.positions if work.tree else None)
-        arrays = (mx.array(array) for array in (work.places, work.targets, work.weights))
-        return cls(mx.array(work.inputs), work.rows, layout, *arrays, None if noise is None else mx.array(noise))
+        inputs, places, targets, weights = map(mx.array, (work.inputs, work.places, work.targets, work.weights))
+        return cls(inputs, work.rows, layout, places, targets, weights, None if noise is None else mx.array(noise))
 
     def layouts(self, layers: int) -> list[Layout] | None:
         """As the model's layers take caches."""
@@ -65,7 +65,7 @@ class Input:
 class MlxEngine:
     """See `Engine`."""
 
-    name = "mlx"
+    name, lockstep = "mlx", False
 
     def __init__(self, model: Path, config: RunConfig) -> None:
         """Loads the folder `model` and puts a fresh adapter on it."""
@@ -159,13 +159,12 @@ class MlxEngine:
             self._set(parameters)  # computing layers again leaves others behind
             loss += _number(part)
         set_dropout(self.model, None)
-        gradient = sum_gradients(self.ranks, gradient)
+        gradient, mean = sum_gradients(self.ranks, gradient), float(self.ranks.sum(np.array([loss]))[0])
         norm = _number(mx.sqrt(mx.stack([mx.square(g).sum() for g in gradient.values()]).sum()))
         if norm < float("inf"):
             self._update(gradient, min(1.0, self.config.max_grad_norm / (norm + 1e-6)), learning_rate)
         mx.clear_cache()  # shapes differ from step to step: what they leave cached is seldom used again
         learned = sum(int((batch.weights > 0).sum()) for batch in micro_batches)
-        mean = float(self.ranks.sum(np.array([loss]))[0])
         return StepResult(mean, learned, norm, sum(work.inputs.size for work in works))
 
     def loss_sum(self, batch: Batch) -> float:

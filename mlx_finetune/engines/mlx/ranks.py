@@ -3,8 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
-from mlx_finetune.engines.ranks import GONE, Alone, Ranks
-from mlx_finetune.errors import UserError
+from mlx_finetune.engines.ranks import Alone, PeerGone, Ranks
 from mlx_finetune.launched import launched
 
 
@@ -24,13 +23,13 @@ class Launched:
         """Evaluated.
 
         Raises:
-            UserError: another process is gone.
+            PeerGone: another process is gone.
         """
         try:
             summed: mx.array = mx.distributed.all_sum(array, group=self._group)
             mx.eval(summed)
         except RuntimeError as error:
-            raise UserError(f"another process of this run is gone ({str(error)[:120]})", hint=GONE) from error
+            raise PeerGone(str(error)[:120]) from error
         return summed
 
 

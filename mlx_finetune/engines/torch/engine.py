@@ -26,7 +26,7 @@ from mlx_finetune.engines.torch.lora import LoRAEmbedding, LoRALinear, TiedHead,
 from mlx_finetune.engines.torch.loss import loss_sum
 from mlx_finetune.engines.torch.optimizers import updater_of
 from mlx_finetune.engines.torch.ranks import ranks_of, sum_gradients
-from mlx_finetune.engines.work import Work, share_of, works_of
+from mlx_finetune.engines.work import Work, in_step, share_of, works_of
 from mlx_finetune.errors import UserError
 
 
@@ -40,7 +40,7 @@ class TorchEngine:
         check_settings(config, self.name)
         self.config, self._folder = config, model
         self.device = choose_device(config.device)
-        self.ranks = ranks_of(self.device)
+        self.ranks, self.lockstep = ranks_of(self.device), config.fsdp
         self.model = load_model(model, config, self.device)
         self._backbone = self.model.base_model_prefix
         self._vocabulary = self.model.config.get_text_config().vocab_size
@@ -61,16 +61,19 @@ class TorchEngine:
         works = works_of(micro_batches, self._in_trees, self.config.pack_length)
         loss = torch.zeros((), device=self.device)
         self._set_dropout(True)
-        for number in share_of([work.inputs.size for work in works], self.ranks.rank, self.ranks.size):
+        sizes = [work.inputs.size for work in works]
+        mine = share_of(sizes, self.ranks.rank, self.ranks.size)
+        for number, counts in in_step(mine, sizes, self.ranks.size) if self.lockstep else [(number, 1.0) for number in mine]:
             self._draw(seed, number, works[number])
             with along(self.model, works[number].tree):
-                part = self._loss(works[number]) / total
+                part = self._loss(works[number]) * (counts / total)
                 part.backward()
             loss += part.detach()
         self._set_dropout(False)
         self._noise = None
         gradients = [self._gradient(parameter) for parameter in self.parameters.values()]
         sum_gradients(self.ranks, gradients)
+        mean = float(self.ranks.sum(np.array([loss.item()]))[0])
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).item()
         if norm < float("inf"):
             torch._foreach_mul_(gradients, min(1.0, self.config.max_grad_norm / (norm + 1e-6)))
@@ -78,7 +81,6 @@ class TorchEngine:
         for parameter in self.parameters.values():
             parameter.grad = None
         learned = sum(int((batch.weights > 0).sum()) for batch in micro_batches)
-        mean = float(self.ranks.sum(np.array([loss.item()]))[0])
         return StepResult(mean, learned, norm, sum(work.inputs.size for work in works))
 
     @torch.no_grad()
@@ -129,7 +131,7 @@ class TorchEngine:
         tied = head is not None and head.weight is embedding.weight
         known = {n: Target(m.out_features, m.in_features) for n, m in modules.items() if isinstance(m, torch.nn.Linear)}
         (name,) = (n for n, m in modules.items() if m is embedding)
-        known[name] = Target(*embedding.weight.shape, "tied" if tied else "embedding")
+        known[name] = Target(embedding.num_embeddings, embedding.embedding_dim, "tied" if tied else "embedding")
         self.targets = choose_targets(known, config)
         check_targets(self.targets, tied, config)
         self._adapted: dict[str, Any] = {}

@@ -5,13 +5,19 @@ from collections.abc import Iterable
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
 def cut(model: PreTrainedModel, trained: Iterable[torch.nn.Parameter], device: str) -> None:
-    """What is trained stays whole on each process, and so do embeddings, head and final norm: their gradients are summed by us."""
+    """Moves a model that was loaded into the memory of the CPU to `device`, a layer at a time, and keeps a part of each there.
+
+    What is trained stays whole on each process, and so do embeddings, head and norms outside the layers.
+    """
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     whole = set(trained)
-    layers = model.get_submodule(model.base_model_prefix).get_submodule("layers")
-    for layer in layers:
+    for layer in model.get_submodule(model.base_model_prefix).get_submodule("layers"):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params={p for p in layer.parameters() if p in whole})
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(device)

@@ -41,7 +41,8 @@ def load_model(folder: Path, config: RunConfig, device: str) -> PreTrainedModel:
         raise UserError(
             f"{folder}: weights do not fit the model: {', '.join(map(str, keys))}", hint="see that the folder is complete"
         )
-    model = (model if config.quantization != "none" else model.to(device)).requires_grad_(False).eval()
+    # Quantised it is there already; where it is cut over processes, it is moved as it is cut.
+    model = (model if config.quantization != "none" or config.fsdp else model.to(device)).requires_grad_(False).eval()
     # Padding is never learned from; a token that is also used for padding, such as an end of turn, learns like any other.
     model.get_input_embeddings().padding_idx = None
     if config.use_liger_kernel:

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mlx_finetune.engines.ranks import GONE, Alone, Ranks
-from mlx_finetune.errors import UserError
+from mlx_finetune.engines.ranks import Alone, PeerGone, Ranks
 from mlx_finetune.launched import launched
 
 
@@ -34,13 +33,12 @@ class Torchrun:
         """In place.
 
         Raises:
-            UserError: another process is gone.
+            PeerGone: another process is gone.
         """
         try:
             dist.all_reduce(tensor)
         except RuntimeError as error:  # torch.distributed.DistBackendError is one
-            said = str(error).splitlines()[0][:120]
-            raise UserError(f"another process of this run is gone ({said})", hint=GONE) from error
+            raise PeerGone(str(error).splitlines()[0].rpartition("] ")[2][:120]) from error
 
 
 def ranks_of(device: str) -> Ranks:
