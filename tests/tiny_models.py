@@ -51,9 +51,12 @@ PARTICULAR: Mapping[str, Mapping[str, Any]] = {
     },
     "hunyuan_v1_dense": HEADS,
     "mistral": {"sliding_window": None},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "olmo3": WINDOW,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "phi3": {"partial_rotary_factor": 0.5},
     "qwen3": HEADS,
+    "qwen3_moe": HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
     "seed_oss": HEADS,
     "stablelm": {"use_qkv_bias": True},
 }

@@ -34,7 +34,7 @@ class Architecture:
 
 GELU = ("hidden_activation", "gelu_pytorch_tanh")
 
-# Dense architectures for which tests/test_architectures.py proves that MLX's logits equal transformers'.
+# Architectures for which tests/test_architectures.py proves that MLX's logits equal transformers'.
 PROVEN: Mapping[str, Architecture] = {
     "cohere2": Architecture(tied=True, sliding_window=4096, pattern=4),
     "ernie4_5": Architecture(rope_theta=500_000.0, tied=True),
@@ -48,11 +48,14 @@ PROVEN: Mapping[str, Architecture] = {
     "hunyuan_v1_dense": Architecture(frozenset({"dynamic"})),
     "llama": Architecture(SCALINGS),
     "mistral": Architecture(SCALINGS, sliding_window=4096, window_ignored=True),
+    "mixtral": Architecture(rope_theta=1_000_000.0, window_ignored=True),
     "olmo2": Architecture(SCALINGS),
     "olmo3": Architecture(SCALINGS, rope_theta=500_000.0, sliding_window=4096),
+    "olmoe": Architecture(SCALINGS),
     "phi3": Architecture(window_ignored=True),
     "qwen2": Architecture(SCALINGS, sliding_window=4096, window_ignored=True),
     "qwen3": Architecture(SCALINGS, sliding_window=4096, window_ignored=True),
+    "qwen3_moe": Architecture(sliding_window=4096, window_ignored=True, defaults={"mlp_only_layers": []}),
     "seed_oss": Architecture(SCALINGS),
     "smollm3": Architecture(SCALINGS, rope_theta=2_000_000.0, tied=True, window_ignored=True),
     "stablelm": Architecture(defaults={"partial_rotary_factor": 0.25}),
@@ -74,7 +77,7 @@ NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers")
 
 LLAMA_CLASS = ("llama", "mistral", "smollm3")  # transformers' llama has no windows; mlx-lm's would apply `layer_types`
 SCALED_WHERE_FULL = ("gemma3_text", "olmo3")  # version 4 scaled RoPE in layers of full attention only
-WINDOW_IS_OPTIONAL = ("qwen2", "qwen3", "smollm3")  # `use_sliding_window`
+WINDOW_IS_OPTIONAL = ("qwen2", "qwen3", "qwen3_moe", "smollm3")  # `use_sliding_window`
 WINDOW_BY_LAYER = ("gemma2", "qwen2", "qwen3", "smollm3")  # `layer_types`; mistral and phi3 mask every layer
 
 
@@ -93,6 +96,8 @@ def mlx_overlay(config: Config) -> dict[str, Any]:
         overlay["partial_rotary_factor"] = full["partial_rotary_factor"]
     if model_type == "gemma3_text":
         overlay["rope_local_base_freq"] = sliding["rope_theta"]
+    if model_type == "qwen3_moe":  # which transformers 5 writes as num_local_experts
+        overlay["num_experts"] = config.get("num_experts") or config.get("num_local_experts") or 128
     if model_type == "exaone4":
         overlay["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return overlay | _mlx_windows(config)

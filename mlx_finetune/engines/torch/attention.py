@@ -14,16 +14,14 @@ from mlx_finetune.data.trees import Segment, Tree
 from mlx_finetune.models.mlx_config import PROVEN
 
 NAME = "mlx_finetune_tree"
-MIXTURES = frozenset({"mixtral", "qwen3_moe", "olmoe"})  # proven in tests/test_parity.py, as PROVEN is
 _trees: list[Tree] = []  # of the tree that is computed now, forward or backward
 
 
 def takes_trees(model: PreTrainedModel) -> bool:
     """Whether its attention can follow a tree: no soft cap of the scores, which the fused functions do not have."""
     config = model.config
-    known = config.model_type in PROVEN or config.model_type in MIXTURES
-    backend = model._supports_attention_backend
-    return known and backend and not getattr(config, "attn_logit_softcapping", None)
+    known = config.model_type in PROVEN and model._supports_attention_backend
+    return known and not getattr(config, "attn_logit_softcapping", None)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
@@ -260,5 +260,5 @@ class _Given(torch.nn.Module):
         super().__init__()
         self._states = states
 
-    def forward(self, *arguments: Any, **named: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self._states)
+    def forward(self, *arguments: Any, **named: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self._states)

@@ -59,6 +59,7 @@ class LoRAEmbedding(torch.nn.Module):
     def __init__(self, base: torch.nn.Embedding, rank: int, scale: float) -> None:
         super().__init__()
         self.base, self.scale = base, scale
+        self.scalar_embed_scale = getattr(base, "scalar_embed_scale", 1.0)  # Gemma's embeddings are scaled as they are looked up
         device = base.weight.device
         self.lora_embedding_A = torch.nn.Parameter(torch.zeros(rank, base.num_embeddings, device=device))
         self.lora_embedding_B = torch.nn.Parameter(torch.zeros(base.embedding_dim, rank, device=device))
@@ -72,8 +73,7 @@ class LoRAEmbedding(torch.nn.Module):
         """[...] -> [..., width]."""
         rows = F.embedding(tokens, self.lora_embedding_A.T)
         embedded: torch.Tensor = self.base(tokens)
-        scale = self.scale * getattr(self.base, "scalar_embed_scale", 1.0)  # Gemma's embeddings are scaled as they are looked up
-        return embedded + (scale * (rows @ self.lora_embedding_B.T)).to(embedded.dtype)
+        return embedded + (self.scale * self.scalar_embed_scale * (rows @ self.lora_embedding_B.T)).to(embedded.dtype)
 
 
 class TiedHead(torch.nn.Module):
