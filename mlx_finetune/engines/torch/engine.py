@@ -21,9 +21,11 @@ from mlx_finetune.engines.noise import noise_of
 from mlx_finetune.engines.supported import check_settings
 from mlx_finetune.engines.torch.attention import along, takes_trees
 from mlx_finetune.engines.torch.device import choose_device
+from mlx_finetune.engines.torch.fused import take_over
 from mlx_finetune.engines.torch.load import load_model
 from mlx_finetune.engines.torch.lora import LoRAEmbedding, LoRALinear, TiedHead, row_norms, to_numpy
 from mlx_finetune.engines.torch.loss import loss_sum
+from mlx_finetune.engines.torch.memory import keep_blocks
 from mlx_finetune.engines.torch.optimizers import updater_of
 from mlx_finetune.engines.torch.ranks import ranks_of, sum_gradients
 from mlx_finetune.engines.work import Work, in_step, share_of, works_of
@@ -41,6 +43,8 @@ class TorchEngine:
         self.config, self._folder = config, model
         self.device = choose_device(config.device)
         self.ranks, self.lockstep = ranks_of(self.device), config.fsdp
+        if self.device == "cpu":
+            keep_blocks()
         self.model = load_model(model, config, self.device)
         self._backbone = self.model.base_model_prefix
         self._vocabulary = self.model.config.get_text_config().vocab_size
@@ -51,6 +55,8 @@ class TorchEngine:
         self._of_head = self._head_parameters()
         self._noise: torch.Tensor | None = None
         self.model.get_input_embeddings().register_forward_hook(self._add_noise)
+        if not config.use_liger_kernel:
+            take_over(self.model)
         self._change_layers()
         self._updater = updater_of(config, self.parameters)
         self.load_state(self.initial(), step=0)

@@ -11,7 +11,6 @@ from transformers.utils import logging as transformers_logging
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.engines.torch.device import half_of
-from mlx_finetune.engines.torch.mlp import replace_gates
 from mlx_finetune.errors import UserError
 
 
@@ -47,8 +46,6 @@ def load_model(folder: Path, config: RunConfig, device: str) -> PreTrainedModel:
     model.get_input_embeddings().padding_idx = None
     if config.use_liger_kernel:
         _use_liger(model, device)
-    else:
-        replace_gates(model)
     return model
 
 
