@@ -1,9 +1,10 @@
 """Optimizers, written once for both engines: MLX's arrays and torch's tensors have these operators alike.
 
 What an optimizer remembers of a parameter lies in slots, float32: "m" and "v", the moments; "row" and "column", factors of the
-second; a checkpoint holds them by these names.
+second; a checkpoint holds them by these names. Moments in 8 bits have what their blocks are scaled by beside them.
 """
 
+import math
 from typing import Any
 
 from mlx_finetune.config import RunConfig
@@ -14,6 +15,11 @@ Slots = dict[str, Array]
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of AdamW, torch's defaults
 MOMENTUM, ITERATIONS, QUINTIC = 0.95, 5, (3.4445, -4.775, 2.0315)  # of Muon
 RMS = 0.2  # of an update by Muon, as AdamW's are (Liu et al. 2025): one learning rate serves both
+NARROW, BLOCK, SCALES = (
+    4096,
+    256,
+    "_absmax",
+)  # of adamw_8bit: numbers from which on an array has 8 bits; in a block; a slot's scales
 DECAY_OF_BETA, SMALLEST = -0.8, 1e-30  # of Adafactor
 
 
@@ -38,6 +44,8 @@ def state_shapes(config: RunConfig, trained: dict[str, tuple[int, ...]]) -> dict
     shapes = {f"adapter/{name}": shape for name, shape in trained.items()}
     for name, shape in trained.items():
         shapes |= {f"{slot}/{name}": size for slot, size in slots_of(rule_of(config, name, shape), shape).items()}
+        if config.optimizer == "adamw_8bit" and math.prod(shape) >= NARROW:
+            shapes |= {f"{slot}{SCALES}/{name}": (math.ceil(math.prod(shape) / BLOCK),) for slot in ("m", "v")}
     return shapes
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from mlx_finetune.config import RunConfig
 from mlx_finetune.engines import Arrays, Engine
 from mlx_finetune.engines.adapter import HEAD, PEFT_PREFIX, peft_config, peft_tensors
-from mlx_finetune.engines.optimizers import state_shapes
+from mlx_finetune.engines.optimizers import SCALES, state_shapes
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_folder, read_json, write_json
 
@@ -107,7 +107,9 @@ def resume(folder: Path, engine: Engine, config: RunConfig, origin: Origin) -> i
     state, progress = load_checkpoint(folder)
     check_origin(folder, progress, origin)
     shapes = state_shapes(config, engine.trained)
-    state = {name: array for name, array in state.items() if name in shapes or not name.startswith(f"adapter/{HEAD}.")}
+    # What a head that is the embeddings has, and scales of moments in 8 bits, follow from the rest.
+    state = {n: a for n, a in state.items() if n in shapes or not (n.startswith(f"adapter/{HEAD}.") or f"{SCALES}/" in n)}
+    shapes = {name: shape for name, shape in shapes.items() if name in state or f"{SCALES}/" not in name}
     if {name: array.shape for name, array in state.items()} != shapes:
         raise UserError(f"{folder}: its adapter has other shapes than this run's", hint="start a new run with another --out")
     engine.load_state(state, progress["step"])

@@ -28,7 +28,7 @@ from mlx_finetune.training.checkpoint import TEMPLATE, Origin, check_origin, rea
 from mlx_finetune.training.loop import Advance, Trained, total_steps, train
 from mlx_finetune.training.start import begin, started
 
-COMPUTES = ("engine", "dtype", "quantization")  # what computes, and in what the frozen weights are read
+COMPUTES = ("engine", "dtype", "quantization", "optimizer")  # what computes, and in what the frozen weights are read
 STEPS_LOOKED_AT, WORTH_SAYING = 10, 0.15  # for advice on folding; a share of the tokens
 # What may differ when a run goes on: where things stand, what computes, and when to look.
 MAY_CHANGE = frozenset({"model", "data", "out", "engine", "device", "dtype", "quantization", "eval_every", "save_every"}) | {
@@ -80,7 +80,7 @@ def plan_resume(run: Path, overrides: dict[str, Any]) -> Plan:
     config = make_config(written | overrides | {"out": str(run)}, "the command line")
     for name, then in before.to_dict().items():
         now = config.to_dict()[name]
-        if now != then and name not in MAY_CHANGE:
+        if now != then and not _may_change(name, then, now):
             raise UserError(f"--resume: {name} was {then!r} in this run, not {now!r}", hint="start a new run with another --out")
     return _plan(config, run, resumed=True)
 
@@ -120,10 +120,14 @@ def _plan(config: RunConfig, run: Path, resumed: bool) -> Plan:
 def check_settings(checkpoint: Path, config: RunConfig) -> None:
     """Raises UserError where config.yaml was edited after the checkpoint was written."""
     then, now = read_progress(checkpoint).get("config") or {}, config.to_dict()
-    for name in now.keys() - MAY_CHANGE:
-        if name in then and then[name] != now[name]:
+    for name in now:
+        if name in then and then[name] != now[name] and not _may_change(name, then[name], now[name]):
             hint = f"put {name}: {then[name]} back into config.yaml, or start a new run"
             raise UserError(f"{checkpoint}: trained with {name} {then[name]!r}, config.yaml says {now[name]!r}", hint=hint)
+
+
+def _may_change(name: str, then: Any, now: Any) -> bool:
+    return name in MAY_CHANGE or (name == "optimizer" and {then, now} <= {"adamw", "adamw_8bit"})  # the same moments
 
 
 def _as_prepared(config: RunConfig, dataset: Dataset) -> RunConfig:

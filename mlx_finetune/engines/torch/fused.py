@@ -104,7 +104,8 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of both."""
-        return _of_gate(*ctx.saved_tensors, upstream[0])
+        gate, up = ctx.saved_tensors
+        return _of_gate(gate, up, upstream[0])
 
 
 def _of_gate(gate: torch.Tensor, up: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ CALLS = tuple(f"self.{name}(hidden_states)" for name in NAMES)
 
 
 class Joint:
-    """Stands behind the three layers of one attention: the first that is called computes for all, the others take what is theirs."""
+    """Stands behind three layers of one attention: the first that is called computes for all, the others take what is theirs."""
 
     def __init__(self, layers: list[LoRALinear]) -> None:
         """`layers`: plain adapters on layers that read the same; their weights become parts of one array."""

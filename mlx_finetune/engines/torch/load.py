@@ -42,6 +42,8 @@ def load_model(folder: Path, config: RunConfig, device: str) -> PreTrainedModel:
         )
     # Quantised it is there already; where it is cut over processes, it is moved as it is cut.
     model = (model if config.quantization != "none" or config.fsdp else model.to(device)).requires_grad_(False).eval()
+    if config.quantization != "none":
+        _keep_as_packed(model)
     # Padding is never learned from; a token that is also used for padding, such as an end of turn, learns like any other.
     model.get_input_embeddings().padding_idx = None
     if config.use_liger_kernel:
@@ -64,6 +66,13 @@ def _quantised(config: RunConfig, dtype: str, device: str) -> dict[str, Any]:
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
     return {"quantization_config": how, "device_map": {"": torch.cuda.current_device() if device == "cuda" else device}}
+
+
+def _keep_as_packed(model: PreTrainedModel) -> None:
+    """In evaluation bitsandbytes packs weights anew on some CPUs, and multiplies in bfloat16 from there on."""
+    for module in model.modules():
+        if type(module).__module__.startswith("bitsandbytes."):
+            module.training = True
 
 
 def _use_liger(model: PreTrainedModel, device: str) -> None:

@@ -1,5 +1,6 @@
 """One step of the optimizer over torch parameters, and what it remembers as arrays that either engine takes."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -8,7 +9,7 @@ import torch
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.engines import Arrays
-from mlx_finetune.engines.optimizers import BETAS, EPSILON, decay_of, rate_factor, rule_of, slots_of, update
+from mlx_finetune.engines.optimizers import BETAS, BLOCK, EPSILON, NARROW, SCALES, decay_of, rate_factor, rule_of, slots_of, update
 from mlx_finetune.engines.torch.lora import to_numpy
 
 Parameters = Mapping[str, torch.nn.Parameter]
@@ -71,9 +72,9 @@ class AdamW:
 
 
 class AdamW8bit:
-    """bitsandbytes' (Dettmers et al. 2022); small arrays stay float32 there. What it remembers leaves it as float32.
+    """bitsandbytes' (Dettmers et al. 2022); small arrays stay float32 there.
 
-    Each block is scaled by its largest number, which comes back as it was: cutting to 8 bits again gives the same bits.
+    What it remembers leaves it as float32, and with it the scale of each block: cut to 8 bits by that it is the same bits again.
     """
 
     def __init__(self, config: RunConfig, parameters: Parameters) -> None:
@@ -98,6 +99,9 @@ class AdamW8bit:
             kept = self.optimizer.state[parameter]
             for number, slot in enumerate(("m", "v"), 1):
                 arrays[f"{slot}/{name}"] = to_numpy(self._wide(kept, number)) if kept else np.zeros(parameter.shape, np.float32)
+                if parameter.numel() >= NARROW:
+                    blocks = np.zeros(math.ceil(parameter.numel() / BLOCK), np.float32)
+                    arrays[f"{slot}{SCALES}/{name}"] = to_numpy(kept[f"absmax{number}"]) if kept else blocks
         return arrays
 
     def _wide(self, kept: dict[str, Any], number: int) -> torch.Tensor:
@@ -105,7 +109,7 @@ class AdamW8bit:
         if narrow.dtype != torch.uint8:
             return narrow
         absmax, code = kept[f"absmax{number}"], kept[f"qmap{number}"]
-        wide: torch.Tensor = self._functional.dequantize_blockwise(narrow, absmax=absmax, code=code, blocksize=256)
+        wide: torch.Tensor = self._functional.dequantize_blockwise(narrow, absmax=absmax, code=code, blocksize=BLOCK)
         return wide
 
     def load(self, state: Arrays, step: int) -> None:
@@ -122,15 +126,23 @@ class AdamW8bit:
             kept = self.optimizer.state[parameter]
             kept["step"] = step
             for number, slot in enumerate(("m", "v"), 1):
-                self._narrow(kept, number, _tensor(state, f"{slot}/{name}", parameter.shape, parameter))
+                scales = state.get(f"{slot}{SCALES}/{name}")
+                wide = _tensor(state, f"{slot}/{name}", parameter.shape, parameter)
+                self._narrow(kept, number, wide, None if scales is None else torch.from_numpy(scales).to(parameter.device))
 
-    def _narrow(self, kept: dict[str, Any], number: int, wide: torch.Tensor) -> None:
+    def _narrow(self, kept: dict[str, Any], number: int, wide: torch.Tensor, scales: torch.Tensor | None) -> None:
         if kept[f"state{number}"].dtype != torch.uint8:
             kept[f"state{number}"].copy_(wide)
             return
-        narrow, how = self._functional.quantize_blockwise(wide, code=kept[f"qmap{number}"], blocksize=256)
+        code = kept[f"qmap{number}"]
+        if scales is None:
+            narrow, how = self._functional.quantize_blockwise(wide, code=code, blocksize=BLOCK)
+            scales = how.absmax
+        else:
+            each = scales.repeat_interleave(BLOCK)[: wide.numel()].clamp(min=1e-38)
+            narrow = torch.bucketize(wide.flatten() / each, (code[:-1] + code[1:]) / 2).reshape(wide.shape)
         kept[f"state{number}"].copy_(narrow)
-        kept[f"absmax{number}"].copy_(how.absmax)
+        kept[f"absmax{number}"].copy_(scales)
 
 
 class Rules:
