@@ -102,7 +102,8 @@ def train_command(
         raise typer.Exit(130)
 
     def show() -> None:
-        print(f"{trained.step} steps on {engine.name} ({engine.device}), {rate:.0f} learned tokens a second")
+        where = engine.device if engine.ranks.size == 1 else f"{engine.device}, {engine.ranks.size} processes"
+        print(f"{trained.step} steps on {engine.name} ({where}), {rate:.0f} learned tokens a second")
         print(f"{trained.tokens_seen:,} tokens read, {trained.tokens_computed:,} computed")
         print(f"peak memory {engine.peak_memory() / 1e9:.2f} GB")
 
@@ -116,14 +117,16 @@ def announce(plan: "Plan") -> None:
         UserError: more than there is.
     """
     from mlx_finetune.planning.before_run import check_memory
+    from mlx_finetune.training.remarks import experts_left_alone, untrained_tokens
     from mlx_finetune.training.run import folding_advice, moved, trunk_bytes
 
     config, dataset = plan.config, plan.dataset
     start = f", going on from {plan.checkpoint.name}" if plan.checkpoint else ""
     say(f"training {config.model} on {len(dataset.train)} examples of {config.data}")
     say(f"{plan.steps} steps{start} -> {plan.run}")
-    if changed := moved(plan):
-        say(changed)
+    for remark in (moved(plan), untrained_tokens(plan.model, config, dataset.train), experts_left_alone(plan.model, config)):
+        if remark:
+            say(remark)
     say(f"{100 * efficiency(dataset.train.lengths, config.batch_size, config.seed):.1f} % of the tokens read are no padding")
     if config.engine == "mlx":
         counts = dataset.info["train"]

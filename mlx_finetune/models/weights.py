@@ -7,7 +7,7 @@ before anything is allocated. The format: https://github.com/huggingface/safeten
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeGuard
@@ -147,6 +147,17 @@ def read_float32(location: TensorLocation) -> np.ndarray:
         file.seek(location.start)
         data = file.read(location.end - location.start)
     return to_float32(data, location.dtype).reshape(location.shape)
+
+
+def read_rows(location: TensorLocation, rows: Sequence[int]) -> np.ndarray:
+    """Some rows of a matrix, widened exactly to float32 [n, columns]; F32, F16 and BF16 only."""
+    size = location.shape[1] * ITEM_BYTES[location.dtype]
+    found = []
+    with location.file.open("rb") as file:
+        for row in rows:
+            file.seek(location.start + row * size)
+            found.append(to_float32(file.read(size), location.dtype))
+    return np.stack(found)
 
 
 def to_float32(data: bytes, dtype: str) -> np.ndarray:

@@ -117,9 +117,11 @@ def dials_of(config: RunConfig, shape: ModelShape, learned_share: float = LEARNE
     attention: Attention = (
         "fused" if config.attention in ("fused", "flash") or (config.attention == "auto" and on_gpu) else "blocks"
     )
+    known = isinstance(config.target_modules, tuple) and all(name in shape.sizes.linears for name in config.target_modules)
+    targets = config.target_modules if known else "all-linear"  # a pattern, paths or embeddings: as if all were adapted
     rows = max(config.batch_size, ceil((config.pack_length or 0) / config.max_length))  # a tree may be longer than a micro-batch
     return Dials(
-        bits, config.max_length, rows, config.num_layers, config.rank, config.target_modules, dtype,  # type: ignore[arg-type]
+        bits, config.max_length, rows, config.num_layers, config.rank, targets, dtype,  # type: ignore[arg-type]
         attention, config.grad_checkpoint, learned_share,
     )  # fmt: skip
 

@@ -260,11 +260,15 @@ class MlxEngine:
     def _update(self, gradient: dict[str, mx.array], clip: float, learning_rate: float) -> None:
         """By the rules of optimizers.py."""
         self._steps += 1
-        parameters = self._parameters()
-        for name, raw in gradient.items():
+        parameters, full = self._parameters(), self.config.fine_tune_type == "full"
+        for name in list(gradient):
+            raw = gradient.pop(name)
             how = self._steps, learning_rate * rate_factor(self.config, _name(name)), decay_of(self.config, tuple(raw.shape))
             changed = update(self._rules[name], parameters[name], raw * clip, self._slots[name], *how)
             parameters[name], self._slots[name] = changed
+            if full:  # one by one, so that old and new weights are not all there at once
+                mx.eval(changed)
+                self._set({name: parameters[name]})
         self._set(parameters)
         mx.eval(parameters, self._slots)
 

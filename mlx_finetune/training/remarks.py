@@ -1,0 +1,68 @@
+"""What a person should know of a run before it starts, read from the files of the model and the data."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from mlx_finetune.config import RunConfig
+from mlx_finetune.data.dataset import ExampleStore
+from mlx_finetune.files import read_json
+from mlx_finetune.models.weights import TensorLocation, read_rows, tensor_headers
+
+LOOKED_AT = 200  # examples
+TOO_SHORT = 0.1  # of the length that embeddings usually have
+EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight", "embed_tokens.weight")
+
+
+def untrained_tokens(model: Path, config: RunConfig, examples: ExampleStore) -> str | None:
+    """Special tokens of the data whose embeddings nobody ever trained, where this run does not train them either; in a sentence.
+
+    Told by their embeddings: next to nothing, or the same for several tokens.
+    """
+    if config.fine_tune_type == "full" or "embed" in str(config.target_modules):
+        return None
+    special, location = _special(model), _embeddings(model)
+    if not special or location is None:
+        return None
+    used: set[int] = set()
+    for index in range(min(LOOKED_AT, len(examples))):
+        used |= special.keys() & set(np.unique(examples[index].tokens).tolist())
+    used = {token for token in used if token < location.shape[0]}
+    if not used:
+        return None
+    rows = read_rows(location, sorted(used))
+    usual = read_rows(location, np.linspace(0, location.shape[0] - 1, 256).astype(int).tolist())
+    lengths = np.linalg.norm(rows, axis=1)
+    short = lengths < TOO_SHORT * np.median(np.linalg.norm(usual, axis=1))
+    same = [any(np.array_equal(row, other) for j, other in enumerate(rows) if j != i) for i, row in enumerate(rows)]
+    names = [special[token] for token, bad in zip(sorted(used), short | np.array(same), strict=True) if bad]
+    if not names:
+        return None
+    hint = "name embed_tokens in target_modules too, and lm_head where the model has one"
+    return f"{', '.join(names)}: in the data, but the model never learned their embeddings, nor will this run ({hint})"
+
+
+def experts_left_alone(model: Path, config: RunConfig) -> str | None:
+    """That the experts of a mixture are not adapted, in a sentence."""
+    found = read_json(model / "config.json")
+    if config.fine_tune_type == "full" or not any(
+        found.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")
+    ):
+        return None
+    return "a mixture of experts: its attention is adapted, its experts and what chooses among them stay as they are"
+
+
+def _special(model: Path) -> dict[int, str]:
+    """Tokens that are added to a vocabulary as such, by their number."""
+    path = model / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
+    return {int(token["id"]): str(token["content"]) for token in added if token.get("special")}
+
+
+def _embeddings(model: Path) -> TensorLocation | None:
+    headers = tensor_headers(model)
+    found = next((headers[name] for name in EMBEDDINGS if name in headers), None)
+    return found if found is not None and found.dtype in ("F32", "F16", "BF16") else None
