@@ -87,8 +87,7 @@ def train_command(
         return
     with progress("train") as advance:
         trained, engine = execute(plan, advance)
-    picture = draw_loss(plan.run)
-    if picture is None:
+    if engine.ranks.rank == 0 and draw_loss(plan.run) is None:
         say("loss.png was not drawn: pip install matplotlib")
     rate = trained.tokens_learned / trained.seconds if trained.seconds else 0.0
     measured = {"learned_tokens_per_second": rate, "peak_memory": engine.peak_memory()}

@@ -17,7 +17,8 @@ VOCABULARY = 320
 
 
 def config(engine: str, **values: object) -> RunConfig:
-    return make_config({"engine": engine, "dtype": "float32", "rank": 4, "alpha": 8, "weight_decay": 0.01} | values, "test")
+    adapter = {} if values.get("fine_tune_type") == "full" else {"rank": 4, "alpha": 8}
+    return make_config({"engine": engine, "dtype": "float32", "weight_decay": 0.01} | adapter | values, "test")
 
 
 def random_batch(seed: int, rows: int = 2, length: int = 24) -> Batch:

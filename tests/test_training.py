@@ -65,7 +65,9 @@ def prepared(model: Path, folder: Path, word: str) -> Path:
 
 def settings(model: Path, data: Path, out: Path, engine: str, **values: Any) -> dict[str, Any]:
     places = {"model": str(model), "data": str(data), "out": str(out), "engine": engine}
-    shape = {"rank": 4, "alpha": 8, "batch_size": 2, "gradient_accumulation": 2, "steps": STEPS, "learning_rate": 1e-2}
+    shape: dict[str, Any] = {"batch_size": 2, "gradient_accumulation": 2, "steps": STEPS, "learning_rate": 1e-2}
+    if values.get("fine_tune_type") != "full":
+        shape |= {"rank": 4, "alpha": 8}
     return places | shape | {"eval_every": 4, "save_every": 5, "warmup_ratio": 0.2} | values
 
 
@@ -466,3 +468,27 @@ def test_evaluating_leaves_no_hidden_states_behind(tiny_llama: Path, data: Path,
     made = run(values)
     compare(made, "latest")
     assert not (made / "trunk").exists()
+
+
+def test_a_step_that_gets_no_memory_loses_nothing_of_the_steps_before(
+    engine_name: str, straight: dict[str, Path], tiny_llama: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = settings(tiny_llama, data, tmp_path / "run", engine_name, dropout=0.1)
+    kind = type(open_engine(make_config(values, "test"), tiny_llama))
+    original = kind.step
+
+    def step(engine: Any, batches: Any, rate: float, seed: int) -> Any:
+        if seed == 7:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(engine, batches, rate, seed)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "step", step)
+        with pytest.raises(UserError, match="step 8: no memory left with batch_size = 2, grad_checkpoint = 0") as error:
+            execute(plan_run(make_config(values, "test")), lambda done, steps, note: None)
+    assert "--set grad_checkpoint=1" in error.value.hint
+    found = last_checkpoint(tmp_path / "run")
+    assert found and found.name == "step-000007"
+    execute(plan_resume(tmp_path / "run", {}), lambda done, steps, note: None)
+    expected, resumed = tensors(straight[engine_name], STEPS), tensors(tmp_path / "run", STEPS)
+    assert all(np.array_equal(expected[name], resumed[name]) for name in expected)

@@ -40,6 +40,7 @@ class Engine(Protocol):
     targets: dict[str, Target]  # the adapted modules, by path; none where the weights themselves are trained
     trained: dict[str, tuple[int, ...]]  # the shape of each trained array, by its name
     ranks: Ranks  # the processes that train together
+    whole: bool  # false while a step changes what is trained
     lockstep: bool  # whether all of them have to compute at the same time: each is to be given the same held-out batches
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float, seed: int) -> StepResult:

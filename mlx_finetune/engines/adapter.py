@@ -64,8 +64,10 @@ def _named(in_layers: list[str], outside: list[str], asked: str | tuple[str, ...
     return [name for name in [*in_layers, *outside] if name in asked or name.rsplit(".", 1)[-1] in asked]
 
 
-def check_targets(targets: Mapping[str, Target], tied: bool, config: RunConfig) -> None:
-    """Raises UserError for what a model or a kind of adapter cannot have."""
+def check_targets(targets: Mapping[str, Target], tied: bool, config: RunConfig, head: str = HEAD) -> None:
+    """Raises UserError for what a model or a kind of adapter cannot have. `head`: what the model calls it."""
+    if head != HEAD and any(target.kind == "tied" for target in targets.values()):
+        raise UserError(f"target_modules: embeddings that are the head too, which is called {head} here", hint="leave them out")
     if tied and HEAD in targets:
         raise UserError("target_modules: the head of this model is its embeddings", hint="name embed_tokens: it adapts both")
     embeddings = [name for name, target in targets.items() if target.kind != "linear"]

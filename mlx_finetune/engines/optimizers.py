@@ -68,8 +68,8 @@ def _adamw(p: Array, g: Array, slots: Slots, step: int, rate: float, decay: floa
     """With bias correction and decoupled decay (Loshchilov and Hutter 2019), as torch has it."""
     first, second = (1 - beta**step for beta in BETAS)
     m = BETAS[0] * slots["m"] + (1 - BETAS[0]) * g
-    v = BETAS[1] * slots["v"] + (1 - BETAS[1]) * g * g
-    return p * (1 - rate * decay) - (rate / first) * m / ((v / second) ** 0.5 + EPSILON), {"m": m, "v": v}
+    v = BETAS[1] * slots["v"] + (1 - BETAS[1]) * g.square()
+    return p * (1 - rate * decay) - (rate / first) * m / ((v / second).sqrt() + EPSILON), {"m": m, "v": v}
 
 
 def _adafactor(p: Array, g: Array, slots: Slots, step: int, rate: float, decay: float) -> tuple[Array, Slots]:

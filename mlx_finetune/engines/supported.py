@@ -24,7 +24,7 @@ LACKS: dict[str, tuple[tuple[str, tuple[Any, ...] | None, str], ...]] = {
     ),
 }
 # Settings that have nothing to act on where the weights themselves are trained.
-OF_ADAPTERS = ("dropout", "use_rslora", "loraplus_lr_ratio", "adapter_path", "quantization", "fsdp")
+OF_ADAPTERS = ("rank", "alpha", "dropout", "use_rslora", "loraplus_lr_ratio", "adapter_path", "quantization", "fsdp")
 PACKAGES = (  # setting, value, package, and the extra that brings it
     ("quantization", ("4bit", "8bit"), "bitsandbytes", "qlora"),
     ("optimizer", ("adamw_8bit",), "bitsandbytes", "qlora"),
@@ -45,6 +45,10 @@ def check_settings(config: RunConfig, engine: str) -> None:
                 raise UserError(f"{name} is for adapters, and fine_tune_type = full trains the weights", hint="leave one out")
         if config.dtype not in ("auto", "float32"):
             raise UserError("fine_tune_type = full trains in float32", hint="leave dtype out: on CUDA it multiplies in bfloat16")
+    if config.pack_length and config.share_prefixes == "never":
+        raise UserError(
+            "pack_length says how much is folded together, and share_prefixes = never folds nothing", hint="leave one out"
+        )
     if config.neftune_noise_alpha and (config.share_prefixes == "always" or config.cache_trunk):
         other = "cache_trunk" if config.cache_trunk else "share_prefixes = always"
         raise UserError(f"neftune_noise_alpha and {other} do not go together", hint="each row has noise of its own: leave one out")
@@ -56,6 +60,16 @@ def check_settings(config: RunConfig, engine: str) -> None:
         value = getattr(config, name)
         if value in values and importlib.util.find_spec(package) is None:
             raise UserError(f"{name} = {_said(value)} needs {package}", hint=f"pip install 'mlx-finetune[{extra}]'")
+
+
+def for_a_look(config: RunConfig, engine: str) -> RunConfig:
+    """The config of a run as `engine` opens it to look at what was trained: without what only training needs."""
+    idle = {name: default(name) for name in ("cache_trunk", "torch_compile", "fsdp", "use_liger_kernel")}
+    for name, values, _ in LACKS[engine]:
+        value = getattr(config, name)
+        if value in values if values else value != default(name):
+            idle[name] = default(name)
+    return config.model_copy(update=idle)
 
 
 def _said(value: Any) -> str:

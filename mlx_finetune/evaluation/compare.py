@@ -7,6 +7,7 @@ from typing import Any
 from mlx_finetune.config import RunConfig, load_config, make_config
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.engines import Engine, choose_engine, open_engine
+from mlx_finetune.engines.supported import for_a_look
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import write_json
 from mlx_finetune.models.hub import check_model_folder, model_folder
@@ -67,9 +68,10 @@ def open_run(run: Path, checkpoint: str, engine: str = "") -> tuple[RunConfig, P
 
 def open_tuned(config: RunConfig, model: Path, dataset: Dataset, checkpoint: Path) -> Engine:
     """An engine with the checkpoint in it; raises UserError where model or data are not those it was trained on."""
-    if choose_engine(config.engine) == "mlx":
+    if (name := choose_engine(config.engine)) == "mlx":
         check_mlx(model, dataset)
-    engine = open_engine(config.model_copy(update={"cache_trunk": False}), model)  # a look leaves nothing behind
+    config = for_a_look(config, name)
+    engine = open_engine(config, model)
     check_names(engine, model)
     resume(checkpoint, engine, config, Origin(data=dataset.id, model=fingerprint(model)))
     return engine

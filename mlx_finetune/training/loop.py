@@ -16,7 +16,7 @@ from mlx_finetune.training.ahead import Ahead, ahead
 from mlx_finetune.training.checkpoint import Origin, checkpoint_folder, point, save_checkpoint
 from mlx_finetune.training.held_out import held_out_loss
 from mlx_finetune.training.interrupt import interruptible
-from mlx_finetune.training.memory_watch import memory_errors, watched
+from mlx_finetune.training.memory_watch import NoMemory, memory_errors, watched
 from mlx_finetune.training.metrics import Metrics, Unwritten, read_metrics
 from mlx_finetune.training.schedule import learning_rate
 
@@ -60,8 +60,8 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
                 better, shortage = loop.look_at_held_out(), watch.shortage()
                 loop.stop(any_of(engine.ranks, interrupt.asked or bool(shortage)), shortage)
                 loop.save(better)
-    except PeerGone:
-        loop.save_alone()
+    except (PeerGone, NoMemory):
+        loop.save_unfinished()
         raise
     return loop.trained()
 
@@ -120,9 +120,10 @@ class _Loop:
             if better or not self.look.held_out:
                 point(self.run / "best", folder)
 
-    def save_alone(self) -> None:
-        """Another process is gone: what the last whole step left is here as well."""
-        if self.first and self.done > self.start and not checkpoint_folder(self.run, self.done).exists():
+    def save_unfinished(self) -> None:
+        """A step failed, before it changed anything: what the last one left is here as well."""
+        late = self.done > self.start and not checkpoint_folder(self.run, self.done).exists()
+        if self.first and late and self.engine.whole:
             save_checkpoint(self.run, self.engine, self.done, self.config, self.origin)
 
     def trained(self) -> Trained:

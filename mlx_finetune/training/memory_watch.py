@@ -57,21 +57,29 @@ def watched() -> Iterator[MemoryWatch]:
         thread.join()
 
 
+class NoMemory(UserError):
+    """Memory was asked for and there was none."""
+
+
 def less_memory(config: RunConfig) -> str:
-    """How a run may go on with less memory."""
+    """How a run may go on with less memory: the one setting that helps most."""
     again = f"mlx-finetune train --resume --out {config.out}"
     if config.grad_checkpoint != 1:
         return f"{again} --set grad_checkpoint=1"
+    if config.engine == "torch" and config.quantization == "none" and config.fine_tune_type != "full":
+        return f"{again} --set quantization=4bit"
     return f"close other programs, then {again}; or prepare with a smaller --max-length for a new run"
 
 
 @contextmanager
 def memory_errors(step: int, config: RunConfig) -> Iterator[None]:
-    """Makes one line of what MLX, torch and numpy say where they get no memory: a UserError that says how to go on."""
+    """Makes one line of what MLX, torch and numpy say where they get no memory: what was tried, and how to go on."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is the former, numpy's the latter
         if isinstance(error, RuntimeError) and not SHORTAGE.search(str(error)):
             raise
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"step {step}: no memory left ({said})", hint=f"{less_memory(config)}; checkpoints are kept") from error
+        tried = f"batch_size = {config.batch_size}, grad_checkpoint = {config.grad_checkpoint}"
+        hint = f"{less_memory(config)}; what was learned so far is kept"
+        raise NoMemory(f"step {step}: no memory left with {tried} ({said})", hint=hint) from error

@@ -153,7 +153,11 @@ def layers_of(model: Path) -> int:
     """How many layers a model folder says that it has."""
     check_model_folder(model)
     found = read_json(model / "config.json")
-    return int(found.get("text_config", found)["num_hidden_layers"])
+    found = found.get("text_config", found)
+    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        if name in found:
+            return int(found[name])
+    raise UserError(f"{model}/config.json: it does not say how many layers there are", hint="leave adapter_path out")
 
 
 def check_mlx(model: Path, dataset: Dataset) -> None:

@@ -94,7 +94,8 @@ class MlxEngine:
             if any(not LAYER.search(name) for name in self.trained):
                 raise UserError("cache_trunk: embeddings or head are trained too", hint="leave it out, or them")
             what = {"model": fingerprint(model), "dtype": dtype or "as stored", "attention": config.attention}
-            self._trunk = Trunk(self.model, Path(config.out) / TRUNK, what)
+            own = f"process-{self.ranks.rank}" if self.ranks.size > 1 else ""  # each writes what it has computed itself
+            self._trunk = Trunk(self.model, Path(config.out) / TRUNK / own, what)
         self._rules = {name: rule_of(config, _name(name), tuple(p.shape)) for name, p in self._parameters().items()}
         self.load_state(self.initial(), step=0)
 
@@ -217,7 +218,7 @@ class MlxEngine:
             shapes = slots_of(rule, self.trained[_name(name)])
             keys = {slot: f"{slot}/{_name(name)}" for slot in shapes}
             self._slots[name] = {s: mx.array(state[k]) if (k := keys[s]) in state else mx.zeros(shapes[s]) for s in shapes}
-        self._steps = step
+        self._steps, self.whole = step, True
 
     def peak_memory(self) -> int:
         """See `Engine.peak_memory`."""
@@ -259,6 +260,7 @@ class MlxEngine:
 
     def _update(self, gradient: dict[str, mx.array], clip: float, learning_rate: float) -> None:
         """By the rules of optimizers.py."""
+        self.whole = False
         self._steps += 1
         parameters, full = self._parameters(), self.config.fine_tune_type == "full"
         for name in list(gradient):
@@ -271,6 +273,7 @@ class MlxEngine:
                 self._set({name: parameters[name]})
         self._set(parameters)
         mx.eval(parameters, self._slots)
+        self.whole = True
 
     def _parameters(self) -> dict[str, mx.array]:
         return dict(tree_flatten(self.model.trainable_parameters()))

@@ -47,8 +47,9 @@ class LoRALinear(nn.Module):
         |w + s b A|^2 = |w|^2 + 2 s b (w A^T) + s^2 b (A A^T) b^T, and the layer itself computes W A^T.
         """
         a, b = mx.stop_gradient(self.lora_A), mx.stop_gradient(self.lora_B)
-        like = self.linear.get("scales", self.linear.weight)
-        crossed = self._unbiased(a.astype(like.dtype)).astype(mx.float32).T  # [out, rank]
+        dtype = self.linear.get("scales", self.linear.weight).dtype
+        like = a.astype(dtype) if mx.issubdtype(dtype, mx.floating) else a  # scales of mxfp4 are bytes
+        crossed = self._unbiased(like).astype(mx.float32).T  # [out, rank]
         squares = self._squares + (b * (2 * self.scale * crossed + self.scale**2 * (b @ (a @ a.T)))).sum(1)
         return mx.stop_gradient(mx.sqrt(squares))
 

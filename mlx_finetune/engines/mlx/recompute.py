@@ -33,10 +33,15 @@ class Recomputed:
 
 @contextmanager
 def recomputed(backbone: nn.Module, every: int) -> Iterator[None]:
-    """Inside, each `every`-th layer that has something to learn is computed again; 0: none is."""
+    """Inside, each `every`-th layer that a gradient goes through is computed again; 0: none is."""
     layers = backbone["layers"]
     learning = [i for i, layer in enumerate(layers) if tree_flatten(layer.trainable_parameters())]
-    again = set(learning[::every]) if every else set()
+    below = (
+        0
+        if any("embed" in name for name, _ in tree_flatten(backbone.trainable_parameters()))
+        else min(learning, default=len(layers))
+    )
+    again = set(range(below, len(layers))[::every]) if every else set()
     backbone["layers"] = [Recomputed(layer) if i in again else layer for i, layer in enumerate(layers)]
     try:
         yield

@@ -9,18 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
 from mlx_finetune.data.trees import Tree
 from mlx_finetune.engines import Arrays, StepResult, process_peak
-from mlx_finetune.engines.adapter import LAYER, Target, check_targets, choose_targets, initial_adapter, scale_of, trained_shapes
+from mlx_finetune.engines.adapter import (
+    HEAD,
+    LAYER,
+    Target,
+    check_targets,
+    choose_targets,
+    initial_adapter,
+    scale_of,
+    trained_shapes,
+)
 from mlx_finetune.engines.full import choose_weights, read_weights
 from mlx_finetune.engines.noise import noise_of
 from mlx_finetune.engines.supported import check_settings
 from mlx_finetune.engines.torch.attention import along, takes_trees
 from mlx_finetune.engines.torch.device import choose_device
+from mlx_finetune.engines.torch.fits import Given, check_fits, check_peft_reads
 from mlx_finetune.engines.torch.fused import take_over
 from mlx_finetune.engines.torch.load import load_model
 from mlx_finetune.engines.torch.lora import LoRAEmbedding, LoRALinear, TiedHead, row_norms, to_numpy
@@ -53,10 +62,12 @@ class TorchEngine:
         self.parameters = self._thaw() if config.fine_tune_type == "full" else self._adapt()
         self.trained = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         self._of_head = self._head_parameters()
+        check_peft_reads(self.model, self._adapted)
+        check_fits(self.model, self._adapted, self._hidden_and_head)
         self._noise: torch.Tensor | None = None
         self.model.get_input_embeddings().register_forward_hook(self._add_noise)
         if not config.use_liger_kernel:
-            take_over(self.model)
+            take_over(self.model, joint=not config.fsdp)
         self._change_layers()
         self._updater = updater_of(config, self.parameters)
         self.load_state(self.initial(), step=0)
@@ -83,7 +94,9 @@ class TorchEngine:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).item()
         if norm < float("inf"):
             torch._foreach_mul_(gradients, min(1.0, self.config.max_grad_norm / (norm + 1e-6)))
+            self.whole = False
             self._updater.step(learning_rate)
+            self.whole = True
         for parameter in self.parameters.values():
             parameter.grad = None
         learned = sum(int((batch.weights > 0).sum()) for batch in micro_batches)
@@ -125,6 +138,7 @@ class TorchEngine:
         for name, parameter in self.parameters.items():
             parameter.copy_(torch.from_numpy(state[f"adapter/{name}"]))
         self._updater.load(state, step)
+        self.whole = True
 
     def peak_memory(self) -> int:
         """See `Engine.peak_memory`."""
@@ -139,7 +153,7 @@ class TorchEngine:
         (name,) = (n for n, m in modules.items() if m is embedding)
         known[name] = Target(embedding.num_embeddings, embedding.embedding_dim, "tied" if tied else "embedding")
         self.targets = choose_targets(known, config)
-        check_targets(self.targets, tied, config)
+        check_targets(self.targets, tied, config, next((n for n, m in modules.items() if m is head), HEAD))
         self._adapted: dict[str, Any] = {}
         for path, target in self.targets.items():
             base, scale = modules[path], scale_of(config)
@@ -175,8 +189,8 @@ class TorchEngine:
         return [parameter for parameter in self.parameters.values() if id(parameter) in found]
 
     def _change_layers(self) -> None:
-        """Lets each `grad_checkpoint`-th layer with something to learn compute its activations again; cuts or compiles layers."""
-        layers = list(dict.fromkeys(name[: found.end() - 1] for name in self.trained if (found := LAYER.search(name))))
+        """Lets each `grad_checkpoint`-th layer that a gradient goes through be computed again; cuts or compiles layers."""
+        layers = self._layers_with_gradient()
         if self.config.torch_compile:
             for name in layers:
                 self.model.get_submodule(name).compile(dynamic=True)
@@ -188,6 +202,16 @@ class TorchEngine:
             from mlx_finetune.engines.torch.fsdp import cut
 
             cut(self.model, self.parameters.values(), self.device)
+
+    def _layers_with_gradient(self) -> list[str]:
+        """Paths of the layers from the first on that has something to learn, or of all where embeddings do."""
+        found = [(name, match) for name, _ in self.model.named_modules() if (match := LAYER.search(f"{name}."))]
+        layers = {int(match[1]): name[: match.end() - 1] for name, match in found if match.end() > len(name)}
+        learning = [int(match[1]) for name in self.trained if (match := LAYER.search(name))]
+        embeddings = {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}
+        everything = any(id(parameter) in embeddings for parameter in self.parameters.values())
+        first = 0 if everything else min(learning, default=len(layers))
+        return [layers[number] for number in sorted(layers) if number >= first]
 
     def _follows_trees(self) -> bool:
         able = takes_trees(self.model)
@@ -208,6 +232,10 @@ class TorchEngine:
             hidden = states.reshape(-1, states.shape[-1])[places.long()]
             return loss_sum(self._head, self._vocabulary, hidden, targets.long(), weights, self._of_head)
 
+    def _hidden_and_head(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[1, T] -> logits [T, V], by the way of training."""
+        return self._head(self.model.get_submodule(self._backbone)(tokens, use_cache=False).last_hidden_state[0])
+
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, D] -> [n, V]: whatever the model does behind its layers, it does to `hidden`."""
         with self._given(hidden[None]):
@@ -217,7 +245,7 @@ class TorchEngine:
     @contextmanager
     def _given(self, states: torch.Tensor) -> Iterator[None]:
         own = self.model._modules[self._backbone]
-        self.model._modules[self._backbone] = _Given(states)
+        self.model._modules[self._backbone] = Given(states, own)
         try:
             yield
         finally:
@@ -257,14 +285,3 @@ class TorchEngine:
     def _set_dropout(self, on: bool) -> None:
         for module in self._adapted.values():
             module.training = on
-
-
-class _Given(torch.nn.Module):
-    """Stands in for the layers of a model and gives hidden states that are there already."""
-
-    def __init__(self, states: torch.Tensor) -> None:
-        super().__init__()
-        self._states = states
-
-    def forward(self, *arguments: Any, **named: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=self._states)

@@ -21,8 +21,11 @@ NORM = """hidden_states = hidden_states.to(torch.float32)
 LEARNED = ("gate_proj", "up_proj", "down_proj")
 
 
-def take_over(model: torch.nn.Module) -> None:
-    """Norms whose weight is frozen, gates with SiLU, and projections of attention; call it once the adapters are there."""
+def take_over(model: torch.nn.Module, joint: bool) -> None:
+    """Norms whose weight is frozen, gates with SiLU, and with `joint` projections of attention, whose weights are then one array.
+
+    Call it once the adapters are there.
+    """
     for module in model.modules():
         text = _text(module)
         if NORM in text and not module.weight.requires_grad:
@@ -30,8 +33,10 @@ def take_over(model: torch.nn.Module) -> None:
         elif GATED in text and isinstance(module.act_fn, torch.nn.SiLU | _silu()):
             plain = all(_is_plain(getattr(module, name)) for name in LEARNED)
             module.forward = types.MethodType(_mlp if plain else _gated, module)
-        elif all(call in text for call in CALLS) and all(_is_plain(getattr(module, name)) for name in NAMES):
-            Joint([getattr(module, name) for name in NAMES])
+        elif joint and all(call in text for call in CALLS) and all(_is_plain(getattr(module, name)) for name in NAMES):
+            layers = [getattr(module, name) for name in NAMES]
+            if len({layer.base.bias is None for layer in layers}) == 1:
+                Joint(layers)
 
 
 def _text(module: Any) -> str:
