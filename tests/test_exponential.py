@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_mlx_step import PLAIN, WAYS, batches, check_alike, family, first_step, models  # noqa: F401  a fixture
+from test_steps import PLAIN, WAYS, batches, check_alike, family, first_step, models  # noqa: F401  a fixture
 
 import mlx_finetune.engines.mlx  # noqa: F401  its BLAS before MLX
 from mlx_finetune.engines.mlx import attention, exponential, loss

@@ -34,7 +34,8 @@ def loss_sum(
                 (part,) = mx.depends([part], [gradients[-1], *of_head])
 
             def with_gradient(part: mx.array, *arrays: mx.array, t: mx.array = target, w: mx.array = weight) -> Any:
-                return _with_gradient(lambda x: head(x, dict(zip(names, arrays, strict=True))), part, t, w)
+                parameters = (dict(zip(names, arrays, strict=True)),) if names else ()
+                return _with_gradient(lambda x: head(x, *parameters), part, t, w)
 
             (_, value), found = mx.value_and_grad(with_gradient, tuple(range(1 + len(arrays))))(part, *arrays)
             gradient, *others = found if arrays else (found,)
