@@ -55,7 +55,7 @@ def check_settings(config: RunConfig, engine: str) -> None:
     if config.lr_schedule != "wsd" and config.decay_ratio != default("decay_ratio"):
         raise UserError(f"decay_ratio is of lr_schedule = wsd, not of {config.lr_schedule}", hint="leave one out")
     if config.fsdp and launched() != "torch":
-        raise UserError("fsdp cuts the weights over several processes", hint="start the command with torchrun, or leave it out")
+        raise UserError("fsdp cuts the weights over several processes", hint="start the command with torchrun, or --set fsdp=false")
     for name, values, package, extra in PACKAGES:
         value = getattr(config, name)
         if value in values and importlib.util.find_spec(package) is None:

@@ -36,7 +36,7 @@ from mlx_finetune.engines.torch.lora import LoRAEmbedding, LoRALinear, TiedHead,
 from mlx_finetune.engines.torch.loss import loss_sum
 from mlx_finetune.engines.torch.memory import keep_blocks
 from mlx_finetune.engines.torch.optimizers import updater_of
-from mlx_finetune.engines.torch.ranks import ranks_of, sum_gradients
+from mlx_finetune.engines.torch.ranks import gathering, ranks_of, sum_gradients
 from mlx_finetune.engines.work import Work, in_step, share_of, works_of
 from mlx_finetune.errors import UserError
 
@@ -82,7 +82,7 @@ class TorchEngine:
         mine = share_of(sizes, self.ranks.rank, self.ranks.size)
         for number, counts in in_step(mine, sizes, self.ranks.size) if self.lockstep else [(number, 1.0) for number in mine]:
             self._draw(seed, number, works[number])
-            with along(self.model, works[number].tree):
+            with gathering(), along(self.model, works[number].tree):
                 part = self._loss(works[number]) * (counts / total)
                 part.backward()
             loss += part.detach()
@@ -105,7 +105,8 @@ class TorchEngine:
     @torch.no_grad()
     def loss_sum(self, batch: Batch) -> float:
         """See `Engine.loss_sum`."""
-        return self._loss(Work.of_rows(batch)).item()
+        with gathering():
+            return self._loss(Work.of_rows(batch)).item()
 
     @torch.no_grad()
     def generate(self, prompt: Sequence[int], limit: int, stop: frozenset[int]) -> Iterator[int]:

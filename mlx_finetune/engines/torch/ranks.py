@@ -1,7 +1,9 @@
 """Processes that torchrun started, and sums over them."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -9,6 +11,8 @@ import torch.distributed as dist
 
 from mlx_finetune.engines.ranks import Alone, PeerGone, Ranks
 from mlx_finetune.launched import launched
+
+LOST = re.compile(r"(closed|reset) by peer|broken pipe|gloo|nccl", re.IGNORECASE)  # what torch says of a connection
 
 
 class Torchrun:
@@ -38,7 +42,27 @@ class Torchrun:
         try:
             dist.all_reduce(tensor)
         except RuntimeError as error:  # torch.distributed.DistBackendError is one
-            raise PeerGone(str(error).splitlines()[0].rpartition("] ")[2][:120]) from error
+            raise PeerGone(_first_line(error)) from error
+
+
+@contextmanager
+def gathering() -> Iterator[None]:
+    """Inside, weights are gathered from other processes.
+
+    Raises:
+        PeerGone: one of them is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        raise PeerGone(_first_line(error)) from error
+
+
+def _first_line(error: RuntimeError) -> str:
+    said, _, _ = str(error).splitlines()[0].rpartition("] ")[2].partition(". This is")
+    return said[:120]
 
 
 def ranks_of(device: str) -> Ranks:
