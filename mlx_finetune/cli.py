@@ -130,7 +130,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a LoRA adapter: metrics, checkpoints that peft opens, and a picture of the loss."""
+    """Train an adapter, or all weights: metrics, checkpoints that peft opens, and a picture of the loss."""
     from mlx_finetune.commands import train_command
 
     named = {"model": model, "data": data, "out": out, "engine": engine}

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
-from mlx_finetune.data.trees import Placed
 from mlx_finetune.engines import TRUNK, Arrays, StepResult, process_peak
 from mlx_finetune.engines.adapter import HEAD, LAYER, Target, check_targets, choose_targets, initial_adapter, scale_of
 from mlx_finetune.engines.full import choose_weights, read_weights
-from mlx_finetune.engines.mlx.attention import Layout, follows_layout, install
+from mlx_finetune.engines.mlx.attention import follows_layout, install
+from mlx_finetune.engines.mlx.input import Input
 from mlx_finetune.engines.mlx.load import load_model
 from mlx_finetune.engines.mlx.lora import LoRAEmbedding, LoRALinear, noisy, row_norms, set_dropout
 from mlx_finetune.engines.mlx.loss import Caught, Given, loss_sum, value_of
@@ -34,32 +33,6 @@ from mlx_finetune.files import read_json
 from mlx_finetune.models.weights import fingerprint
 
 Parameters = dict[str, mx.array]
-
-
-@dataclass(frozen=True)
-class Input:
-    """`Work` as MLX takes it."""
-
-    inputs: mx.array  # int32 [B, T]
-    rows: tuple[Placed, ...]
-    layout: Layout | None  # None: each sees all before it in its row
-    places: mx.array  # int32 [n], in the flattened inputs
-    targets: mx.array  # int32 [n]
-    weights: mx.array  # float32 [n]
-    noise: mx.array | None = None  # on the embeddings [B, T, D]
-
-    @classmethod
-    def of(cls, work: Work, by_layout: bool, noise: np.ndarray | None = None) -> "Input":
-        """`by_layout`: rows follow a layout too, as trees do."""
-        layout = None
-        if work.tree or (by_layout and work.inputs.shape[1] > 1):
-            layout = Layout(work.segments, work.tree.positions if work.tree else None)
-        inputs, places, targets, weights = map(mx.array, (work.inputs, work.places, work.targets, work.weights))
-        return cls(inputs, work.rows, layout, places, targets, weights, None if noise is None else mx.array(noise))
-
-    def layouts(self, layers: int) -> list[Layout] | None:
-        """As the model's layers take caches."""
-        return None if self.layout is None else [self.layout] * layers
 
 
 class MlxEngine:
