@@ -13,6 +13,7 @@ class Interrupt:
     """`asked` becomes true at the first Ctrl-C, and at SIGTERM: of a cluster that takes the machine back, or of a launcher."""
 
     asked: bool = False
+    ending: bool = False  # set where a run ends by itself: a launcher that ends it too is to let it say so
 
 
 @contextmanager
@@ -35,4 +36,4 @@ def interruptible() -> Iterator[Interrupt]:
         yield interrupt
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if interrupt.ending and number == signal.SIGTERM else handler)

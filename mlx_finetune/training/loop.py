@@ -53,16 +53,18 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
     """
     loop = _Loop(engine, dataset, config, run, origin, start, advance)
     loop.begin()
-    try:
-        with interruptible() as interrupt, ahead(dataset, config, loop.steps) as batches, watched() as watch:
-            while loop.done < loop.steps and not loop.stopped:
-                loop.step(batches)
-                better, shortage = loop.look_at_held_out(), watch.shortage()
-                loop.stop(any_of(engine.ranks, interrupt.asked or bool(shortage)), shortage)
-                loop.save(better)
-    except (PeerGone, NoMemory):
-        loop.save_unfinished()
-        raise
+    with interruptible() as interrupt:
+        try:
+            with ahead(dataset, config, loop.steps) as batches, watched() as watch:
+                while loop.done < loop.steps and not loop.stopped:
+                    loop.step(batches)
+                    better, shortage = loop.look_at_held_out(), watch.shortage()
+                    loop.stop(any_of(engine.ranks, interrupt.asked or bool(shortage)), shortage)
+                    loop.save(better)
+        except (PeerGone, NoMemory) as error:
+            interrupt.ending = isinstance(error, PeerGone)
+            loop.save_unfinished()
+            raise
     return loop.trained()
 
 
