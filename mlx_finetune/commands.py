@@ -116,14 +116,15 @@ def announce(plan: "Plan") -> None:
         UserError: more than there is.
     """
     from mlx_finetune.planning.before_run import check_memory
-    from mlx_finetune.training.remarks import experts_left_alone, untrained_tokens
+    from mlx_finetune.training.remarks import experts_left_alone, folds_nothing, untrained_tokens
     from mlx_finetune.training.run import folding_advice, moved, trunk_bytes
 
     config, dataset = plan.config, plan.dataset
     start = f", going on from {plan.checkpoint.name}" if plan.checkpoint else ""
     say(f"training {config.model} on {len(dataset.train)} examples of {config.data}")
     say(f"{plan.steps} steps{start} -> {plan.run}")
-    for remark in (moved(plan), untrained_tokens(plan.model, config, dataset.train), experts_left_alone(plan.model, config)):
+    remarks = moved(plan), folds_nothing(config), experts_left_alone(plan.model, config)
+    for remark in (*remarks, untrained_tokens(plan.model, config, dataset.train)):
         if remark:
             say(remark)
     say(f"{100 * efficiency(dataset.train.lengths, config.batch_size, config.seed):.1f} % of the tokens read are no padding")

@@ -118,7 +118,7 @@ class RunConfig(BaseModel):
         description="blocks: in bounded memory (MLX); flash: the package flash-attn (CUDA); fused: the framework's own; "
         "auto: blocks with MLX on a CPU, else fused",
     )
-    torch_compile: bool = Field(default=False, description="compile the layers (torch); the first steps take minutes")
+    torch_compile: bool = Field(default=False, description="compile the layers (torch); the first step takes a minute or more")
     use_liger_kernel: bool = Field(default=False, description="kernels of the package liger-kernel for norms and gates (CUDA)")
     fsdp: bool = Field(default=False, description="under torchrun: frozen weights cut over the GPUs, for a model larger than one")
     share_prefixes: Literal["auto", "always", "never"] = Field(

@@ -284,9 +284,15 @@ def test_trained_weights_are_rounded_once_to_what_the_base_stores(tmp_path):
 def test_a_training_that_rounding_outweighs_is_told_from_a_wrong_fuse_and_one_that_it_undoes_is_refused(tmp_path):
     model = make_model(tmp_path, False, dtype="bfloat16")
     short = full_checkpoint(model, tmp_path / "short", size=7e-4, names=tuple(tensor_headers(model)))
-    assert fuse_and_verify(model, short, tmp_path / "fused", TEXTS)[1].passed
+    with pytest.raises(UserError, match="by less than their stored precision rounds away"):
+        fuse_and_verify(model, short, tmp_path / "fused", TEXTS)
+    assert not (tmp_path / "fused").exists()
+    fuse(model, short, tmp_path / "fused")
+    found = verify(model, short, tmp_path / "fused", TEXTS)
+    assert found.outweighed and not found.passed
     edit_tensors(short / WEIGHTS, lambda tensors: np.multiply(tensors["model.norm.weight"], 1.1, out=tensors["model.norm.weight"]))
-    assert not verify(model, short, tmp_path / "fused", TEXTS).passed
+    found = verify(model, short, tmp_path / "fused", TEXTS)
+    assert not found.passed and not found.outweighed
     undone = full_checkpoint(model, tmp_path / "undone", size=1e-6)
     with pytest.raises(UserError, match="changes no weight at the precision of BF16"):
         fuse(model, undone, tmp_path / "again")

@@ -16,7 +16,7 @@ from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.engines.torch.device import _built_for, choose_device, without_cuda
 from mlx_finetune.errors import UserError
 from mlx_finetune.planning import before_run
-from mlx_finetune.training.remarks import experts_left_alone, untrained_tokens
+from mlx_finetune.training.remarks import experts_left_alone, folds_nothing, untrained_tokens
 from mlx_finetune.training.schedule import learning_rate
 
 
@@ -109,3 +109,18 @@ def test_without_cuda_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_a_gpu_runs_code_of_its_own_generation_or_what_is_compiled_for_it(major: int, minor: int, runs: bool) -> None:
     assert _built_for(major, minor, ["sm_75", "sm_80", "sm_90a", "compute_90"]) == runs
+
+
+def test_a_pattern_that_means_the_embeddings_is_taken_for_training_them(tiny_llama: Path, data: Dataset, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"][1:3] = 0
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    assert untrained_tokens(model, config(target_modules=r".*(q_proj|embed_tokens)"), data.train) is None
+    assert untrained_tokens(model, config(target_modules=r".*(q|v)_proj"), data.train)
+
+
+def test_a_setting_that_has_nothing_to_act_on_is_named() -> None:
+    assert "pack_length has no effect" in (folds_nothing(config(pack_length=900, share_prefixes="never")) or "")
+    assert folds_nothing(config(pack_length=900)) is None and folds_nothing(config(share_prefixes="never")) is None

@@ -3,9 +3,9 @@
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ ROUTERS = ("gate", "router", "shared_expert_gate")  # of mixtures of experts: sm
 HEAD = "lm_head"
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+Chosen = TypeVar("Chosen", bound=Mapping[str, Any])
 Norms = Callable[[str], np.ndarray]  # of a module: the length of each row of its weight, float32 [rows]
 
 
@@ -37,31 +38,52 @@ def choose_targets(modules: Mapping[str, Target], config: RunConfig) -> dict[str
         UserError: a name or a pattern in `target_modules` that no module has, or more layers than the model has.
     """
     in_layers = [name for name in modules if LAYER.search(name) and name.rsplit(".", 1)[-1] not in ROUTERS]
-    layers = sorted({int(LAYER.search(name)[1]) for name in in_layers})  # type: ignore[index]
-    if not layers:
+    if not in_layers:
         raise UserError("this model has no linear layers that can be adapted", hint="choose a model of another architecture")
-    if config.num_layers and config.num_layers > len(layers):
-        raise UserError(f"num_layers = {config.num_layers}: the model has {len(layers)}", hint="leave it out to adapt all")
-    last = set(layers[-config.num_layers :] if config.num_layers else layers)
+    last = last_layers(in_layers, config)
     outside = [name for name in modules if not LAYER.search(name)]
-    chosen = _named(in_layers, outside, config.target_modules)
-    return {n: modules[n] for n in chosen if not (found := LAYER.search(n)) or int(found[1]) in last}
+    chosen = in_layers if config.target_modules == "all-linear" else named(in_layers + outside, config.target_modules)
+    kept = {n: modules[n] for n in chosen if not (found := LAYER.search(n)) or int(found[1]) in last}
+    return check_some(kept, config)
 
 
-def _named(in_layers: list[str], outside: list[str], asked: str | tuple[str, ...]) -> list[str]:
-    if asked == "all-linear":
-        return in_layers
+def last_layers(names: Iterable[str], config: RunConfig) -> set[int]:
+    """The numbers of the layers that `num_layers` speaks of, of those that stand in `names`.
+
+    Raises:
+        UserError: more than there are.
+    """
+    layers = sorted({int(found[1]) for name in names if (found := LAYER.search(name))})
+    if config.num_layers and config.num_layers > len(layers):
+        raise UserError(f"num_layers = {config.num_layers}: the model has {len(layers)}", hint="leave it out for all")
+    return set(layers[-config.num_layers :] if config.num_layers else layers)
+
+
+def named(modules: Sequence[str], asked: str | tuple[str, ...]) -> list[str]:
+    """The modules that a pattern for whole paths, or names and paths, mean.
+
+    Raises:
+        UserError: one of them means none.
+    """
     if isinstance(asked, str):
-        if found := [name for name in [*in_layers, *outside] if re.fullmatch(asked, name)]:
+        if found := [name for name in modules if re.fullmatch(asked, name)]:
             return found
-        raise UserError(f"target_modules: {asked!r} matches no layer", hint=f"a path is such as {in_layers[0]}")
-    known = sorted({name.rsplit(".", 1)[-1] for name in [*in_layers, *outside]})
+        raise UserError(f"target_modules: {asked!r} matches no layer", hint=f"a path is such as {modules[0]}")
+    known = sorted({name.rsplit(".", 1)[-1] for name in modules})
     for target in asked:
-        if target not in known and target not in in_layers and target not in outside:
+        if target not in known and target not in modules:
             near = difflib.get_close_matches(target, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
             raise UserError(f"target_modules: no layer of this model is called {target!r}", hint=hint)
-    return [name for name in [*in_layers, *outside] if name in asked or name.rsplit(".", 1)[-1] in asked]
+    return [name for name in modules if name in asked or name.rsplit(".", 1)[-1] in asked]
+
+
+def check_some(chosen: Chosen, config: RunConfig) -> Chosen:
+    """Gives back what it is given; raises UserError where that is nothing."""
+    if not chosen:
+        what = f"target_modules = {config.target_modules} and num_layers = {config.num_layers}"
+        raise UserError(f"{what} leave nothing to train", hint="the last layers have none of these modules: leave one out")
+    return chosen
 
 
 def check_targets(targets: Mapping[str, Target], tied: bool, config: RunConfig, head: str = HEAD) -> None:

@@ -1,14 +1,12 @@
 """Full fine-tuning: which weights are trained, and what they are in the original checkpoint. Numpy only."""
 
-import difflib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from mlx_finetune.config import RunConfig
-from mlx_finetune.engines.adapter import LAYER
+from mlx_finetune.engines.adapter import LAYER, check_some, last_layers, named
 from mlx_finetune.errors import UserError
 from mlx_finetune.models.weights import ITEM_BYTES, read_float32, tensor_headers
 
@@ -21,32 +19,18 @@ def choose_weights(weights: Mapping[str, tuple[int, ...]], config: RunConfig) ->
     Raises:
         UserError: a name or a pattern in `target_modules` that no module has, or more layers than the model has.
     """
-    layers = sorted({int(found[1]) for name in weights if (found := LAYER.search(name))})
-    if config.num_layers and config.num_layers > len(layers):
-        raise UserError(f"num_layers = {config.num_layers}: the model has {len(layers)}", hint="leave it out to train all")
+    last = last_layers(weights, config)
     chosen = {name: tuple(shape) for name, shape in sorted(weights.items())}
     if config.num_layers:
-        last = set(layers[-config.num_layers :])
         chosen = {n: shape for n, shape in chosen.items() if (found := LAYER.search(n)) and int(found[1]) in last}
-    if config.target_modules == "all-linear":
-        return chosen
-    return {name: shape for name, shape in chosen.items() if name in _named(list(weights), config.target_modules)}
+    if config.target_modules != "all-linear":
+        modules = set(named(list(dict.fromkeys(map(_module_of, weights))), config.target_modules))
+        chosen = {name: shape for name, shape in chosen.items() if _module_of(name) in modules}
+    return check_some(chosen, config)
 
 
-def _named(weights: list[str], asked: str | tuple[str, ...]) -> set[str]:
-    modules = {name: name.rpartition(".")[0] for name in weights}
-    if isinstance(asked, str):
-        found = {name for name, module in modules.items() if re.fullmatch(asked, module)}
-        if not found:
-            raise UserError(f"target_modules: {asked!r} matches no layer", hint=f"a path is such as {modules[weights[0]]}")
-        return found
-    known = {module.rpartition(".")[2] for module in modules.values()}
-    for target in asked:
-        if target not in known and target not in modules.values():
-            near = difflib.get_close_matches(target, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}"
-            raise UserError(f"target_modules: no layer of this model is called {target!r}", hint=hint)
-    return {name for name, module in modules.items() if module in asked or module.rpartition(".")[2] in asked}
+def _module_of(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

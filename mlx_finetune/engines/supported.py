@@ -1,6 +1,7 @@
 """What an engine does not have, refused by name before anything is loaded. Neutral: no framework is imported."""
 
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 from mlx_finetune.config import RunConfig, default
@@ -35,20 +36,14 @@ PACKAGES = (  # setting, value, package, and the extra that brings it
 
 def check_settings(config: RunConfig, engine: str) -> None:
     """Raises UserError, by name, for what `engine` does not have, what does not go together, and what is not installed."""
-    for name, values, hint in LACKS[engine]:
-        value = getattr(config, name)
-        if value in values if values else value != default(name):
-            raise UserError(f"{name} = {_said(value)} is not there with the {engine} engine", hint=hint)
+    for name, hint in _lacking(config, engine):
+        raise UserError(f"{name} = {_said(getattr(config, name))} is not there with the {engine} engine", hint=hint)
     if config.fine_tune_type == "full":
         for name in OF_ADAPTERS:
             if getattr(config, name) != default(name):
                 raise UserError(f"{name} is for adapters, and fine_tune_type = full trains the weights", hint="leave one out")
         if config.dtype not in ("auto", "float32"):
             raise UserError("fine_tune_type = full trains in float32", hint="leave dtype out: on CUDA it multiplies in bfloat16")
-    if config.pack_length and config.share_prefixes == "never":
-        raise UserError(
-            "pack_length says how much is folded together, and share_prefixes = never folds nothing", hint="leave one out"
-        )
     if config.neftune_noise_alpha and (config.share_prefixes == "always" or config.cache_trunk):
         other = "cache_trunk" if config.cache_trunk else "share_prefixes = always"
         raise UserError(f"neftune_noise_alpha and {other} do not go together", hint="each row has noise of its own: leave one out")
@@ -65,11 +60,16 @@ def check_settings(config: RunConfig, engine: str) -> None:
 def for_a_look(config: RunConfig, engine: str) -> RunConfig:
     """The config of a run as `engine` opens it to look at what was trained: without what only training needs."""
     idle = {name: default(name) for name in ("cache_trunk", "torch_compile", "fsdp", "use_liger_kernel")}
-    for name, values, _ in LACKS[engine]:
+    idle |= {name: default(name) for name, _ in _lacking(config, engine)}
+    return config.model_copy(update=idle)
+
+
+def _lacking(config: RunConfig, engine: str) -> Iterator[tuple[str, str]]:
+    """Settings whose value `engine` does not have, and what to do there."""
+    for name, values, hint in LACKS[engine]:
         value = getattr(config, name)
         if value in values if values else value != default(name):
-            idle[name] = default(name)
-    return config.model_copy(update=idle)
+            yield name, hint
 
 
 def _said(value: Any) -> str:

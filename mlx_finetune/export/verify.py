@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from mlx_finetune.errors import UserError
 from mlx_finetune.export.backends import in_mlx, in_transformers
 from mlx_finetune.export.changes import EMBEDDINGS, Change, read_changes
 from mlx_finetune.export.distance import Distances, VerificationError
@@ -40,6 +41,7 @@ class Verified:
     largest_difference, largest_logit: absolute, of single logits; largest_logit is of the tuned model.
     kl: mean over the positions of KL(tuned || fused), nats.
     tolerance: 1e-3 for float32; for BF16 and F16 besides what rounding the same weights costs, measured (see `_compare`).
+    outweighed: it is what it has to be, but rounding leaves the trained weights no nearer to the tuned model than the base is.
     """
 
     backend: Backend
@@ -50,6 +52,7 @@ class Verified:
     kl: float
     tolerance: float
     passed: bool
+    outweighed: bool = False
 
 
 def fuse_and_verify(
@@ -58,7 +61,7 @@ def fuse_and_verify(
     """`fuse`, then `verify`; `out` appears only if the fused model passed. `template`: the chat template that was trained.
 
     Raises:
-        UserError: as `fuse`.
+        UserError: as `fuse`; or rounding outweighs what was trained, so that nothing of it could be handed back.
         VerificationError: the fused model is not base + what was trained; nothing is left.
     """
     with atomic_folder(out) as folder:
@@ -66,6 +69,9 @@ def fuse_and_verify(
         if template:
             write_template(folder, template)
         verified = verify(model, checkpoint, folder, texts)
+        if verified.outweighed:
+            what = "it changes the weights by less than their stored precision rounds away"
+            raise UserError(f"{checkpoint}: {what}; {out} was not written", hint="train longer, or with a higher learning_rate")
         if not verified.passed:
             raise VerificationError(f"{out} was not written: the fused model is not base + what was trained: {verified}")
     return fused, verified
@@ -76,7 +82,7 @@ def verify(model: Path, checkpoint: Path, fused: Path, texts: Sequence[str]) -> 
 
     Runs in transformers and peft where torch and peft are installed, else in MLX; the result says which. Passes when no
     key is missing or unexpected, the largest difference is within the tolerance, the fused model differs from the tuned one
-    by no more than the rounding of the stored weights, and is nearer to it than the base is, where rounding leaves it nearer.
+    by no more than the rounding of the stored weights, and is nearer to it than the base is.
     Of each text the first 256 tokens are compared.
     """
     changes = read_changes(model, checkpoint)
@@ -92,8 +98,7 @@ def _compare(backend: Backend, found: Distances, is_rounded: bool) -> Verified:
     tolerance = TOLERANCE + (found.rounded.largest if is_rounded else 0.0)
     only_rounded = found.fused_to_rounded.rms <= TIES * found.rounded.rms + NOISE * found.largest_logit
     nearer = found.fused.rms < found.base.rms or found.fused.rms <= NOISE * found.largest_logit
-    # A training so short that rounding outweighs it: no fused model can be nearer
-    nearer |= found.rounded.rms >= found.base.rms
+    right = not (found.missing or found.unexpected) and found.fused.largest <= tolerance and only_rounded
     return Verified(
         backend=backend,
         missing=found.missing,
@@ -102,7 +107,8 @@ def _compare(backend: Backend, found: Distances, is_rounded: bool) -> Verified:
         largest_logit=found.largest_logit,
         kl=found.fused.kl,
         tolerance=tolerance,
-        passed=not (found.missing or found.unexpected) and found.fused.largest <= tolerance and only_rounded and nearer,
+        passed=right and nearer,
+        outweighed=right and not nearer and found.rounded.rms >= found.base.rms,
     )
 
 

@@ -86,8 +86,7 @@ def load_checkpoint(folder: Path) -> tuple[Arrays, dict[str, Any]]:
         moments = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: not a whole checkpoint: {error}", hint=DAMAGED) from error
-    names = {name: name.removeprefix(PEFT_PREFIX) for name in trained}
-    return {f"adapter/{names[n]}": a for n, a in trained.items()} | moments, progress
+    return {f"adapter/{n.removeprefix(PEFT_PREFIX)}": a for n, a in trained.items()} | moments, progress
 
 
 def read_progress(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a person should know of a run before it starts, read from the files of the model and the data."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.dataset import ExampleStore
 from mlx_finetune.files import read_json
-from mlx_finetune.models.weights import TensorLocation, read_rows, tensor_headers
+from mlx_finetune.models.weights import ITEM_BYTES, TensorLocation, read_rows, tensor_headers
 
 LOOKED_AT = 200  # examples
 TOO_SHORT = 0.1  # of the length that embeddings usually have
@@ -20,7 +21,7 @@ def untrained_tokens(model: Path, config: RunConfig, examples: ExampleStore) -> 
 
     Told by their embeddings: next to nothing, or the same for several tokens.
     """
-    if config.fine_tune_type == "full" or "embed" in str(config.target_modules):
+    if config.fine_tune_type == "full" or _adapts_embeddings(config):
         return None
     special, location = _special(model), _embeddings(model)
     if not special or location is None:
@@ -43,14 +44,27 @@ def untrained_tokens(model: Path, config: RunConfig, examples: ExampleStore) -> 
     return f"{', '.join(names)}: in the data, but the model never learned their embeddings, nor will this run ({hint})"
 
 
+def folds_nothing(config: RunConfig) -> str | None:
+    """That a setting has nothing to act on, in a sentence."""
+    if config.pack_length and config.share_prefixes == "never":
+        return "pack_length has no effect: share_prefixes = never folds nothing together"
+    return None
+
+
 def experts_left_alone(model: Path, config: RunConfig) -> str | None:
     """That the experts of a mixture are not adapted, in a sentence."""
     found = read_json(model / "config.json")
-    if config.fine_tune_type == "full" or not any(
-        found.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")
-    ):
+    if config.fine_tune_type == "full" or not any(map(found.get, ("num_experts", "num_local_experts", "n_routed_experts"))):
         return None
-    return "a mixture of experts: its attention is adapted, its experts and what chooses among them stay as they are"
+    return "a mixture of experts: the experts and what chooses among them are not adapted"
+
+
+def _adapts_embeddings(config: RunConfig) -> bool:
+    modules = [name.removesuffix(".weight") for name in EMBEDDINGS]
+    asked = config.target_modules
+    if isinstance(asked, str):
+        return asked != "all-linear" and any(re.fullmatch(asked, module) for module in modules)
+    return any(module in asked or module.rpartition(".")[2] in asked for module in modules)
 
 
 def _special(model: Path) -> dict[int, str]:
@@ -65,4 +79,4 @@ def _special(model: Path) -> dict[int, str]:
 def _embeddings(model: Path) -> TensorLocation | None:
     headers = tensor_headers(model)
     found = next((headers[name] for name in EMBEDDINGS if name in headers), None)
-    return found if found is not None and found.dtype in ("F32", "F16", "BF16") else None
+    return found if found is not None and found.dtype in ITEM_BYTES else None

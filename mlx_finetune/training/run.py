@@ -219,8 +219,8 @@ def moved(plan: Plan) -> str | None:
         return None
     what = ", ".join(f"{name} {value} -> {getattr(config, name)}" for name, value in changed.items())
     dropout = ", and dropout drops others" if config.dropout and "engine" in changed else ""
-    kept = "adapter, optimizer and place in the data are the same" if config.fine_tune_type != "full" else "nothing is lost"
-    return f"goes on with {what}: {kept}; rounding differs{dropout}"
+    trained = "weights" if config.fine_tune_type == "full" else "adapter"
+    return f"goes on with {what}: {trained}, optimizer and place in the data are the same; rounding differs{dropout}"
 
 
 def packed(config: RunConfig, dataset: Dataset) -> RunConfig:

@@ -82,8 +82,8 @@ class AdamW8bit:
         from bitsandbytes.optim import AdamW8bit as Optimizer
 
         self.parameters, self._functional = parameters, functional
-        groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in _groups(config, parameters)]
-        self._factors = [group["factor"] for group in _groups(config, parameters)]
+        groups = _groups(config, parameters)
+        self._factors = [group.pop("factor") for group in groups]
         self.optimizer = Optimizer(groups, lr=0.0, betas=BETAS, eps=EPSILON)
 
     def step(self, rate: float) -> None:
