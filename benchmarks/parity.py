@@ -15,7 +15,7 @@ from typing import Any
 
 import parity_runs as runs
 from tables import ENGINES, Figures, Table, each, run, sample_data
-from test_parity import ADAPTER, ARCHITECTURES, LOSS, NEAR_EPSILON, NORM, SETTINGS, TIED
+from test_parity import ADAPTER, ARCHITECTURES, LOSS, NEAR_EPSILON, NORM, SETTINGS, TIED, near_epsilon
 from tiny_models import make_tiny
 
 from mlx_finetune.models.gguf import find_smollm2, gguf_to_hugging_face
@@ -109,12 +109,6 @@ def tables(jobs: Sequence[tuple[Any, ...]], results: Sequence[Any], settings: di
             Table("Epochs", EPOCHS, epochs, {}, ("each once",)),
         ]
     return [table for table in made if table.rows]
-
-
-def near_epsilon(settings: Figures) -> bool:
-    """Whether there are many gradients so small that rounding decides what AdamW makes of them: all weights are trained."""
-    whole = settings.get("fine_tune_type") == "full" and "num_layers" not in settings
-    return whole and settings.get("optimizer", "adamw") == "adamw"
 
 
 def real(ours: Sequence[float], theirs: Sequence[float]) -> Table:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import numpy as np
 from safetensors.numpy import load_file
 from tables import ENGINES, Figures, distance, sample_data
-from test_engines import config, random_batch, spread
+from test_parity import FALLING, STEPS, twenty_steps
 from tiny_models import make_tiny
 
 import mlx_finetune.engines.mlx  # noqa: F401  before MLX is imported: its fast BLAS
@@ -26,16 +26,13 @@ from mlx_finetune.training.metrics import read_metrics
 from mlx_finetune.training.run import execute, plan_resume, plan_run
 from mlx_finetune.training.schedule import learning_rate
 
-STEPS = 20
-FALLING = {"learning_rate": 1e-3, "lr_schedule": "linear", "warmup_ratio": 0.0}
 ROUNDING = 1e-5  # in a weight: beyond it, rounding decided which way a step went
 SHAPES = ((1, 1), (2, 2), (3, 4), (7, 1), (1000, 8))  # of steps: examples in a micro-batch, micro-batches
-Run = tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]  # losses, gradient norms, the state at the end
 
 
 def engines_apart(name: str, model: Path, settings: Figures) -> Figures:
     """Largest differences between the engines after 20 steps of two micro-batches, as a row of a table."""
-    (loss, norm, state), (loss_, norm_, state_) = (steps_of(engine, model, FALLING | settings) for engine in ENGINES)
+    (loss, norm, state), (loss_, norm_, state_) = (twenty_steps(engine, model, settings) for engine in ENGINES)
     assert state.keys() == state_.keys()
     apart = [np.abs(state[n] - state_[n]).ravel() for n in state if n.startswith("adapter/")]
     weights = np.concatenate(apart)
@@ -47,17 +44,6 @@ def engines_apart(name: str, model: Path, settings: Figures) -> Figures:
         "weights trained": len(weights),
         f"of them off by more than {ROUNDING:.0e}": int((weights > ROUNDING).sum()),
     }
-
-
-def steps_of(engine: str, model: Path, settings: Figures) -> Run:
-    """One engine's; an adapter is begun away from zero, so that gradients reach A too."""
-    how = config(engine, **settings)
-    opened = open_engine(how, model)
-    if how.fine_tune_type != "full":
-        spread(opened)
-    rates = [learning_rate(i, STEPS, how) for i in range(STEPS)]
-    results = [opened.step([random_batch(i), random_batch(i + 100)], rate, seed=i) for i, rate in enumerate(rates)]
-    return np.array([r.loss for r in results]), np.array([r.grad_norm for r in results]), opened.state()
 
 
 def tiny_apart(name: str, model_type: str, settings: Figures, changes: Figures, folder: Path) -> Figures:

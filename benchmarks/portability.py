@@ -39,7 +39,7 @@ class What:
 
     kinds: Sequence[str] = tuple(KINDS)
     peft: Sequence[str] = tuple(PEFT)
-    mlx_lm: Sequence[str] = runs.MLX_LM
+    mlx_lm: Sequence[str] = runs.KINDS_OF_MLX_LM
     workers: int = 2  # processes
 
 

@@ -1,6 +1,5 @@
 """What portability.py measures: a run of each kind moved between the engines, and adapters of peft and mlx-lm as starts of runs."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from tables import ENGINES, Figures, distance
-from test_portable import KINDS, PEFT, peft_adapter, tensors_of
+from test_portable import KINDS, MLX_LM, PEFT, mlx_lm_adapter, peft_adapter, tensors_of
 from test_training import cut_after, losses, settings
 from test_training import run as whole_run
 
@@ -23,8 +22,7 @@ from mlx_finetune.data.sources.openassistant import SOURCE as OPENASSISTANT
 from mlx_finetune.training.run import execute, plan_resume
 
 HALF = 5  # of ten steps
-MLX_LM = ("lora", "dora")
-HOW: Figures = {"rank": 4, "scale": 5.0, "dropout": 0.0, "keys": ["self_attn.q_proj", "mlp.up_proj"]}  # of mlx-lm's adapters
+KINDS_OF_MLX_LM = ("lora", "dora")
 LEAVES = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "m": ".lora_magnitude_vector"}  # mlx-lm's and peft's
 
 
@@ -69,7 +67,7 @@ def started(made_by: str, kind: str, model: Path, data: Path, folder: Path) -> F
         adapter, _ = peft_adapter(model, folder / "adapter", **PEFT[kind])
         by_peft = loss_by_peft(model, adapter, data)
     else:
-        adapter = mlx_lm_adapter(model, kind, folder / "adapter")
+        adapter, _ = mlx_lm_adapter(model, kind, folder / "adapter")
         by_peft = loss_by_peft(model, in_peft_words(adapter, kind, folder / "peft"), data)
     row: Figures = {"adapter": f"{made_by}, {kind}", "loss by peft": f"{by_peft:.6f}"}
     for engine in ENGINES:
@@ -118,32 +116,13 @@ def held_out(data: Path, logits: Any) -> float:
     return total / weight
 
 
-def mlx_lm_adapter(model: Path, kind: str, folder: Path) -> Path:
-    """An adapter as mlx_lm.lora saves it, its B not zero."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-    from mlx_lm.utils import load_model
-
-    opened = load_model(model)[0]
-    opened.freeze()
-    linear_to_lora_layers(opened, 2, HOW, use_dora=kind == "dora")
-    mx.random.seed(0)
-    arrays = {name: array + 0.02 * mx.random.normal(array.shape) for name, array in tree_flatten(opened.trainable_parameters())}
-    folder.mkdir(parents=True)
-    save_file({name: np.array(array) for name, array in arrays.items()}, folder / "adapters.safetensors")
-    told = {"fine_tune_type": kind, "num_layers": 2, "lora_parameters": HOW}
-    (folder / "adapter_config.json").write_text(json.dumps(told), encoding="utf-8")
-    return folder
-
-
 def in_peft_words(adapter: Path, kind: str, folder: Path) -> Path:
     """mlx-lm's adapter as peft reads it: matrices the other way round, alpha = scale * rank."""
     from peft import LoraConfig
 
     how = {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [2, 3], "use_dora": kind == "dora"}
-    rank = HOW["rank"]
-    LoraConfig(r=rank, lora_alpha=HOW["scale"] * rank, task_type="CAUSAL_LM", **how).save_pretrained(folder)
+    rank = MLX_LM["rank"]
+    LoraConfig(r=rank, lora_alpha=MLX_LM["scale"] * rank, task_type="CAUSAL_LM", **how).save_pretrained(folder)
     arrays = {}
     for name, array in load_file(adapter / "adapters.safetensors").items():
         module, _, leaf = name.rpartition(".")

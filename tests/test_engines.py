@@ -33,13 +33,13 @@ def random_batch(seed: int, rows: int = 2, length: int = 24) -> Batch:
     return Batch.of(examples)
 
 
-def spread(engine: Engine, seed: int = 1) -> None:
-    """B away from zero, so that gradients reach A too."""
+def spread(engine: Engine, seed: int = 1, scale: float = 0.02) -> None:
+    """B away from zero, so that gradients reach A too; its standard deviation is `scale`."""
     random = np.random.default_rng(seed)
     state = engine.state()
     for name in sorted(state):
         if name.startswith("adapter/") and "lora_B" in name:
-            state[name] = random.normal(0, 0.02, state[name].shape).astype(np.float32)
+            state[name] = random.normal(0, scale, state[name].shape).astype(np.float32)
     engine.load_state(state, step=0)
 
 

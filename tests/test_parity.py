@@ -13,9 +13,11 @@ from tiny_models import make_tiny
 
 from mlx_finetune.engines import open_engine
 from mlx_finetune.errors import UserError
+from mlx_finetune.training.schedule import learning_rate
 
 STEPS = 20
-LOSS, NORM, ADAPTER = 3e-5, 3e-5, 6e-4  # measured: 1.0e-5, 1.1e-5, 2.1e-4
+FALLING = {"learning_rate": 1e-3, "lr_schedule": "linear", "warmup_ratio": 0.0}
+LOSS, NORM, ADAPTER = 1e-5, 3e-5, 3e-4
 # AdamW divides by the root of the second moment: where a gradient is no larger than epsilon, 1e-8, its rounding decides which way
 # a weight goes. Where all weights are trained there are such gradients, with lr 1e-3 off by up to 2e-3 in one weight.
 NEAR_EPSILON = 1e-2
@@ -59,20 +61,30 @@ SETTINGS: dict[str, dict[str, Any]] = {
 TIED = ("embeddings", "full, adafactor", "full, checkpointed, muon")
 
 
+def near_epsilon(settings: dict[str, Any]) -> bool:
+    """Whether there are many gradients so small that rounding decides what AdamW makes of them: all weights are trained."""
+    whole = settings.get("fine_tune_type") == "full" and "num_layers" not in settings
+    return whole and settings.get("optimizer", "adamw") == "adamw"
+
+
 def twenty_steps(engine: str, model: Path, settings: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Losses, gradient norms, and the state at the end; rates fall, micro-batches are accumulated."""
-    opened = open_engine(config(engine, **settings), model)
-    if settings.get("fine_tune_type") != "full":
-        spread(opened)
-    results = [opened.step([random_batch(i), random_batch(i + 100)], 1e-3 * (1 - i / STEPS), seed=i) for i in range(STEPS)]
+    """Losses, gradient norms, and the state at the end; rates fall, micro-batches are accumulated.
+
+    An adapter is begun away from zero, so that gradients reach A too; far enough that few gradients of A, which are
+    in proportion to B, are as small as epsilon: over six settings and four draws the worst loss was off by 4e-6, at .02 by 1.5e-5.
+    """
+    how = config(engine, **FALLING | settings)
+    opened = open_engine(how, model)
+    if how.fine_tune_type != "full":
+        spread(opened, scale=0.05)
+    rates = [learning_rate(i, STEPS, how) for i in range(STEPS)]
+    results = [opened.step([random_batch(i), random_batch(i + 100)], rate, seed=i) for i, rate in enumerate(rates)]
     return np.array([r.loss for r in results]), np.array([r.grad_norm for r in results]), opened.state()
 
 
 def check_parity(model: Path, settings: dict[str, Any]) -> None:
     (loss, norm, state), (loss_, norm_, state_) = (twenty_steps(engine, model, settings) for engine in ("mlx", "torch"))
-    loose = (
-        settings.get("fine_tune_type") == "full" and settings.get("optimizer", "adamw") == "adamw" and "num_layers" not in settings
-    )
+    loose = near_epsilon(settings)
     np.testing.assert_allclose(loss, loss_, atol=NEAR_EPSILON if loose else LOSS)
     np.testing.assert_allclose(norm, norm_, rtol=NEAR_EPSILON if loose else NORM)
     assert state.keys() == state_.keys() and len(state) > 10

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from peft_oracle import loss_sum
 from safetensors.numpy import load_file, save_file
 from test_engines import config, random_batch
 from test_training import cut_after, losses, prepared, run, settings, tensors
@@ -75,14 +76,16 @@ def test_the_message_names_dropout_and_precision_where_they_change(tiny_llama: P
     )
 
 
-def peft_adapter(model: Path, folder: Path, **how: Any) -> tuple[Path, np.ndarray]:
-    """An adapter that peft made and saved, its B not zero, and the logits with it."""
+def peft_adapter(model: Path, folder: Path, **how: Any) -> tuple[Path, float]:
+    """An adapter that peft made and saved, its B not zero, and the loss of a batch with it."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    made = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **how))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # A too is the same in every run
+        made = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **how))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
@@ -91,10 +94,7 @@ def peft_adapter(model: Path, folder: Path, **how: Any) -> tuple[Path, np.ndarra
             if "magnitude" in name:
                 parameter.mul_(1 + 0.1 * torch.rand(parameter.shape, generator=generator))
         made.save_pretrained(folder, save_embedding_layers=False)
-        batch = random_batch(3)
-        logits = made(torch.from_numpy(batch.inputs).long()).logits.double()
-    chosen = torch.log_softmax(logits, -1).gather(-1, torch.from_numpy(batch.targets).long()[..., None])[..., 0]
-    return folder, -(chosen.numpy() * batch.weights).sum()
+        return folder, loss_sum(made, random_batch(3)).item()
 
 
 PEFT = {
@@ -139,26 +139,37 @@ def test_an_adapter_made_by_peft_is_the_start_of_a_run(
     assert engine.loss_sum(random_batch(3)) != pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_an_adapter_made_by_mlx_lm_is_the_start_of_a_run(kind: str, engine_name: str, tiny_llama: Path, tmp_path: Path) -> None:
+MLX_LM: dict[str, Any] = {"rank": 4, "scale": 5.0, "dropout": 0.0, "keys": ["self_attn.q_proj", "mlp.up_proj"]}
+
+
+def mlx_lm_adapter(model: Path, kind: str, folder: Path) -> tuple[Path, Any]:
+    """An adapter on the last two layers as mlx_lm.lora saves it, its B not zero, and the model with it."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     from mlx_finetune.engines.mlx.load import load_model
+
+    opened = load_model(model, "float32")
+    opened.freeze()
+    mx.random.seed(0)
+    linear_to_lora_layers(opened, 2, MLX_LM, use_dora=kind == "dora")
+    arrays = {name: array + 0.02 * mx.random.normal(array.shape) for name, array in tree_flatten(opened.trainable_parameters())}
+    opened.load_weights(list(arrays.items()), strict=False)
+    folder.mkdir(parents=True)
+    save_file({name: np.array(array) for name, array in arrays.items()}, folder / "adapters.safetensors")
+    told = {"fine_tune_type": kind, "num_layers": 2, "lora_parameters": MLX_LM}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    return folder, opened
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_made_by_mlx_lm_is_the_start_of_a_run(kind: str, engine_name: str, tiny_llama: Path, tmp_path: Path) -> None:
+    import mlx.core as mx
+
     from mlx_finetune.training.start import begin, started
 
-    model = load_model(tiny_llama, "float32")
-    how = {"rank": 4, "scale": 5.0, "dropout": 0.0, "keys": ["self_attn.q_proj", "mlp.up_proj"]}
-    model.freeze()
-    linear_to_lora_layers(model, 2, how, use_dora=kind == "dora")
-    mx.random.seed(0)
-    arrays = {name: array + 0.02 * mx.random.normal(array.shape) for name, array in tree_flatten(model.trainable_parameters())}
-    model.load_weights(list(arrays.items()), strict=False)
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    save_file({name: np.array(array) for name, array in arrays.items()}, folder / "adapters.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"fine_tune_type": kind, "num_layers": 2, "lora_parameters": how}))
+    folder, model = mlx_lm_adapter(tiny_llama, kind, tmp_path / "adapter")
     batch = random_batch(3)
     logits = np.array(model(mx.array(batch.inputs))).astype(np.float64)
     logits -= logits.max(-1, keepdims=True)
@@ -213,15 +224,14 @@ def test_a_checkpoint_of_our_own_is_the_start_of_another_run_and_opens_in_peft(
         base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
         opened, batch = PeftModel.from_pretrained(base, checkpoint), random_batch(3)
         with torch.no_grad():
-            logits = opened(torch.from_numpy(batch.inputs).long()).logits.double()
-        chosen = torch.log_softmax(logits, -1).gather(-1, torch.from_numpy(batch.targets).long()[..., None])[..., 0].numpy()
+            expected = loss_sum(opened, batch).item()
         values = {"engine": "torch", "dtype": "float32", "adapter_path": str(checkpoint)}
         from mlx_finetune.training.start import begin, started
 
         resolved = started(make_config(values, "test"), 4)
         engine = open_engine(resolved, tiny_llama)
         begin(engine, resolved, 4)
-        assert engine.loss_sum(batch) == pytest.approx(-(chosen * batch.weights).sum(), rel=1e-5)
+        assert engine.loss_sum(batch) == pytest.approx(expected, rel=1e-5)
 
 
 def test_tied_embeddings_are_saved_for_peft_with_the_head_and_resumed(engine_name: str, data: Path, tmp_path: Path) -> None:

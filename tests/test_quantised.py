@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from peft_oracle import loss_and_norm, put
 from test_engines import config, random_batch, spread
 from tiny_models import make_tiny
 
@@ -40,21 +41,10 @@ def test_loss_and_gradient_on_a_quantised_base_are_those_of_peft(bits: str, kind
     base = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32, quantization_config=how, device_map={"": "cpu"})
     made = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", use_dora=kind == "dora"))
     made.train()  # else a CPU packs the weights anew, and peft reads those as if they were not
-    named = dict(made.named_parameters())
-    with torch.no_grad():
-        for name, array in state.items():
-            if name.startswith("adapter/"):
-                where = "base_model.model." + name.removeprefix("adapter/").removesuffix(".weight")
-                named[f"{where}.default.weight"].copy_(torch.from_numpy(array))
-    logits = made(torch.from_numpy(batch.inputs).long()).logits.float()
-    losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), torch.from_numpy(batch.targets).long().flatten(), reduction="none"
-    )
-    loss = (losses * torch.from_numpy(batch.weights).flatten()).sum() / batch.learned
-    loss.backward()
+    put(state, made)
+    loss, norm = loss_and_norm(made, batch)
     result = engine.step([batch], 1e-3, seed=0)
-    assert result.loss == pytest.approx(loss.item(), rel=1e-4 if bits == "4bit" else 1e-2)
-    norm = torch.stack([p.grad.norm() for p in named.values() if p.grad is not None]).norm().item()
+    assert result.loss == pytest.approx(loss, rel=1e-4 if bits == "4bit" else 1e-2)
     assert result.grad_norm == pytest.approx(norm, rel=1e-3 if bits == "4bit" else 0.05)
 
 

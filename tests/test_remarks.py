@@ -48,7 +48,7 @@ def test_special_tokens_that_nobody_trained_are_named_unless_the_run_trains_them
 
 def test_a_mixture_of_experts_is_told_what_is_not_adapted(tiny_llama: Path, tmp_path: Path) -> None:
     model = make_tiny("qwen3_moe", tmp_path / "model", tokenizer=False)
-    assert "its experts" in (experts_left_alone(model, config()) or "")
+    assert "the experts" in (experts_left_alone(model, config()) or "")
     assert experts_left_alone(tiny_llama, config()) is None
 
 

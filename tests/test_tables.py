@@ -59,9 +59,9 @@ def test_parity_finds_the_engines_alike_in_settings_schedules_and_an_architectur
 
 
 def test_parity_tells_engines_that_differ_apart(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = parity_runs.steps_of
-    other = {"mlx": 1e-3, "torch": 1.1e-3}
-    monkeypatch.setattr(parity_runs, "steps_of", lambda e, model, how: own(e, model, how | {"learning_rate": other[e]}))
+    own = parity_runs.twenty_steps
+    other = {"mlx": 1e-3, "torch": 1.001e-3}
+    monkeypatch.setattr(parity_runs, "twenty_steps", lambda e, model, how: own(e, model, how | {"learning_rate": other[e]}))
     row = parity_runs.engines_apart("x", tiny_llama, {})
     assert any(": loss is" in line for line in Table("T", "why", [row], parity.EVERY).broken())
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from peft_oracle import greedy, loss_and_norm, put
 from test_engines import config, random_batch, spread
 from tiny_models import VOCABULARY
 
@@ -64,23 +65,11 @@ def test_it_is_trained_as_transformers_and_peft_train_it(model_type: str, tmp_pa
     state = engine.state()
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     reference = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=sorted(engine.targets)))
-    named = dict(reference.named_parameters())
-    with torch.no_grad():
-        for name, array in state.items():
-            if name.startswith("adapter/"):
-                where = "base_model.model." + name.removeprefix("adapter/").removesuffix(".weight")
-                named[f"{where}.default.weight"].copy_(torch.from_numpy(array))
-    logits = reference(torch.from_numpy(batch.inputs).long()).logits
-    losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), torch.from_numpy(batch.targets).long().flatten(), reduction="none"
-    )
-    loss = (losses * torch.from_numpy(batch.weights).flatten()).sum() / batch.learned
-    loss.backward()
-    norm = torch.stack([p.grad.norm() for p in named.values() if p.grad is not None]).norm().item()
+    put(state, reference)
+    assert list(engine.generate([5, 9, 17], 4, frozenset())) == greedy(reference, [5, 9, 17], 4)
+    loss, norm = loss_and_norm(reference, batch)
     result = engine.step([batch], 1e-3, seed=0)
-    assert result.loss == pytest.approx(loss.item(), rel=1e-5) and result.grad_norm == pytest.approx(norm, rel=1e-4)
-    expected = [int(token) for token in base.generate(torch.tensor([[5, 9, 17]]), max_new_tokens=1, do_sample=False)[0, 3:]]
-    assert len(expected) == 1 and len(list(engine.generate([5, 9, 17], 3, frozenset()))) == 3
+    assert result.loss == pytest.approx(loss, rel=1e-5) and result.grad_norm == pytest.approx(norm, rel=1e-4)
 
 
 @pytest.mark.parametrize("model_type", REFUSED)

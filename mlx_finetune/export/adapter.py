@@ -8,20 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_finetune.engines.adapter import EMBEDDING_A, EMBEDDING_B, LORA_A, LORA_B, MAGNITUDE, PEFT_PREFIX
+from mlx_finetune.engines.peft_settings import beyond
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.weights import ITEM_BYTES, TensorLocation, file_headers
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
-EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
-# Settings of peft that are read here, and those that change nothing in what the saved A and B mean; others must be off.
-READ = {"peft_type", "task_type", "r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "init_lora_weights", "bias"}
-IDLE = {"base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform"}
-IDLE |= {"auto_mapping", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision"}
-IDLE |= {"ensure_weight_tying"}  # both of the tied pairs are saved, and compared before they are used
-IDLE |= {"fine_tune_type", "lora_parameters", "num_layers"}  # mlx-lm's, which peft passes over
 KINDS = "only LoRA, rsLoRA and DoRA can be fused"
 FINISHED = "use a checkpoint folder of a finished save"
 
@@ -64,9 +57,9 @@ def read_adapter(checkpoint: Path) -> Adapter:
     modules: dict[str, dict[str, TensorLocation]] = {}
     for name, location in file_headers(path).items():
         suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), None)
-        if suffix is None or not name.startswith(PREFIX):
+        if suffix is None or not name.startswith(PEFT_PREFIX):
             raise UserError(f"{path}: tensor {name} is no LoRA matrix of a linear layer or of embeddings", hint=KINDS)
-        modules.setdefault(name.removeprefix(PREFIX).removesuffix(suffix), {})[suffix] = location
+        modules.setdefault(name.removeprefix(PEFT_PREFIX).removesuffix(suffix), {})[suffix] = location
     if not modules:
         raise UserError(f"{path}: no LoRA tensors", hint=FINISHED)
     pairs = {module: _pair(f"{path}: {module}", parts, is_dora) for module, parts in modules.items()}
@@ -80,13 +73,7 @@ def _settings(path: Path) -> tuple[int, float, bool]:
     config = read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is not LORA", hint=KINDS)
-    refused = {key: value for key, value in config.items() if value and key not in READ | IDLE}
-    if config.get("bias", "none") != "none":
-        refused["bias"] = config["bias"]
-    # The others (pissa, olora, loftq ...) change the base weights when peft loads them
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
-        refused["init_lora_weights"] = config["init_lora_weights"]
-    for key, value in refused.items():
+    for key, value in beyond(config).items():
         raise UserError(f"{path}: {key} is {value!r}, which cannot be fused yet", hint=KINDS)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_finetune.export.adapter import CONFIG, EMBEDDING_A, EMBEDDING_B, LORA_A, LORA_B, MAGNITUDE, PREFIX, TENSORS
+from mlx_finetune.engines.adapter import EMBEDDING_A, EMBEDDING_B, LORA_A, LORA_B, MAGNITUDE, PEFT_PREFIX
+from mlx_finetune.export.adapter import CONFIG, TENSORS
 from mlx_finetune.export.changes import HEAD_WEIGHT, is_full
 from mlx_finetune.export.distance import Distance, Distances, VerificationError, distance, largest
 from mlx_finetune.files import read_json
@@ -153,7 +154,7 @@ def _add_to_mlx(network: Any, checkpoint: Path) -> None:
     config = read_json(checkpoint / CONFIG)
     scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
     stored: Any = mx.load(str(checkpoint / TENSORS))
-    tensors = {name.removeprefix(PREFIX): np.array(value.astype(mx.float32)) for name, value in stored.items()}
+    tensors = {name.removeprefix(PEFT_PREFIX): np.array(value.astype(mx.float32)) for name, value in stored.items()}
     for module in sorted({name.rpartition(".lora_")[0] for name in tensors}):
         weight = _mlx_weight(network, f"{module}.weight")
         if weight is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_finetune.engines.adapter import HEAD
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.adapter import TENSORS, Adapter, Pair, read_adapter
 from mlx_finetune.files import read_json
@@ -21,7 +22,7 @@ Rows = Callable[[int, np.ndarray], np.ndarray]
 Headers = dict[str, TensorLocation]
 
 PROGRESS = "progress.json"
-EMBEDDINGS, HEAD = "embed_tokens", "lm_head"
+EMBEDDINGS = "embed_tokens"
 HEAD_WEIGHT = f"{HEAD}.weight"
 # Embeddings and heads of models that call them otherwise: which of them share a weight is not known here.
 OTHER_NAMES = ("embed_in", "embed_out", "wte")

@@ -13,16 +13,11 @@ from safetensors.numpy import load_file
 from mlx_finetune.config import RunConfig
 from mlx_finetune.engines import Arrays, Engine
 from mlx_finetune.engines.adapter import EMBEDDING_A, EMBEDDING_B, HEAD, LAYER, LORA_A, LORA_B, MAGNITUDE, PEFT_PREFIX
+from mlx_finetune.engines.peft_settings import beyond
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 
-PLAIN_START = (True, False, "gaussian", None)  # other ways of peft to begin change the weights beside the adapter
-# What peft can do beside A, B and magnitudes; an adapter that does it cannot be taken up.
-BEYOND = (
-    *("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias", "use_qalora"),
-    *("alora_invocation_tokens", "fan_in_fan_out", "megatron_config", "velora_config", "kasa_config", "use_bdlora"),
-    *("arrow_config", "monteclora_config"),
-)
+PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
 
 
 @dataclass(frozen=True)
@@ -82,11 +77,9 @@ def begin(engine: Engine, config: RunConfig, layers: int) -> None:
 
 
 def _of_peft(folder: Path, found: dict[str, Any]) -> Start:
-    for name in BEYOND:
-        if found.get(name):
-            raise UserError(f"{folder}: {name} = {found[name]!r} of peft is not there", hint="leave adapter_path out")
-    if found.get("bias", "none") != "none" or found.get("init_lora_weights", True) not in PLAIN_START:
-        raise UserError(f"{folder}: it changes more than A and B say", hint="merge it into the model, and leave adapter_path out")
+    for name, value in beyond(found, also=PATTERNS).items():
+        what = f"{folder}: {name} = {value!r}: it changes more than A and B say"
+        raise UserError(what, hint="merge it into the model with peft, and leave adapter_path out")
     arrays = {name.removeprefix(PEFT_PREFIX): array for name, array in _tensors(folder / "adapter_model.safetensors").items()}
     rank, alpha, rslora = int(found["r"]), float(found["lora_alpha"]), bool(found.get("use_rslora"))
     ranks, alphas = found.get("rank_pattern") or {}, found.get("alpha_pattern") or {}
