@@ -13,6 +13,7 @@ from mlx_finetune.models.weights import ITEM_BYTES, TensorLocation, read_rows, t
 
 LOOKED_AT = 200  # examples
 TOO_SHORT = 0.1  # of the length that embeddings usually have
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # how many there are, by architecture
 EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight", "embed_tokens.weight")
 
 
@@ -54,7 +55,8 @@ def folds_nothing(config: RunConfig) -> str | None:
 def experts_left_alone(model: Path, config: RunConfig) -> str | None:
     """That the experts of a mixture are not adapted, in a sentence."""
     found = read_json(model / "config.json")
-    if config.fine_tune_type == "full" or not any(map(found.get, ("num_experts", "num_local_experts", "n_routed_experts"))):
+    found |= found.get("text_config") or {}
+    if config.fine_tune_type == "full" or not any(map(found.get, EXPERTS)):
         return None
     return "a mixture of experts: the experts and what chooses among them are not adapted"
 

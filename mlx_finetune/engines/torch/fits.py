@@ -55,6 +55,8 @@ def check_peft_reads(model: PreTrainedModel, adapted: Mapping[str, torch.nn.Modu
         if hasattr(model.get_submodule(name.rpartition(".")[0]), "A_log"):
             hint = "name target_modules of its attention and its gated layers alone"
             raise UserError(f"{model.config.model_type}: {name} is of Mamba, whose kernels read weights past an adapter", hint=hint)
+    if not any("expert" in key for key in model.config.get_text_config().to_dict()):
+        return  # before peft is imported, which takes seconds and 70 MB
     try:
         from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
     except ImportError:  # no peft, or one that does not do this

@@ -47,8 +47,8 @@ def _text(module: Any) -> str:
 
 
 def _is_plain(module: Any) -> bool:
-    """An adapter without dropout or magnitudes on weights that are stored as they multiply."""
-    plain = isinstance(module, LoRALinear) and not module.dropout and not hasattr(module, "lora_magnitude_vector")
+    """An adapter without magnitudes on weights that are stored as they multiply."""
+    plain = isinstance(module, LoRALinear) and not hasattr(module, "lora_magnitude_vector")
     return plain and type(module.base) is torch.nn.Linear
 
 
@@ -72,6 +72,8 @@ def _gated(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
     layers = [getattr(self, name) for name in LEARNED]
+    if any(layer.drops for layer in layers):
+        return _gated(self, x)
     arrays = [array for layer in layers for array in (layer.lora_A, layer.lora_B)]
     output: torch.Tensor = GatedLayer.apply(x, layers, *arrays)
     return output

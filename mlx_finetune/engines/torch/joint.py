@@ -29,10 +29,10 @@ class Joint:
 
     def _caller(self, number: int) -> Any:
         def call(x: torch.Tensor) -> torch.Tensor:
-            if number == 0:
+            if number == 0 and not self.layers[0].drops:
                 arrays = [array for layer in self.layers for array in (layer.lora_A, layer.lora_B)]
                 self._of, self._made = x, _Projections.apply(x, self, *arrays)
-            if self._of is not x:  # called in another order, or with something else
+            if self._of is not x:  # dropout acts, or it is called in another order or with something else
                 return LoRALinear.forward(self.layers[number], x)
             made = self._made[number]
             if number == len(self.layers) - 1:

@@ -37,6 +37,11 @@ class LoRALinear(torch.nn.Module):
             summed = summed if self.base.bias is None else summed + self.base.bias
         return summed.reshape(output.shape)
 
+    @property
+    def drops(self) -> bool:
+        """Whether dropout acts now."""
+        return bool(self.dropout and self.training)
+
     def _unbiased(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.base(x)
         return output if self.base.bias is None else output - self.base.bias

@@ -32,13 +32,10 @@ class _Chunked(torch.autograd.Function):
         gradient, place = torch.empty_like(hidden), 0
         of_head: list[torch.Tensor] | None = None
         for part, target, weight in _chunks(vocabulary, hidden.detach(), targets, weights):
-            with torch.enable_grad():
-                part = part.requires_grad_()
-                value = _part(head, part, target, weight)
-                first, *others = torch.autograd.grad(value, [part, *learned])
+            value, (first, *others) = _part_and_gradient(head, part, target, weight, learned)
             gradient[place : place + len(part)] = first
             of_head = others if of_head is None else [one.add_(other) for one, other in zip(of_head, others, strict=True)]
-            total += value.detach()
+            total += value
             place += len(part)
         ctx.save_for_backward(gradient, *(of_head or []))
         return total
@@ -51,6 +48,20 @@ class _Chunked(torch.autograd.Function):
 def _part(head: Head, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     losses = F.cross_entropy(head(hidden).float(), targets, reduction="none")
     return (losses * weights).sum()
+
+
+def _part_and_gradient(head: Head, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor,
+                       learned: Sequence[torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:  # fmt: skip
+    """`_part` and its gradient by `hidden` and `learned`, with two arrays of [n, V] at once where autograd has four."""
+    with torch.enable_grad():
+        logits = head(hidden.requires_grad_())
+    known, targets = logits.detach(), targets[:, None]
+    largest, where = known.max(-1, keepdim=True)
+    of_logits = torch.softmax(known, -1, dtype=torch.float32)
+    # The largest probability is 1 / sum(exp(logit - largest)): well above 0, as that of a target may not be.
+    losses = largest.float() - of_logits.gather(-1, where).log() - known.gather(-1, targets).float()
+    of_logits.scatter_add_(-1, targets, of_logits.new_full(targets.shape, -1.0)).mul_(weights[:, None])
+    return (losses[:, 0] * weights).sum(), torch.autograd.grad(logits, [hidden, *learned], of_logits.to(logits.dtype))
 
 
 def _chunks(vocabulary: int, *arrays: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
