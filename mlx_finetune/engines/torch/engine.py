@@ -240,8 +240,8 @@ class TorchEngine:
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, D] -> [n, V]: whatever the model does behind its layers, it does to `hidden`."""
         with self._given(hidden[None]):
-            logits: torch.Tensor = self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=hidden.device)).logits[0]
-        return logits
+            logits: torch.Tensor = self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=hidden.device)).logits
+        return logits.flatten(0, 1)  # a view backward too: of [0] the gradient would be written into zeros
 
     @contextmanager
     def _given(self, states: torch.Tensor) -> Iterator[None]:

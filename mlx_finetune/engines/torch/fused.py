@@ -157,5 +157,5 @@ def _back(
     of_low = (upstream @ layer.lora_B.to(x.dtype)).mul_(layer.scale)
     weight = layer.base.weight
     of_x = upstream @ weight if of_x is None else of_x.addmm_(upstream, weight)
-    of_b = (upstream.T @ low).mul_(layer.scale).float()
+    of_b = (low.T @ upstream).T.mul_(layer.scale).float()
     return of_x.addmm_(of_low, layer.lora_A.to(x.dtype)), ((of_low.T @ x).float(), of_b)

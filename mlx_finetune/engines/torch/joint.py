@@ -64,7 +64,7 @@ class _Projections(torch.autograd.Function):
         parts = [each.reshape(-1, each.shape[-1]) for each in upstream]
         lows = low.split([layer.lora_A.shape[0] for layer in layers], 1)
         of_low = torch.cat([(g @ layer.lora_B.to(g.dtype)).mul_(layer.scale) for g, layer in zip(parts, layers, strict=True)], 1)
-        of_b = [(g.T @ part).mul_(layer.scale).float() for g, part, layer in zip(parts, lows, layers, strict=True)]
+        of_b = [(part.T @ g).T.mul_(layer.scale).float() for g, part, layer in zip(parts, lows, layers, strict=True)]
         of_a = (of_low.T @ flat).float().split([layer.lora_A.shape[0] for layer in layers])
         of_x = None
         if ctx.needs_input_grad[0]:
