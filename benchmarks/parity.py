@@ -33,8 +33,9 @@ ALIKE = """\
 20 steps of two micro-batches of two rows at a rate that falls linearly from 1e-3 to 0, AdamW unless it is said otherwise; the
 largest difference in any step (weights: at the end). Both engines begin with the same numbers and add in another order, which is
 off by some 1e-7 of a sum in float32: a few 1e-6 of a loss of 6, and as much of a norm. Where a gradient is as small as AdamW's
-epsilon, 1e-8, rounding decides how far its weight goes, by up to the rate in a step (qwen2: in the first step one gradient is
-1.3e-8 with MLX and 5.5e-9 with torch, beside a norm of 3.1). The bounds leave room for a few of them; the last column counts."""
+epsilon, 1e-8, rounding decides how far its weight goes, by up to the rate in a step (seen in qwen2: 1.3e-8 with MLX, 5.5e-9 with
+torch, beside a norm of 3.1). B begins at a deviation of .05, since gradients of A are in proportion to it: few are that small. The
+last column counts."""
 EPSILON = """\
 The same with ten times the weights, among them more whose gradients are that small, so one of them may be off by some steps at
 the full rate; losses and norms, which hardly depend on such weights, have the bounds from above."""
