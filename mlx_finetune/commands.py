@@ -13,6 +13,7 @@ from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import refuse_existing
+from mlx_finetune.launched import launched
 from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.weights import fingerprint
 from mlx_finetune.prepared import show_dataset
@@ -63,7 +64,7 @@ def train_command(
 ) -> None:
     """`mlx-finetune train`."""
     from mlx_finetune.evaluation.plot import draw_loss
-    from mlx_finetune.training.memory_watch import less_memory
+    from mlx_finetune.training.memory_watch import COMMANDS, less_memory
     from mlx_finetune.training.run import execute, plan_resume, plan_run
 
     overrides = parse_assignments(list(assignments)) | named
@@ -97,7 +98,7 @@ def train_command(
         raise typer.Exit(130)
     if trained.interrupted:
         say(f"interrupted: step {trained.step} of {trained.steps} is saved")
-        say(f"next: mlx-finetune train --resume --out {plan.run}")
+        say(f"next: {COMMANDS[launched()]} train --resume --out {plan.run}")
         raise typer.Exit(130)
 
     def show() -> None:
@@ -117,13 +118,13 @@ def announce(plan: "Plan") -> None:
     """
     from mlx_finetune.planning.before_run import check_memory
     from mlx_finetune.training.remarks import experts_left_alone, folds_nothing, untrained_tokens
-    from mlx_finetune.training.run import folding_advice, moved, trunk_bytes
+    from mlx_finetune.training.run import folding_advice, moved, trunk_bytes, why_on_the_cpu
 
     config, dataset = plan.config, plan.dataset
     start = f", going on from {plan.checkpoint.name}" if plan.checkpoint else ""
     say(f"training {config.model} on {len(dataset.train)} examples of {config.data}")
     say(f"{plan.steps} steps{start} -> {plan.run}")
-    remarks = moved(plan), folds_nothing(config), experts_left_alone(plan.model, config)
+    remarks = why_on_the_cpu(config), moved(plan), folds_nothing(config), experts_left_alone(plan.model, config)
     for remark in (*remarks, untrained_tokens(plan.model, config, dataset.train)):
         if remark:
             say(remark)
@@ -155,6 +156,8 @@ def evaluate_command(run: Path, checkpoint: str, engine: str, as_json: bool) -> 
         rows.append(("the loss (OpenAssistant apart)", f"{comparison.base.loss:.4f}", f"{comparison.tuned.loss:.4f}"))
         title = f"held-out loss, nats a token, {comparison.base.tokens} learned tokens, {comparison.checkpoint}"
         table(title, rows, ("source", "base", "tuned"))
+        if comparison.note:
+            print(comparison.note)
 
     finish(comparison.to_json(), as_json, show, run / "evaluation.json", f"mlx-finetune fuse {run} --out model")
 

@@ -13,6 +13,7 @@ def rank_of(environment: Mapping[str, str] = os.environ) -> int:
 
 def launched(environment: Mapping[str, str] = os.environ) -> str | None:
     """Which engine a launcher wants processes of: torch (torchrun), mlx (mlx.launch); None without one."""
-    if int(environment.get("WORLD_SIZE", "1")) > 1:
+    size = environment.get("WORLD_SIZE", "")
+    if size.isdecimal() and int(size) > 1:
         return "torch"
     return "mlx" if "MLX_RANK" in environment else None

@@ -3,6 +3,8 @@
 float32, tiny random models, AdamW unless it is said otherwise; sums are added in another order on each side.
 """
 
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ STEPS = 20
 FALLING = {"learning_rate": 1e-3, "lr_schedule": "linear", "warmup_ratio": 0.0}
 LOSS, NORM, ADAPTER = 1e-5, 3e-5, 3e-4
 # AdamW divides by the root of the second moment: where a gradient is no larger than epsilon, 1e-8, its rounding decides which way
-# a weight goes. Where all weights are trained there are such gradients, with lr 1e-3 off by up to 2e-3 in one weight.
-NEAR_EPSILON = 1e-2
+# a weight goes. Where all weights are trained there are such gradients, with lr 1e-3 off by up to 2e-3 in one weight; FEW of them.
+NEAR_EPSILON, FEW = 1e-2, 1e-4
 ARCHITECTURES = (
     "llama",
     "mistral",
@@ -85,12 +87,14 @@ def twenty_steps(engine: str, model: Path, settings: dict[str, Any]) -> tuple[np
 def check_parity(model: Path, settings: dict[str, Any]) -> None:
     (loss, norm, state), (loss_, norm_, state_) = (twenty_steps(engine, model, settings) for engine in ("mlx", "torch"))
     loose = near_epsilon(settings)
-    np.testing.assert_allclose(loss, loss_, atol=NEAR_EPSILON if loose else LOSS)
-    np.testing.assert_allclose(norm, norm_, rtol=NEAR_EPSILON if loose else NORM)
+    np.testing.assert_allclose(loss, loss_, atol=LOSS)
+    np.testing.assert_allclose(norm, norm_, rtol=NORM)
     assert state.keys() == state_.keys() and len(state) > 10
     for name, array in state.items():
         if name.startswith("adapter/"):
             np.testing.assert_allclose(array, state_[name], atol=NEAR_EPSILON if loose else ADAPTER, err_msg=name)
+    apart = [np.abs(array - state_[name]).ravel() for name, array in state.items() if name.startswith("adapter/")]
+    assert (np.concatenate(apart) > ADAPTER).mean() < FEW
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -125,6 +129,10 @@ def test_a_pad_token_that_is_a_token_of_the_text_too_is_learned_like_any_other(e
     assert np.abs(engine.state()["adapter/model.embed_tokens.weight"][0] - before[0]).max() > 1e-4
 
 
+NO_CUDA = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="a machine with CUDA's extras")
+NO_METAL = pytest.mark.skipif(sys.platform == "darwin", reason="a Mac")
+
+
 @pytest.mark.parametrize(
     ("engine", "settings", "said"),
     [
@@ -132,10 +140,12 @@ def test_a_pad_token_that_is_a_token_of_the_text_too_is_learned_like_any_other(e
         ("mlx", {"optimizer": "adamw_8bit"}, "optimizer = adamw_8bit is not there with the mlx engine"),
         ("mlx", {"device": "cuda"}, "device = cuda is not there with the mlx engine"),
         ("mlx", {"torch_compile": True}, "torch_compile = true is not there with the mlx engine"),
-        ("torch", {"device": "cuda"}, "device = cuda: torch .* is built without CUDA|device = cuda: "),
-        ("torch", {"device": "mps"}, "device = mps: there is no Metal here"),
-        ("torch", {"use_liger_kernel": True}, "use_liger_kernel = true needs liger_kernel"),
-        ("torch", {"attention": "flash"}, "attention = flash needs flash_attn"),
+        pytest.param("torch", {"device": "cuda"}, "device = cuda: torch .* (is built without CUDA|finds no NVIDIA)", marks=NO_CUDA),
+        pytest.param("torch", {"device": "mps"}, "device = mps: there is no Metal here", marks=NO_METAL),
+        pytest.param("torch", {"use_liger_kernel": True}, "use_liger_kernel = true needs liger_kernel", marks=NO_CUDA),
+        pytest.param("torch", {"attention": "flash"}, "attention = flash needs flash_attn", marks=NO_CUDA),
+        ("torch", {"attention": "flash", "share_prefixes": "always"}, "do not go together"),
+        ("torch", {"fsdp": True, "quantization": "4bit"}, "fsdp"),
         ("torch", {"fsdp": True}, "fsdp cuts the weights over several processes"),
         ("torch", {"fine_tune_type": "full", "dropout": 0.1}, "dropout is for adapters"),
         ("torch", {"fine_tune_type": "full", "dtype": "bfloat16"}, "full trains in float32"),

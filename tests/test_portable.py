@@ -76,6 +76,16 @@ def test_the_message_names_dropout_and_precision_where_they_change(tiny_llama: P
     )
 
 
+def test_the_message_names_another_device_and_what_weights_are_read_in(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    whole = run(settings(tiny_llama, data, tmp_path / "whole", "torch", dtype="auto"))
+    assert moved(plan_resume(whole, {})) is None
+    progress = whole / "latest" / "progress.json"
+    told = json.loads(progress.read_text())
+    assert told["device"] == open_engine(config("torch"), tiny_llama).device
+    progress.write_text(json.dumps(told | {"device": "elsewhere"}))
+    assert f"device elsewhere -> {told['device']} (weights in " in (moved(plan_resume(whole, {})) or "")
+
+
 def peft_adapter(model: Path, folder: Path, **how: Any) -> tuple[Path, float]:
     """An adapter that peft made and saved, its B not zero, and the loss of a batch with it."""
     import torch

@@ -1,5 +1,6 @@
 """Several processes train what one trains: the same losses, one that writes, and a way on where one is lost."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_training import losses, prepared, settings
+from test_training import cut_after, losses, prepared, settings
 
 from mlx_finetune.engines.ranks import Alone, agree, any_of
 from mlx_finetune.engines.work import in_step, share_of
@@ -64,17 +65,21 @@ def test_two_processes_train_what_one_trains_and_go_on_as_one_and_the_other_way_
         return settings(tiny_llama, data, tmp_path / name, engine, **shape | more)
 
     def resume(name: str, launcher: bool) -> None:
-        for folder in sorted((tmp_path / name / "checkpoints").iterdir())[1:]:
-            subprocess.run(["rm", "-r", str(folder)], check=True)
-        finished(start(["train", "--resume", "--out", str(tmp_path / name)], engine, launcher))
+        metrics = cut_after(tmp_path / name, 4, tmp_path / f"{name}-again") / "metrics.jsonl"
+        rows = metrics.read_text().splitlines(keepends=True)
+        metrics.write_text("".join(row for row in rows if json.loads(row)["step"] <= 4))
+        assert len(losses(metrics.parent, "train")) == 4
+        process = start(["train", "--resume", "--out", str(tmp_path / f"{name}-again")], engine, launcher)
+        out, err = finished(process)
+        assert process.returncode == 0 and out.count(f"10 steps on {engine}") == 1, err
 
     for name, launcher in (("one", False), ("two", True)):
         out, err = finished(start(command(values(name)), engine, launcher))
         assert out.count(f"10 steps on {engine}") == 1, err  # one of them speaks
     expected = losses(tmp_path / "one", "train"), losses(tmp_path / "one", "valid")
-    for name, launcher in (("two", None), ("two", False), ("one", True)):
-        if launcher is not None:
-            resume(name, launcher)
+    for name, launcher in (("two", False), ("one", True)):
+        resume(name, launcher)
+    for name in ("two", "two-again", "one-again"):
         for split, wanted in zip(("train", "valid"), expected, strict=True):
             np.testing.assert_allclose(losses(tmp_path / name, split), wanted, atol=SAME)
 
@@ -166,11 +171,11 @@ def test_processes_that_would_train_different_things_are_stopped() -> None:
             sent.append(numbers)
             return numbers
 
-    for what in ("config a", "config a", "config b"):
-        agree(Recording(), what)
-    agree(Together(sent[:2]), "config a")
-    with pytest.raises(UserError, match="do not train the same"):
-        agree(Together(sent), "config a")
+    for settings_, data in (("a", "1"), ("a", "1"), ("b", "1")):
+        agree(Recording(), settings=settings_, data=data)
+    agree(Together(sent[:2]), settings="a", data="1")
+    with pytest.raises(UserError, match=r"do not train the same: not the same settings$"):
+        agree(Together(sent), settings="a", data="1")
     assert any_of(Together([np.array([0.0]), np.array([1.0])]), False) and not any_of(Alone(), False)
 
 
@@ -178,7 +183,32 @@ def test_launchers_are_told_by_their_environment() -> None:
     assert (rank_of({}), launched({})) == (0, None)
     assert (rank_of({"RANK": "3", "WORLD_SIZE": "8"}), launched({"RANK": "3", "WORLD_SIZE": "8"})) == (3, "torch")
     assert (rank_of({"MLX_RANK": "1"}), launched({"MLX_RANK": "1"})) == (1, "mlx")
-    assert launched({"WORLD_SIZE": "1"}) is None
+    assert launched({"WORLD_SIZE": "1"}) is launched({"WORLD_SIZE": "all"}) is None
+
+
+def test_what_only_looks_like_a_launcher_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_finetune.engines.torch.ranks import ranks_of
+
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE = 8 in the environment, and no RANK, MASTER_ADDR, MASTER_PORT"):
+        ranks_of("cpu")
+
+
+def test_a_cluster_that_takes_its_machine_back_gets_a_saved_step(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    values = settings(tiny_llama, data, tmp_path / "run", "torch", steps=100_000, eval_every=100_000, save_every=100_000)
+    process = start(command(values), "torch", False)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    until = time.time() + 120
+    while not (metrics.exists() and len(losses(tmp_path / "run", "train")) > 2):
+        assert process.poll() is None and time.time() < until, process.communicate()
+        time.sleep(0.1)
+    process.terminate()
+    _, err = finished(process)
+    done = len(losses(tmp_path / "run", "train"))
+    assert process.returncode == 130 and f"interrupted: step {done} of 100000 is saved" in err
+    assert (tmp_path / "run" / "latest").resolve().name == f"step-{done:06d}"
 
 
 def test_an_engine_under_the_launcher_of_the_other_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,14 +45,17 @@ class Alone:
         return numbers
 
 
-def agree(ranks: Ranks, what: str) -> None:
-    """Raises UserError, on every process, where they do not all bring the same `what`."""
-    digest = np.frombuffer(hashlib.sha256(what.encode()).digest()[:16], np.uint8).astype(np.float64)
+def agree(ranks: Ranks, **brought: str) -> None:
+    """Raises UserError, on every process, with the names of what they do not all bring alike."""
+    digests = [hashlib.sha256(what.encode()).digest()[:16] for what in brought.values()]
+    digest = np.frombuffer(b"".join(digests), np.uint8).astype(np.float64)
     sums = ranks.sum(np.concatenate([digest, digest**2]))
     mean, square = np.split(sums / ranks.size, 2)
-    if np.abs(square - mean**2).max() > 0.1:
+    apart = (np.abs(square - mean**2) > 0.1).reshape(len(brought), -1)
+    if apart.any():
+        names = " and ".join(name for name, row in zip(brought, apart, strict=True) if row.any())
         hint = "the same command, data, model and, to go on, run folder are needed on each machine"
-        raise UserError("the processes of this run do not train the same", hint=hint)
+        raise UserError(f"the processes of this run do not train the same: not the same {names}", hint=hint)
 
 
 def any_of(ranks: Ranks, said: bool) -> bool:

@@ -1,6 +1,7 @@
 """What an engine does not have, refused by name before anything is loaded. Neutral: no framework is imported."""
 
 import importlib.util
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,6 +34,8 @@ PACKAGES = (  # setting, value, package, and the extra that brings it
     ("attention", ("flash",), "flash_attn", "flash"),
 )
 
+COMPILERS = ("g++", "clang++", "c++")
+
 
 def check_settings(config: RunConfig, engine: str) -> None:
     """Raises UserError, by name, for what `engine` does not have, what does not go together, and what is not installed."""
@@ -43,10 +46,17 @@ def check_settings(config: RunConfig, engine: str) -> None:
             if getattr(config, name) != default(name):
                 raise UserError(f"{name} is for adapters, and fine_tune_type = full trains the weights", hint="leave one out")
         if config.dtype not in ("auto", "float32"):
-            raise UserError("fine_tune_type = full trains in float32", hint="leave dtype out: on CUDA it multiplies in bfloat16")
+            raise UserError(
+                f"fine_tune_type = full trains in float32, not {config.dtype}",
+                hint="leave dtype out: on CUDA it multiplies in bfloat16",
+            )
     if config.neftune_noise_alpha and (config.share_prefixes == "always" or config.cache_trunk):
         other = "cache_trunk" if config.cache_trunk else "share_prefixes = always"
         raise UserError(f"neftune_noise_alpha and {other} do not go together", hint="each row has noise of its own: leave one out")
+    if config.attention == "flash" and config.share_prefixes == "always":
+        raise UserError("attention = flash and share_prefixes = always do not go together", hint="flash takes rows: leave one out")
+    if config.fsdp and config.quantization != "none":
+        raise UserError(f"fsdp and quantization = {config.quantization} do not go together", hint="leave one out")
     if config.lr_schedule != "wsd" and config.decay_ratio != default("decay_ratio"):
         raise UserError(f"decay_ratio is of lr_schedule = wsd, not of {config.lr_schedule}", hint="leave one out")
     if config.fsdp and launched() != "torch":
@@ -55,12 +65,22 @@ def check_settings(config: RunConfig, engine: str) -> None:
         value = getattr(config, name)
         if value in values and importlib.util.find_spec(package) is None:
             raise UserError(f"{name} = {_said(value)} needs {package}", hint=f"pip install 'mlx-finetune[{extra}]'")
+    if config.torch_compile and not any(map(shutil.which, COMPILERS)):
+        raise UserError(f"torch_compile = true needs one of {', '.join(COMPILERS)}", hint="install a C++ compiler, or leave it out")
+
+
+def folds(config: RunConfig) -> bool:
+    """Whether the settings let rows that begin alike be folded into trees: noise of its own and flash attention are for rows."""
+    return config.share_prefixes != "never" and not config.neftune_noise_alpha and config.attention != "flash"
 
 
 def for_a_look(config: RunConfig, engine: str) -> RunConfig:
     """The config of a run as `engine` opens it to look at what was trained: without what only training needs."""
-    idle = {name: default(name) for name in ("cache_trunk", "torch_compile", "fsdp", "use_liger_kernel")}
+    names = ("cache_trunk", "torch_compile", "fsdp", "use_liger_kernel", "device", "attention")
+    idle = {name: default(name) for name in names}
     idle |= {name: default(name) for name, _ in _lacking(config, engine)}
+    if config.optimizer == "adamw_8bit":
+        idle["optimizer"] = "adamw"  # has the same moments, and needs no bitsandbytes
     return config.model_copy(update=idle)
 
 

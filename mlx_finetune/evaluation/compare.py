@@ -14,6 +14,7 @@ from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.weights import fingerprint
 from mlx_finetune.training.checkpoint import Origin, check_origin, read_progress, resume
 from mlx_finetune.training.held_out import HeldOut, held_out_loss
+from mlx_finetune.training.memory_watch import loading
 from mlx_finetune.training.run import check_mlx, check_names, check_settings
 
 
@@ -26,6 +27,7 @@ class Comparison:
     engine: str
     base: HeldOut
     tuned: HeldOut
+    note: str = ""  # how the base was read otherwise than in training
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -71,10 +73,17 @@ def open_tuned(config: RunConfig, model: Path, dataset: Dataset, checkpoint: Pat
     if (name := choose_engine(config.engine)) == "mlx":
         check_mlx(model, dataset)
     config = for_a_look(config, name)
-    engine = open_engine(config, model)
-    check_names(engine, model)
-    resume(checkpoint, engine, config, Origin(data=dataset.id, model=fingerprint(model)))
+    with loading(model):
+        engine = open_engine(config, model)
+        check_names(engine, model)
+        resume(checkpoint, engine, config, Origin(data=dataset.id, model=fingerprint(model)))
     return engine
+
+
+def _note(config: RunConfig, engine: str) -> str:
+    if for_a_look(config, engine).quantization == config.quantization:
+        return ""
+    return f"both on the base as it is stored; training had it in {config.quantization}"
 
 
 def compare(run: Path, checkpoint: str = "best", engine: str = "") -> tuple[Comparison, Engine]:
@@ -94,6 +103,6 @@ def compare(run: Path, checkpoint: str = "best", engine: str = "") -> tuple[Comp
     base = held_out_loss(opened, held_out)
     step = int(read_progress(folder)["step"])
     opened.load_state(state, step)
-    comparison = Comparison(folder.name, step, opened.name, base, tuned)
+    comparison = Comparison(folder.name, step, opened.name, base, tuned, _note(config, opened.name))
     write_json(run / "evaluation.json", comparison.to_json())
     return comparison, opened

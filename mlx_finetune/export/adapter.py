@@ -77,7 +77,7 @@ def _settings(path: Path) -> tuple[int, float, bool]:
         raise UserError(f"{path}: {key} is {value!r}, which cannot be fused yet", hint=KINDS)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise UserError(f"{path}: r {rank!r} and lora_alpha {alpha!r} are not a whole number and a number")
+        raise UserError(f"{path}: r {rank!r} and lora_alpha {alpha!r} are not a whole number and a number", hint=FINISHED)
     return rank, float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank), bool(config.get("use_dora"))
 
 
@@ -97,9 +97,9 @@ def _pair(where: str, parts: Mapping[str, TensorLocation], is_dora: bool) -> Pai
 def _check(where: str, pair: Pair, rank: int) -> None:
     a, b = pair.a, pair.b
     if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
-        raise UserError(f"{where}: A {list(a.shape)} and B {list(b.shape)} are not [{rank}, in] and [out, {rank}]")
+        raise UserError(f"{where}: A {list(a.shape)} and B {list(b.shape)} are not [{rank}, in] and [out, {rank}]", hint=FINISHED)
     if pair.magnitude and pair.magnitude.shape != pair.shape[:1]:
-        raise UserError(f"{where}: magnitudes {list(pair.magnitude.shape)}, but its weight has {pair.shape[0]} rows")
+        raise UserError(f"{where}: magnitudes {list(pair.magnitude.shape)}, but its weight has {pair.shape[0]} rows", hint=FINISHED)
     for location in (a, b, pair.magnitude):
         if location and location.dtype not in ITEM_BYTES:
-            raise UserError(f"{where}: dtype {location.dtype} is not one of {', '.join(ITEM_BYTES)}")
+            raise UserError(f"{where}: dtype {location.dtype} is not one of {', '.join(ITEM_BYTES)}", hint=FINISHED)

@@ -168,7 +168,10 @@ def _full_changes(model: Path, checkpoint: Path) -> dict[str, Change]:
         if ".experts." in name:
             raise UserError(f"{by}: experts cannot be fused yet", hint="train layers other than the experts")
         if source.dtype not in ITEM_BYTES:
-            raise UserError(f"{by}: dtype {source.dtype} is not one of {', '.join(ITEM_BYTES)}")
+            raise UserError(
+                f"{by}: dtype {source.dtype} is not one of {', '.join(ITEM_BYTES)}",
+                hint="use a checkpoint folder of a finished save",
+            )
         location = _fitting(model, headers, name, source.shape, f"{by} is")
         changes[name] = Change(location, partial(_trained_rows, name, source))
     if is_tied and HEAD_WEIGHT in headers:

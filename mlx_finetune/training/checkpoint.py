@@ -137,6 +137,7 @@ def _progress(step: int, engine: Engine, config: RunConfig, origin: Origin) -> d
         "seed": config.seed,
         **vars(origin),
         "engine": engine.name,
+        "device": engine.device,
         "versions": versions,
         "config": config.to_dict(),
     }

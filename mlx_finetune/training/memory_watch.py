@@ -4,12 +4,16 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.errors import UserError
+from mlx_finetune.launched import launched
 
+# How this process was started, by its launcher.
+COMMANDS = {None: "mlx-finetune", "torch": "torchrun ... -m mlx_finetune", "mlx": "mlx.launch ... -- python -m mlx_finetune"}
 GIB = 2**30
 LEAST_LEFT = 0.03  # of all memory; below it systems begin to swap what is in use
 MOST_SWAPPED = GIB  # more than at the start: idle programs may go there, a run may not
@@ -61,12 +65,28 @@ class NoMemory(UserError):
     """Memory was asked for and there was none."""
 
 
+@contextmanager
+def loading(model: Path) -> Iterator[None]:
+    """Inside a model is loaded: where there is no memory for it, that is one line."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not SHORTAGE.search(str(error)):
+            raise
+        hint = "close other programs, take a smaller model, or, on CUDA, --set quantization=4bit"
+        raise NoMemory(f"{model}: no memory left to load it ({_said(error)})", hint=hint) from error
+
+
+def _said(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
 def less_memory(config: RunConfig) -> str:
     """How a run may go on with less memory: the one setting that helps most."""
-    again = f"mlx-finetune train --resume --out {config.out}"
+    again = f"{COMMANDS[launched()]} train --resume --out {config.out}"
     if config.grad_checkpoint != 1:
         return f"{again} --set grad_checkpoint=1"
-    if config.engine == "torch" and config.quantization == "none" and config.fine_tune_type != "full":
+    if config.engine == "torch" and config.quantization == "none" and config.fine_tune_type != "full" and not config.fsdp:
         return f"{again} --set quantization=4bit"
     return f"close other programs, then {again}; or prepare with a smaller --max-length for a new run"
 
@@ -79,7 +99,6 @@ def memory_errors(step: int, config: RunConfig) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is the former, numpy's the latter
         if isinstance(error, RuntimeError) and not SHORTAGE.search(str(error)):
             raise
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         tried = f"batch_size = {config.batch_size}, grad_checkpoint = {config.grad_checkpoint}"
         hint = f"{less_memory(config)}; what was learned so far is kept"
-        raise NoMemory(f"step {step}: no memory left with {tried} ({said})", hint=hint) from error
+        raise NoMemory(f"step {step}: no memory left with {tried} ({_said(error)})", hint=hint) from error

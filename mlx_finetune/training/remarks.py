@@ -8,6 +8,7 @@ import numpy as np
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.dataset import ExampleStore
+from mlx_finetune.engines.supported import folds
 from mlx_finetune.files import read_json
 from mlx_finetune.models.weights import ITEM_BYTES, TensorLocation, read_rows, tensor_headers
 
@@ -22,7 +23,7 @@ def untrained_tokens(model: Path, config: RunConfig, examples: ExampleStore) -> 
 
     Told by their embeddings: next to nothing, or the same for several tokens.
     """
-    if config.fine_tune_type == "full" or _adapts_embeddings(config):
+    if _trains_embeddings(config):
         return None
     special, location = _special(model), _embeddings(model)
     if not special or location is None:
@@ -47,9 +48,12 @@ def untrained_tokens(model: Path, config: RunConfig, examples: ExampleStore) -> 
 
 def folds_nothing(config: RunConfig) -> str | None:
     """That a setting has nothing to act on, in a sentence."""
-    if config.pack_length and config.share_prefixes == "never":
+    if not config.pack_length or folds(config):
+        return None
+    if config.share_prefixes == "never":
         return "pack_length has no effect: share_prefixes = never folds nothing together"
-    return None
+    other = "neftune_noise_alpha" if config.neftune_noise_alpha else "attention = flash"
+    return f"pack_length has no effect: with {other} nothing is folded together"
 
 
 def experts_left_alone(model: Path, config: RunConfig) -> str | None:
@@ -61,7 +65,9 @@ def experts_left_alone(model: Path, config: RunConfig) -> str | None:
     return "a mixture of experts: the experts and what chooses among them are not adapted"
 
 
-def _adapts_embeddings(config: RunConfig) -> bool:
+def _trains_embeddings(config: RunConfig) -> bool:
+    if config.fine_tune_type == "full" and (config.num_layers or config.target_modules == "all-linear"):
+        return not config.num_layers
     modules = [name.removesuffix(".weight") for name in EMBEDDINGS]
     asked = config.target_modules
     if isinstance(asked, str):

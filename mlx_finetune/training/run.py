@@ -26,6 +26,7 @@ from mlx_finetune.models.mlx_config import check_supported, max_exact_length
 from mlx_finetune.models.weights import fingerprint, tensor_headers
 from mlx_finetune.training.checkpoint import TEMPLATE, Origin, check_origin, read_progress, resume
 from mlx_finetune.training.loop import Advance, Trained, total_steps, train
+from mlx_finetune.training.memory_watch import loading
 from mlx_finetune.training.start import begin, started
 
 COMPUTES = ("engine", "dtype", "quantization", "optimizer")  # what computes, and in what the frozen weights are read
@@ -144,9 +145,19 @@ def check_engine(config: RunConfig, engine: str) -> None:
     """Raises UserError for a setting that `engine` does not have, or a device that is not there: nothing is loaded yet."""
     check_settings_of(config, engine)
     if engine == "torch":
-        from mlx_finetune.engines.torch.device import choose_device
+        from mlx_finetune.engines.torch.device import check_device
 
-        choose_device(config.device)
+        check_device(config)
+
+
+def why_on_the_cpu(config: RunConfig) -> str | None:
+    """In a sentence, where a run of the torch engine was told no device."""
+    if config.engine != "torch" or config.device != "auto":
+        return None
+    from mlx_finetune.engines.torch.device import without_cuda
+
+    reason = without_cuda()
+    return f"computes on the CPU: {reason}" if reason else None
 
 
 def layers_of(model: Path) -> int:
@@ -186,18 +197,24 @@ def check_names(engine: Engine, model: Path) -> None:
 
 def execute(plan: Plan, advance: Advance) -> tuple[Trained, Engine]:
     """Loads the model and trains; the run folder is made once the engine is open."""
-    engine = open_engine(packed(plan.config, plan.dataset), plan.model)
-    check_names(engine, plan.model)
-    start = resume(plan.checkpoint, engine, plan.config, plan.origin) if plan.checkpoint else 0
+    with loading(plan.model):
+        engine = open_engine(packed(plan.config, plan.dataset), plan.model)
+        check_names(engine, plan.model)
+        start = resume(plan.checkpoint, engine, plan.config, plan.origin) if plan.checkpoint else 0
     if not start and plan.config.adapter_path:
         begin(engine, plan.config, layers_of(plan.model))
-    agree(engine.ranks, json.dumps([plan.config.to_dict() | {"device": ""}, start, vars(plan.origin)], sort_keys=True))
+    _agree(engine, plan, start)
     if not engine.ranks.rank:
         _make_folder(plan)
     trained = train(engine, plan.dataset, plan.config, plan.run, plan.origin, start, advance)
     if not trained.interrupted and (plan.run / TRUNK).is_dir():
         shutil.rmtree(plan.run / TRUNK)
     return trained, engine
+
+
+def _agree(engine: Engine, plan: Plan, start: int) -> None:
+    settings = json.dumps(plan.config.to_dict() | {"device": ""}, sort_keys=True)
+    agree(engine.ranks, settings=settings, step=str(start), data=str(plan.origin.data), model=str(plan.origin.model))
 
 
 def _make_folder(plan: Plan) -> None:
@@ -215,12 +232,26 @@ def moved(plan: Plan) -> str | None:
     then, config = read_progress(plan.checkpoint), plan.config
     before = then.get("config", {}) | {"engine": then.get("engine")}
     changed = {name: before[name] for name in COMPUTES if before.get(name) not in (None, getattr(config, name))}
-    if not changed:
+    other = None if "engine" in changed else _other_device(config, then.get("device"))
+    if not changed and not other:
         return None
-    what = ", ".join(f"{name} {value} -> {getattr(config, name)}" for name, value in changed.items())
+    what = ", ".join(
+        [*(f"{name} {value} -> {getattr(config, name)}" for name, value in changed.items()), *([other] if other else [])]
+    )
     dropout = ", and dropout drops others" if config.dropout and "engine" in changed else ""
     trained = "weights" if config.fine_tune_type == "full" else "adapter"
     return f"goes on with {what}: {trained}, optimizer and place in the data are the same; rounding differs{dropout}"
+
+
+def _other_device(config: RunConfig, before: str | None) -> str | None:
+    """That the torch engine computes elsewhere now, in words."""
+    if config.engine != "torch" or before is None:
+        return None
+    from mlx_finetune.engines.torch.device import check_device, half_of
+
+    now = check_device(config)
+    weights = f" (weights in {half_of(now)})" if config.dtype == "auto" else ""
+    return f"device {before} -> {now}{weights}" if now != before else None
 
 
 def packed(config: RunConfig, dataset: Dataset) -> RunConfig:

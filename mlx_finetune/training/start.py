@@ -37,12 +37,14 @@ def read_start(folder: Path, layers: int) -> Start:
     found = read_json(folder / "adapter_config.json")
     if not isinstance(found, dict):
         raise UserError(f"{folder}/adapter_config.json: no settings in it", hint="name the folder of an adapter")
-    if found.get("peft_type") == "LORA":
-        start = _of_peft(folder, found)
-    elif "lora_parameters" in found:
-        start = _of_mlx_lm(folder, found)
-    else:
+    if found.get("peft_type") != "LORA" and "lora_parameters" not in found:
         raise UserError(f"{folder}: an adapter of neither peft (LoRA) nor mlx-lm", hint="name another, or leave adapter_path out")
+    try:
+        start = _of_peft(folder, found) if found.get("peft_type") == "LORA" else _of_mlx_lm(folder, found)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
+        said = f"{type(error).__name__}: {error}"
+        hint = "save the adapter again, or leave adapter_path out"
+        raise UserError(f"{folder}/adapter_config.json: not the settings of an adapter ({said})", hint=hint) from error
     modules = {re.sub(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.weight)?$", "", name) for name in start.arrays}
     return Start(start.settings | _where(modules, layers), start.arrays)
 

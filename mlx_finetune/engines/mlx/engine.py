@@ -26,7 +26,7 @@ from mlx_finetune.engines.mlx.recompute import recomputed
 from mlx_finetune.engines.mlx.trunk import Trunk
 from mlx_finetune.engines.noise import noise_of
 from mlx_finetune.engines.optimizers import decay_of, rate_factor, rule_of, slots_of, update
-from mlx_finetune.engines.supported import check_settings
+from mlx_finetune.engines.supported import check_settings, folds
 from mlx_finetune.engines.work import Work, share_of, works_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
@@ -114,7 +114,7 @@ class MlxEngine:
                 hint = "its attention is its own: leave the setting out"
                 raise UserError(f"{folder}: {name} is not there for this architecture", hint=hint)
         self._by_layout = able and (config.attention == "blocks" or (config.attention == "auto" and not self.on_gpu))
-        self._in_trees = able and config.share_prefixes != "never" and not config.neftune_noise_alpha
+        self._in_trees = able and folds(config)
         if able:
             install(self.model)
 

@@ -1,9 +1,12 @@
 """Processes that mlx.launch started, and sums over them."""
 
+import os
+
 import mlx.core as mx
 import numpy as np
 
 from mlx_finetune.engines.ranks import Alone, PeerGone, Ranks
+from mlx_finetune.errors import UserError
 from mlx_finetune.launched import launched
 
 
@@ -11,8 +14,16 @@ class Launched:
     """See `Ranks`: the ring, or what else mlx.launch was told."""
 
     def __init__(self) -> None:
-        """Waits until every process is there."""
-        self._group = mx.distributed.init(strict=True)
+        """Waits until every process is there.
+
+        Raises:
+            UserError: the others do not come.
+        """
+        try:
+            self._group = mx.distributed.init(strict=True)
+        except (RuntimeError, ValueError) as error:
+            said = f"MLX_RANK = {os.environ['MLX_RANK']} in the environment, but the processes did not meet ({str(error)[:120]})"
+            raise UserError(said, hint="start several processes with mlx.launch, or unset MLX_RANK for one") from error
         self.rank, self.size = self._group.rank(), self._group.size()
 
     def sum(self, numbers: np.ndarray) -> np.ndarray:
@@ -25,6 +36,7 @@ class Launched:
         Raises:
             PeerGone: another process is gone.
         """
+        mx.eval(array)  # what goes wrong here is no other process's doing
         try:
             summed: mx.array = mx.distributed.all_sum(array, group=self._group)
             mx.eval(summed)

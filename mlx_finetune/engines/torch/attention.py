@@ -14,7 +14,8 @@ from mlx_finetune.data.trees import Segment, Tree
 from mlx_finetune.models.mlx_config import PROVEN
 
 NAME = "mlx_finetune_tree"
-_trees: list[Tree] = []  # of the tree that is computed now, forward or backward
+Masks = dict[tuple[int, int, int | None], torch.Tensor]  # by segment and window
+_trees: list[tuple[Tree, Masks]] = []  # of the tree that is computed now, forward or backward: made once for all its layers
 
 
 def takes_trees(model: PreTrainedModel) -> bool:
@@ -31,7 +32,7 @@ def along(model: PreTrainedModel, tree: Tree | None) -> Iterator[None]:
         yield
         return
     own = model.config._attn_implementation
-    _trees.append(tree)
+    _trees.append((tree, {}))
     model.config._attn_implementation = NAME  # transformers makes no mask for a name that is not its own
     try:
         yield
@@ -40,6 +41,7 @@ def along(model: PreTrainedModel, tree: Tree | None) -> Iterator[None]:
         _trees.pop()
 
 
+@torch.compiler.disable
 def attend(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
     scaling: float | None = None, dropout: float = 0.0, **others: Any,
@@ -49,12 +51,14 @@ def attend(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    tree, parts = _trees[-1], []
+    (tree, masks), parts = _trees[-1], []
     for segment in tree.segments:
         ranges = _joined([*segment.sees, (segment.start, segment.end)])
         keys, values = (torch.cat([x[:, :, low:high] for low, high in ranges], 2) for x in (key, value))
-        mask = _mask(tree, segment, ranges, others.get("sliding_window"))
-        how = {"is_causal": True} if mask is None else {"attn_mask": mask.to(query.device)}
+        where = segment.start, segment.end, others.get("sliding_window")
+        if where not in masks and (made := _mask(tree, segment, ranges, where[2])) is not None:
+            masks[where] = made.to(query.device)
+        how = {"attn_mask": masks[where]} if where in masks else {"is_causal": True}
         one = query[:, :, segment.start : segment.end]
         parts.append(F.scaled_dot_product_attention(one, keys, values, scale=scaling, **how))
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None

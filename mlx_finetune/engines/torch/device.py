@@ -4,7 +4,9 @@ import warnings
 
 import torch
 
+from mlx_finetune.config import RunConfig
 from mlx_finetune.errors import UserError
+from mlx_finetune.launched import launched
 
 INSTALL = "https://pytorch.org/get-started/locally says which torch fits this machine"
 
@@ -22,6 +24,31 @@ def choose_device(asked: str) -> str:
     if asked == "mps" and not torch.backends.mps.is_available():
         raise UserError("device = mps: there is no Metal here, or this torch is built without it", hint="leave device out")
     return asked
+
+
+def check_device(config: RunConfig) -> str:
+    """The device of a run.
+
+    Raises:
+        UserError: it is not there, or lacks what a setting asks for.
+    """
+    device = choose_device(config.device)
+    for name, asked in (("attention", config.attention == "flash"), ("use_liger_kernel", config.use_liger_kernel)):
+        if asked and device != "cuda":
+            raise UserError(f"{name} = {str(getattr(config, name)).lower()} is for CUDA, not for {device}", hint="leave it out")
+    if config.attention == "flash" and config.fine_tune_type != "full" and _dtype_of(config, device) == "float32":
+        raise UserError("attention = flash computes in bfloat16 or float16, and dtype is float32", hint="leave attention out")
+    if device == "mps" and launched() == "torch":
+        raise UserError("device = mps: several processes are for MLX there", hint="mlx.launch, or start the command by itself")
+    if device == "mps" and config.dropout and config.grad_checkpoint:
+        raise UserError(
+            "device = mps: dropout and grad_checkpoint do not go together there", hint="--set dropout=0, or --engine mlx"
+        )
+    return device
+
+
+def _dtype_of(config: RunConfig, device: str) -> str:
+    return half_of(device) if config.dtype == "auto" else config.dtype
 
 
 def without_cuda() -> str | None:

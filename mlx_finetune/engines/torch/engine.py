@@ -26,13 +26,13 @@ from mlx_finetune.engines.adapter import (
 )
 from mlx_finetune.engines.full import choose_weights, read_weights
 from mlx_finetune.engines.noise import noise_of
-from mlx_finetune.engines.supported import check_settings
+from mlx_finetune.engines.supported import check_settings, folds
 from mlx_finetune.engines.torch.attention import along, takes_trees
-from mlx_finetune.engines.torch.device import choose_device
+from mlx_finetune.engines.torch.device import check_device
 from mlx_finetune.engines.torch.fits import Given, check_fits, check_peft_reads
 from mlx_finetune.engines.torch.fused import take_over
 from mlx_finetune.engines.torch.load import load_model
-from mlx_finetune.engines.torch.lora import LoRAEmbedding, LoRALinear, TiedHead, row_norms, to_numpy
+from mlx_finetune.engines.torch.lora import LoRAEmbedding, LoRALinear, TiedHead, to_numpy
 from mlx_finetune.engines.torch.loss import loss_sum
 from mlx_finetune.engines.torch.memory import keep_blocks
 from mlx_finetune.engines.torch.optimizers import updater_of
@@ -50,7 +50,7 @@ class TorchEngine:
         """Loads the folder `model` and puts a fresh adapter on it."""
         check_settings(config, self.name)
         self.config, self._folder = config, model
-        self.device = choose_device(config.device)
+        self.device = check_device(config)
         self.ranks, self.lockstep = ranks_of(self.device), config.fsdp
         if self.device == "cpu":
             keep_blocks()
@@ -63,12 +63,15 @@ class TorchEngine:
         self.trained = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         self._of_head = self._head_parameters()
         check_peft_reads(self.model, self._adapted)
-        check_fits(self.model, self._adapted, self._hidden_and_head)
+        if not config.fsdp:
+            self._check_fits()
         self._noise: torch.Tensor | None = None
         self.model.get_input_embeddings().register_forward_hook(self._add_noise)
         if not config.use_liger_kernel:
-            take_over(self.model, joint=not config.fsdp)
+            take_over(self.model, joint=not (config.fsdp or config.torch_compile))
         self._change_layers()
+        if config.fsdp:  # only now it is on its device
+            self._check_fits()
         self._updater = updater_of(config, self.parameters)
         self.load_state(self.initial(), step=0)
 
@@ -83,14 +86,15 @@ class TorchEngine:
         for number, counts in in_step(mine, sizes, self.ranks.size) if self.lockstep else [(number, 1.0) for number in mine]:
             self._draw(seed, number, works[number])
             with gathering(), along(self.model, works[number].tree):
-                part = self._loss(works[number]) * (counts / total)
-                part.backward()
+                part = self._loss(works[number]) * counts
+                part.backward()  # of a sum: gradients of a mean over many tokens are too small for float16
             loss += part.detach()
         self._set_dropout(False)
         self._noise = None
         gradients = [self._gradient(parameter) for parameter in self.parameters.values()]
         sum_gradients(self.ranks, gradients)
-        mean = float(self.ranks.sum(np.array([loss.item()]))[0])
+        torch._foreach_mul_(gradients, 1 / total)
+        mean = float(self.ranks.sum(np.array([loss.item()]))[0]) / total
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).item()
         if norm < float("inf"):
             torch._foreach_mul_(gradients, min(1.0, self.config.max_grad_norm / (norm + 1e-6)))
@@ -130,7 +134,7 @@ class TorchEngine:
         """See `Engine.initial`."""
         if self.config.fine_tune_type == "full":
             return {f"adapter/{name}": array for name, array in read_weights(self._folder, self.trained).items()}
-        arrays = initial_adapter(self.targets, self.config, lambda name: to_numpy(row_norms(self._adapted[name].base)))
+        arrays = initial_adapter(self.targets, self.config, lambda name: to_numpy(self._adapted[name].row_lengths()))
         return {f"adapter/{name}": array for name, array in arrays.items()}
 
     @torch.no_grad()
@@ -143,7 +147,13 @@ class TorchEngine:
 
     def peak_memory(self) -> int:
         """See `Engine.peak_memory`."""
+        if self.device == "mps":
+            return int(torch.mps.driver_allocated_memory())  # it keeps what it once had
         return int(torch.cuda.max_memory_allocated()) if self.device == "cuda" else process_peak()
+
+    def _check_fits(self) -> None:
+        with gathering(), self._multiplying():
+            check_fits(self.model, self._adapted, self._hidden_and_head)
 
     def _adapt(self) -> dict[str, torch.nn.Parameter]:
         """Puts adapters beside the modules that are chosen; their arrays by PEFT's names."""
@@ -202,12 +212,17 @@ class TorchEngine:
         if self.config.fsdp:
             from mlx_finetune.engines.torch.fsdp import cut
 
-            cut(self.model, self.parameters.values(), self.device)
+            every_layer = [self.model.get_submodule(name) for name in self._layers().values()]
+            cut(self.model, every_layer, self.parameters.values(), self.device)
+
+    def _layers(self) -> dict[int, str]:
+        """Their paths."""
+        found = [(name, match) for name, _ in self.model.named_modules() if (match := LAYER.search(f"{name}."))]
+        return {int(match[1]): name[: match.end() - 1] for name, match in found if match.end() > len(name)}
 
     def _layers_with_gradient(self) -> list[str]:
         """Paths of the layers from the first on that has something to learn, or of all where embeddings do."""
-        found = [(name, match) for name, _ in self.model.named_modules() if (match := LAYER.search(f"{name}."))]
-        layers = {int(match[1]): name[: match.end() - 1] for name, match in found if match.end() > len(name)}
+        layers = self._layers()
         learning = [int(match[1]) for name in self.trained if (match := LAYER.search(name))]
         embeddings = {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}
         everything = any(id(parameter) in embeddings for parameter in self.parameters.values())
@@ -219,7 +234,7 @@ class TorchEngine:
         if self.config.share_prefixes == "always" and not able:
             hint = "its attention is its own: leave the setting out"
             raise UserError(f"{self._folder}: share_prefixes: always is not there for this architecture", hint=hint)
-        return able and self.config.share_prefixes != "never" and not self.config.neftune_noise_alpha
+        return able and folds(self.config)
 
     def _loss(self, work: Work) -> torch.Tensor:
         inputs, places, targets, weights = self._moved(work.inputs, work.places, work.targets, work.weights)

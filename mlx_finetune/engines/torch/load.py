@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,8 @@ def load_model(folder: Path, config: RunConfig, device: str) -> PreTrainedModel:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{folder}: transformers cannot load this model: {reason}", hint="see that the folder is complete"
-        ) from error
+        hint = "see that the folder is complete, and that this transformers knows the architecture"
+        raise UserError(f"{folder}: transformers cannot load this model: {reason}", hint=hint) from error
     if found["missing_keys"] or found["unexpected_keys"]:
         keys = sorted(found["missing_keys"])[:2] + sorted(found["unexpected_keys"])[:2]
         raise UserError(
@@ -47,7 +47,7 @@ def load_model(folder: Path, config: RunConfig, device: str) -> PreTrainedModel:
     # Padding is never learned from; a token that is also used for padding, such as an end of turn, learns like any other.
     model.get_input_embeddings().padding_idx = None
     if config.use_liger_kernel:
-        _use_liger(model, device)
+        _use_liger(model)
     return model
 
 
@@ -57,6 +57,7 @@ def _quantised(config: RunConfig, dtype: str, device: str) -> dict[str, Any]:
     if importlib.util.find_spec("accelerate") is None:
         raise UserError(f"quantization = {config.quantization} needs accelerate", hint="pip install 'mlx-finetune[qlora]'")
     if config.quantization == "8bit":
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it tells of each cast in each layer
         how = BitsAndBytesConfig(load_in_8bit=True)
     else:
         how = BitsAndBytesConfig(
@@ -75,10 +76,8 @@ def _keep_as_packed(model: PreTrainedModel) -> None:
             module.training = True
 
 
-def _use_liger(model: PreTrainedModel, device: str) -> None:
+def _use_liger(model: PreTrainedModel) -> None:
     """Norms, rotations and gates; the loss stays ours, which needs no logits either."""
-    if device != "cuda":
-        raise UserError("use_liger_kernel: its kernels are for CUDA", hint="leave it out")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
 
     if model.config.model_type not in known:

@@ -27,7 +27,7 @@ class LoRALinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
         dora = hasattr(self, "lora_magnitude_vector")
-        output = self._unbiased(x) if dora else self.base(x)
+        output = self._unbiased(x) if dora else _through(self.base, x)
         dropped = F.dropout(x, self.dropout, self.training)
         low = dropped.reshape(-1, x.shape[-1]) @ self.lora_A.to(x.dtype).T
         flat = output.reshape(-1, output.shape[-1])
@@ -37,13 +37,17 @@ class LoRALinear(torch.nn.Module):
             summed = summed if self.base.bias is None else summed + self.base.bias
         return summed.reshape(output.shape)
 
+    def row_lengths(self) -> torch.Tensor:
+        """Of the frozen weight, float32 [out]; of DoRA alone, which keeps them: the weight itself may be cut over processes."""
+        return self._squares.sqrt()
+
     @property
     def drops(self) -> bool:
         """Whether dropout acts now."""
         return bool(self.dropout and self.training)
 
     def _unbiased(self, x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.base(x)
+        output = _through(self.base, x)
         return output if self.base.bias is None else output - self.base.bias
 
     @torch.no_grad()
@@ -56,6 +60,28 @@ class LoRALinear(torch.nn.Module):
         crossed = self._unbiased(a.to(_dtype_of(self.base))).float().T  # [out, rank]
         squares = self._squares + (b * (2 * self.scale * crossed + self.scale**2 * (b @ (a @ a.T)))).sum(1)
         return squares.sqrt()
+
+
+def _through(base: Any, x: torch.Tensor) -> torch.Tensor:
+    """base(x)."""
+    output: torch.Tensor = _EightBits.apply(x, base) if type(base).__name__ == "Linear8bitLt" else base(x)
+    return output
+
+
+class _EightBits(torch.autograd.Function):
+    """A layer in 8 bits of bitsandbytes, whose own gradient keeps the input out of reach of layers that are computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, base: Any) -> torch.Tensor:
+        ctx.base = base
+        output: torch.Tensor = base(x)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        state, weight = ctx.base.state, ctx.base.weight
+        rows, lengths = (state.CB, state.SCB) if state.CB is not None else (weight.CB, weight.SCB)
+        return upstream[0] @ (rows.to(upstream[0].dtype) * (lengths / 127).to(upstream[0].dtype)[:, None]), None
 
 
 class LoRAEmbedding(torch.nn.Module):

@@ -4,14 +4,19 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from mlx_finetune.engines.ranks import Alone, PeerGone, Ranks
+from mlx_finetune.errors import UserError
 from mlx_finetune.launched import launched
 
+AT_ONCE = 2**24  # numbers summed as one array
+PATIENCE = timedelta(hours=1)  # the first process may write a large checkpoint meanwhile; one that is gone is seen at once
+TOLD = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # by torchrun, beside WORLD_SIZE
 LOST = re.compile(r"(closed|reset) by peer|broken pipe|gloo|nccl", re.IGNORECASE)  # what torch says of a connection
 
 
@@ -19,18 +24,30 @@ class Torchrun:
     """See `Ranks`: by NCCL between GPUs, else by gloo."""
 
     def __init__(self, device: str) -> None:
-        """Waits until every process is there."""
+        """Waits until every process is there.
+
+        Raises:
+            UserError: this is no process of torchrun's, or the others do not come.
+        """
         if not dist.is_initialized():
+            if missing := [name for name in TOLD if name not in os.environ]:
+                said = f"WORLD_SIZE = {os.environ['WORLD_SIZE']} in the environment, and no {', '.join(missing)}"
+                raise UserError(said, hint="start several processes with torchrun, or unset WORLD_SIZE for one")
             if device == "cuda":
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        self.rank, self.size, self._device = dist.get_rank(), dist.get_world_size(), device
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+            except (RuntimeError, ValueError) as error:
+                where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                hint = "every process needs the same address, and a port that nothing else uses"
+                raise UserError(f"the processes of this run did not meet at {where} ({_first_line(error)})", hint=hint) from error
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def sum(self, numbers: np.ndarray) -> np.ndarray:
         """See `Ranks.sum`."""
-        tensor = torch.from_numpy(numbers.astype(np.float64)).to(self._device)
+        tensor = torch.from_numpy(numbers.astype(np.float64))  # by gloo, which says that a process is gone; NCCL waits for it
         self.sum_(tensor)
-        summed: np.ndarray = tensor.cpu().numpy()
+        summed: np.ndarray = tensor.numpy()
         return summed
 
     def sum_(self, tensor: torch.Tensor) -> None:
@@ -41,7 +58,9 @@ class Torchrun:
         """
         try:
             dist.all_reduce(tensor)
-        except RuntimeError as error:  # torch.distributed.DistBackendError is one
+        except RuntimeError as error:
+            if not _is_lost(error):
+                raise
             raise PeerGone(_first_line(error)) from error
 
 
@@ -55,13 +74,20 @@ def gathering() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not LOST.search(str(error)):
+        if not _is_lost(error):
             raise
         raise PeerGone(_first_line(error)) from error
 
 
-def _first_line(error: RuntimeError) -> str:
-    said, _, _ = str(error).splitlines()[0].rpartition("] ")[2].partition(". This is")
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether a connection ended, and not, say, the memory."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or bool(LOST.search(str(error)))
+
+
+def _first_line(error: Exception) -> str:
+    said, _, _ = (str(error).strip() or type(error).__name__).splitlines()[0].rpartition("] ")[2].partition(". This is")
     return said[:120]
 
 
@@ -71,9 +97,23 @@ def ranks_of(device: str) -> Ranks:
 
 
 def sum_gradients(ranks: Ranks, gradients: Sequence[torch.Tensor]) -> None:
-    """In place, all as one array."""
-    if isinstance(ranks, Torchrun):
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    """In place, many as one array."""
+    if not isinstance(ranks, Torchrun):
+        return
+    ranks.sum(np.zeros(1))  # every process is there yet
+    for group in _grouped(gradients):
+        flat = torch.cat([gradient.reshape(-1) for gradient in group])
         ranks.sum_(flat)
-        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        for gradient, part in zip(group, flat.split([gradient.numel() for gradient in group]), strict=True):
             gradient.copy_(part.reshape(gradient.shape))
+
+
+def _grouped(gradients: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """In their order, so that no second copy of them all is made."""
+    group: list[torch.Tensor] = []
+    for gradient in gradients:
+        if group and sum(each.numel() for each in group) + gradient.numel() > AT_ONCE:
+            yield group
+            group = []
+        group.append(gradient)
+    yield group
