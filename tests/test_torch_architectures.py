@@ -1,5 +1,6 @@
 """Any causal model of transformers is trained as transformers and peft train it, or refused in one line."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from test_engines import config, random_batch, spread
 from tiny_models import VOCABULARY
 
 from mlx_finetune.engines import open_engine
+from mlx_finetune.engines.supported import COMPILERS
 from mlx_finetune.errors import UserError
 
 SMALL: dict[str, Any] = {
@@ -103,3 +105,16 @@ def test_attention_with_biases_and_partly_adapted_layers_give_the_same_in_fewer_
                 largest = np.abs(states[1][name]).max()
                 tolerance = 0.05 if way.get("dtype") else 1e-4
                 np.testing.assert_allclose(states[0][name], states[1][name], atol=tolerance * largest, err_msg=name)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="needs a C++ compiler")
+@pytest.mark.parametrize("checkpointed", [0, 1])
+def test_compiled_layers_train_as_those_that_are_not(checkpointed: int, tiny_llama: Path) -> None:
+    told = []
+    for compiled in (False, True):
+        engine = open_engine(config("torch", torch_compile=compiled, grad_checkpoint=checkpointed), tiny_llama)
+        spread(engine)
+        told.append([engine.step([random_batch(i)], 1e-3, seed=i) for i in range(3)])
+    for plain, other in zip(*told, strict=True):
+        assert other.loss == pytest.approx(plain.loss, abs=1e-5) and other.grad_norm == pytest.approx(plain.grad_norm, rel=3e-5)
