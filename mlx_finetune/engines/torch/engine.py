@@ -63,15 +63,15 @@ class TorchEngine:
         self.trained = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         self._of_head = self._head_parameters()
         check_peft_reads(self.model, self._adapted)
-        if not config.fsdp:
-            self._check_fits()
+        if config.fsdp:  # before it is asked anything: only then it is on its device
+            self._cut()
+        with gathering(), self._multiplying():
+            check_fits(self.model, self._adapted, self._hidden_and_head)
         self._noise: torch.Tensor | None = None
         self.model.get_input_embeddings().register_forward_hook(self._add_noise)
         if not config.use_liger_kernel:
             take_over(self.model, joint=not (config.fsdp or config.torch_compile))
         self._change_layers()
-        if config.fsdp:  # only now it is on its device
-            self._check_fits()
         self._updater = updater_of(config, self.parameters)
         self.load_state(self.initial(), step=0)
 
@@ -151,10 +151,6 @@ class TorchEngine:
             return int(torch.mps.driver_allocated_memory())  # it keeps what it once had
         return int(torch.cuda.max_memory_allocated()) if self.device == "cuda" else process_peak()
 
-    def _check_fits(self) -> None:
-        with gathering(), self._multiplying():
-            check_fits(self.model, self._adapted, self._hidden_and_head)
-
     def _adapt(self) -> dict[str, torch.nn.Parameter]:
         """Puts adapters beside the modules that are chosen; their arrays by PEFT's names."""
         config, modules = self.config, dict(self.model.named_modules())
@@ -200,7 +196,7 @@ class TorchEngine:
         return [parameter for parameter in self.parameters.values() if id(parameter) in found]
 
     def _change_layers(self) -> None:
-        """Lets each `grad_checkpoint`-th layer that a gradient goes through be computed again; cuts or compiles layers."""
+        """Lets each `grad_checkpoint`-th layer that a gradient goes through be computed again; compiles layers."""
         layers = self._layers_with_gradient()
         if self.config.torch_compile:
             for name in layers:
@@ -209,11 +205,12 @@ class TorchEngine:
         for name in layers[::every] if every else []:
             layer = self.model.get_submodule(name)
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        if self.config.fsdp:
-            from mlx_finetune.engines.torch.fsdp import cut
 
-            every_layer = [self.model.get_submodule(name) for name in self._layers().values()]
-            cut(self.model, every_layer, self.parameters.values(), self.device)
+    def _cut(self) -> None:
+        from mlx_finetune.engines.torch.fsdp import cut
+
+        every_layer = [self.model.get_submodule(name) for name in self._layers().values()]
+        cut(self.model, every_layer, self.parameters.values(), self.device)
 
     def _layers(self) -> dict[int, str]:
         """Their paths."""
