@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/processes.py [--out FOLDER]
 
 The command line itself, under torchrun (gloo, without and with FSDP) and under mlx.launch (ring), on a tiny random Llama and the
-embedded sample: 8 steps of 4 micro-batches, dropout 0.1, float32. Takes 5 minutes of two cores, writes processes.md and
+embedded sample: 8 steps of 4 micro-batches, dropout 0.1, float32. Takes 6 minutes of two cores, writes processes.md and
 processes.json; exit status 1 where a bound is broken.
 """
 

@@ -14,6 +14,7 @@ def draw_loss(run: Path) -> Path | None:
     if importlib.util.find_spec("matplotlib") is None:
         return None
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rows = read_metrics(run / "metrics.jsonl")
     train = [row for row in rows if row["split"] == "train"]
@@ -33,6 +34,7 @@ def draw_loss(run: Path) -> Path | None:
                 f"{row['loss']:.3f}", (row["step"], row["loss"]), xytext=(6, 6), textcoords="offset points", color="#c8501e"
             )
     axes.set(xlabel="step", ylabel="loss (nats a learned token)", title=run.resolve().name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)  # beside the curves, wherever they run
