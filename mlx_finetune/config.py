@@ -86,7 +86,7 @@ class RunConfig(BaseModel):
     rank: int = Field(default=16, ge=1, description="width of the adapter")
     alpha: float = Field(default=32.0, gt=0, description="the adapter is scaled by alpha / rank")
     use_rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) instead")
-    dropout: Fraction = Field(default=0.0, description="on the adapter's input while training")
+    dropout: Fraction = Field(default=0.0, description="on the input of adapters of linear layers while training")
     target_modules: Pattern | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default="all-linear",
         description="all-linear, names such as q_proj,v_proj (also embed_tokens, lm_head), or a regular expression for whole paths",
@@ -100,7 +100,7 @@ class RunConfig(BaseModel):
         default="adamw", description="adamw_8bit: moments in 8 bits, by bitsandbytes (torch)"
     )
     learning_rate: float = Field(default=2e-4, gt=0, description="at the end of the warmup")
-    loraplus_lr_ratio: float = Field(default=1.0, gt=0, description="the adapter's B learns faster than its A by this (LoRA+)")
+    loraplus_lr_ratio: float = Field(default=1.0, gt=0, description="B of a linear layer learns faster than A by this (LoRA+)")
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
         default="cosine", description="after the warmup; cosine and linear: to 0; wsd: constant, then linearly to 0"
     )

@@ -18,9 +18,13 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.launched import launched, rank_of
 
 PYTHON = Path(sys.executable)
+PORT = str(20_000 + 4 * (os.getpid() % 2_000))  # another for each run of the tests
 LAUNCHERS = {
     "torch": (str(PYTHON.parent / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "mlx_finetune"),
-    "mlx": (str(PYTHON.parent / "mlx.launch"), "-n", "2", "--backend", "ring", "--", str(PYTHON), "-m", "mlx_finetune"),
+    "mlx": (
+        *(str(PYTHON.parent / "mlx.launch"), "-n", "2", "--backend", "ring", "--starting-port", PORT),
+        *("--", str(PYTHON), "-m", "mlx_finetune"),
+    ),
 }
 SAME = 1e-5  # sums of gradients in another order, float32: measured 1e-6
 
