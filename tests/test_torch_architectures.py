@@ -111,10 +111,16 @@ def test_attention_with_biases_and_partly_adapted_layers_give_the_same_in_fewer_
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="needs a C++ compiler")
 @pytest.mark.parametrize("checkpointed", [0, 1])
 def test_compiled_layers_train_as_those_that_are_not(checkpointed: int, tiny_llama: Path) -> None:
+    import torch
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()  # else what another test compiled is used again
     told = []
     for compiled in (False, True):
+        counters.clear()
         engine = open_engine(config("torch", torch_compile=compiled, grad_checkpoint=checkpointed), tiny_llama)
         spread(engine)
         told.append([engine.step([random_batch(i)], 1e-3, seed=i) for i in range(3)])
+        assert (counters["stats"]["unique_graphs"] > 0) is compiled
     for plain, other in zip(*told, strict=True):
         assert other.loss == pytest.approx(plain.loss, abs=1e-5) and other.grad_norm == pytest.approx(plain.grad_norm, rel=3e-5)

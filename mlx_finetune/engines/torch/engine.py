@@ -200,7 +200,8 @@ class TorchEngine:
         layers = self._layers_with_gradient()
         if self.config.torch_compile:
             for name in layers:
-                self.model.get_submodule(name).compile(dynamic=True)
+                layer = self.model.get_submodule(name)
+                layer.forward = torch.compile(layer.forward, dynamic=True)  # inside what computes it again
         every = self.config.grad_checkpoint
         for name in layers[::every] if every else []:
             layer = self.model.get_submodule(name)
