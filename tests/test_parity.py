@@ -129,7 +129,11 @@ def test_a_pad_token_that_is_a_token_of_the_text_too_is_learned_like_any_other(e
     assert np.abs(engine.state()["adapter/model.embed_tokens.weight"][0] - before[0]).max() > 1e-4
 
 
-NO_CUDA = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="a machine with CUDA's extras")
+NO_CUDA = pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="a machine with CUDA")
+NO_LIGER, NO_FLASH = (
+    pytest.mark.skipif(importlib.util.find_spec(package) is not None, reason=f"{package} is installed")
+    for package in ("liger_kernel", "flash_attn")
+)
 NO_METAL = pytest.mark.skipif(sys.platform == "darwin", reason="a Mac")
 
 
@@ -142,10 +146,10 @@ NO_METAL = pytest.mark.skipif(sys.platform == "darwin", reason="a Mac")
         ("mlx", {"torch_compile": True}, "torch_compile = true is not there with the mlx engine"),
         pytest.param("torch", {"device": "cuda"}, "device = cuda: torch .* (is built without CUDA|finds no NVIDIA)", marks=NO_CUDA),
         pytest.param("torch", {"device": "mps"}, "device = mps: there is no Metal here", marks=NO_METAL),
-        pytest.param("torch", {"use_liger_kernel": True}, "use_liger_kernel = true needs liger_kernel", marks=NO_CUDA),
-        pytest.param("torch", {"attention": "flash"}, "attention = flash needs flash_attn", marks=NO_CUDA),
+        pytest.param("torch", {"use_liger_kernel": True}, "use_liger_kernel = true needs liger_kernel", marks=NO_LIGER),
+        pytest.param("torch", {"attention": "flash"}, "attention = flash needs flash_attn", marks=NO_FLASH),
         ("torch", {"attention": "flash", "share_prefixes": "always"}, "do not go together"),
-        ("torch", {"fsdp": True, "quantization": "4bit"}, "fsdp"),
+        ("torch", {"fsdp": True, "quantization": "4bit"}, "fsdp and quantization = 4bit do not go together"),
         ("torch", {"fsdp": True}, "fsdp cuts the weights over several processes"),
         ("torch", {"fine_tune_type": "full", "dropout": 0.1}, "dropout is for adapters"),
         ("torch", {"fine_tune_type": "full", "dtype": "bfloat16"}, "full trains in float32"),
