@@ -100,7 +100,8 @@ def sum_gradients(ranks: Ranks, gradients: Sequence[torch.Tensor]) -> None:
     """In place, many as one array."""
     if not isinstance(ranks, Torchrun):
         return
-    ranks.sum(np.zeros(1))  # every process is there yet
+    if gradients[0].is_cuda:
+        ranks.sum(np.zeros(1))  # every process is there yet: NCCL would wait
     for group in _grouped(gradients):
         flat = torch.cat([gradient.reshape(-1) for gradient in group])
         ranks.sum_(flat)
