@@ -14,7 +14,7 @@ from tiny_models import SIZES, make_tiny
 
 from mlx_finetune.config import load_config
 from mlx_finetune.errors import UserError
-from mlx_finetune.models.mlx_config import MIXTURES, PROVEN
+from mlx_finetune.models.mlx_config import PROVEN, UNPLANNED
 from mlx_finetune.planning.advice import SHORTEST, Wanted, choose, needed, refuse_what_cannot_fit
 from mlx_finetune.planning.architectures import KINDS
 from mlx_finetune.planning.machine import CHIPS, GIB, find_chip, metal_limit, parse_memory, planned_machine, this_machine
@@ -51,7 +51,7 @@ def test_parameters_counted_from_a_published_config_are_those_published(name: st
     assert published(name).parameters == pytest.approx(PUBLISHED[name][1], rel=0.01)
 
 
-@pytest.mark.parametrize("model_type", sorted(set(PROVEN) - MIXTURES))
+@pytest.mark.parametrize("model_type", sorted(set(PROVEN) - UNPLANNED))
 def test_every_architecture_that_mlx_trains_is_counted_to_the_last_parameter(model_type: str, tmp_path: Path) -> None:
     made = make_tiny(model_type, tmp_path / "model", tokenizer=False)
     found = model_shape(str(made))
@@ -341,10 +341,10 @@ def test_a_mistake_is_one_line_and_a_hint(cli: Callable[..., Answer], zephyr: Pa
 
 
 def test_every_kind_of_layer_is_one_that_mlx_trains_or_replits() -> None:
-    assert set(KINDS) == (set(PROVEN) - MIXTURES) | {"mpt"}
+    assert set(KINDS) == (set(PROVEN) - UNPLANNED) | {"mpt"}
 
 
-@pytest.mark.parametrize("model_type", sorted(MIXTURES))
+@pytest.mark.parametrize("model_type", sorted(UNPLANNED))
 def test_a_mixture_of_experts_has_no_plan_and_the_known_ones_are_named(model_type: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"no plan for architecture '{model_type}'") as error:
         model_shape(str(make_tiny(model_type, tmp_path / "model", tokenizer=False)))

@@ -28,11 +28,11 @@ TRAINED: dict[str, dict[str, Any]] = {
     "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 512},
     "bloom": {"n_layer": 2, "n_head": 4},
+    "mamba": {"state_size": 8},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gpt2": ({"n_embd": 64, "n_layer": 2, "n_head": 4}, "no linear layers that can be adapted"),
-    "mamba": ({"state_size": 8}, "is of Mamba"),
-    "falcon_h1": ({"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}, "is of Mamba"),
     "opt": ({"ffn_dim": 96, "word_embed_proj_dim": 64}, "its head needs more than its layers give"),
     "deepseek_v2": (
         {
@@ -81,6 +81,14 @@ def test_what_cannot_be_trained_is_refused_in_one_line(model_type: str, tmp_path
     with pytest.raises(UserError, match=said) as error:
         open_engine(config("torch"), folder)
     assert "\n" not in error.value.message and error.value.hint
+
+
+def test_what_mambas_kernels_pass_by_is_left_alone_and_refused_where_it_is_named(tmp_path: Path) -> None:
+    folder = made("falcon_h1", tmp_path / "model", TRAINED["falcon_h1"])
+    targets = open_engine(config("torch"), folder).targets
+    assert any(name.endswith("mamba.in_proj") for name in targets) and not any(name.endswith("mamba.out_proj") for name in targets)
+    with pytest.raises(UserError, match=r"out_proj is of Mamba, whose fused kernels read its weight past an adapter"):
+        open_engine(config("torch", target_modules="out_proj"), folder)
 
 
 @pytest.mark.parametrize("way", [{}, {"grad_checkpoint": 1}, {"fine_tune_type": "dora"}, {"dtype": "bfloat16"}])

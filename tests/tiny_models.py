@@ -36,6 +36,37 @@ SIZES: dict[str, Any] = {
 HEADS = {"head_dim": 16}
 # Shorter than the tests' sequences, so that windows show.
 WINDOW = {"sliding_window": 8}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+}
+MULTIPLIERS = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}
+LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+}
+MINISTRAL_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 100_000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,
+    "max_position_embeddings": 256,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
 PARTICULAR: Mapping[str, Mapping[str, Any]] = {
     "cohere2": WINDOW,
     "ernie4_5": HEADS,
@@ -43,12 +74,7 @@ PARTICULAR: Mapping[str, Mapping[str, Any]] = {
     "gemma2": HEADS | {"query_pre_attn_scalar": 24, "sliding_window": 64},
     "gemma3_text": HEADS | WINDOW | {"query_pre_attn_scalar": 24, "sliding_window_pattern": 2},
     "glm4": HEADS,
-    "granite": {
-        "attention_multiplier": 0.2,
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.5,
-        "logits_scaling": 2.0,
-    },
+    "granite": MULTIPLIERS,
     "hunyuan_v1_dense": HEADS,
     "mistral": {"sliding_window": None},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
@@ -59,6 +85,32 @@ PARTICULAR: Mapping[str, Mapping[str, Any]] = {
     "qwen3_moe": HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
     "seed_oss": HEADS,
     "stablelm": {"use_qkv_bias": True},
+    "cohere": {"logit_scale": 0.5},
+    "deepseek_v3": ROUTED
+    | {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    | {"num_key_value_heads": 4},
+    "dots1": HEADS | ROUTED | {"sliding_window": None},
+    "gemma": HEADS,
+    "gemma4_text": HEADS
+    | WINDOW
+    | {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    | {"per_layer_config": {"01": {"head_dim": 32}, "03": {"head_dim": 32}}}
+    | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY},
+    "glm4_moe": HEADS | ROUTED | {"use_qk_norm": True},
+    "gpt_neox": {"intermediate_size": 256},
+    "granitemoe": MULTIPLIERS | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoehybrid": MULTIPLIERS
+    | MAMBA
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48, "position_embedding_type": "rope"}
+    | {"layer_types": ["mamba", "attention"] * 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": EXPERTS | {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "mamba2": {"state_size": 16, "num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 1, "chunk_size": 16},
+    "ministral3": HEADS | {"rope_parameters": MINISTRAL_ROPE},
+    "nemotron": HEADS,
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 48},
+    "qwen3_5_text": HEADS | LINEAR_ATTENTION,
+    "qwen3_next": HEADS | EXPERTS | LINEAR_ATTENTION | {"shared_expert_intermediate_size": 48},
 }
 
 
@@ -79,7 +131,8 @@ def make_tiny(
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    config = CONFIG_MAPPING[model_type](**SIZES | dict(PARTICULAR.get(model_type, {})) | dict(changes or {}))
+    sizes = {key: size for key, size in SIZES.items() if model_type != "mamba2" or "head" not in key}
+    config = CONFIG_MAPPING[model_type](**sizes | dict(PARTICULAR.get(model_type, {})) | dict(changes or {}))
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     _randomise(model, seed)
     model.save_pretrained(folder)
@@ -135,7 +188,11 @@ def rewrite_as_v4(path: Path) -> None:
     model_type = config["model_type"]
     config["torch_dtype"] = config.pop("dtype")
     config["transformers_version"] = "4.53.0"
-    rope = config.pop("rope_parameters")
+    rope = config.get("rope_parameters")
+    if rope is None or model_type in ("gemma4_text", "ministral3"):  # no RoPE, or younger than version 4
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+        return
+    del config["rope_parameters"]
     full = rope.get("full_attention", rope)
     config["rope_theta"] = full["rope_theta"]
     if "partial_rotary_factor" in full:
@@ -149,6 +206,8 @@ def rewrite_as_v4(path: Path) -> None:
     if model_type in ("cohere2", "gemma3_text"):
         config["sliding_window_pattern"] = types.index("full_attention") + 1
         config.pop("_sliding_window_pattern", None)
-    if model_type not in ("olmo3", "exaone4"):  # those two came late enough to write them
+    if model_type in ("qwen3_5_text", "qwen3_next"):
+        config["full_attention_interval"] = types.index("full_attention") + 1
+    if model_type not in ("olmo3", "exaone4", "granitemoehybrid", "lfm2", "lfm2_moe"):  # which came late enough to write them
         config.pop("layer_types", None)
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -18,6 +18,7 @@ ROUTERS = ("gate", "router", "shared_expert_gate")  # of mixtures of experts: sm
 HEAD = "lm_head"
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+BYPASSED = ("out_proj", "x_proj", "dt_proj")
 Chosen = TypeVar("Chosen", bound=Mapping[str, Any])
 Norms = Callable[[str], np.ndarray]  # of a module: the length of each row of its weight, float32 [rows]
 
@@ -29,15 +30,27 @@ class Target:
     rows: int
     columns: int
     kind: Literal["linear", "embedding", "tied"] = "linear"  # tied: embeddings whose weight is the head's too
+    bypassed: bool = False  # of Mamba: its fused kernel reads the weight without asking the module, past an adapter
+
+
+def is_bypassed(name: str, of_mamba: Any) -> bool:
+    """Whether a module of that path, in `of_mamba`, is one that Mamba's fused kernels pass by."""
+    return name.rpartition(".")[2] in BYPASSED and all(hasattr(of_mamba, part) for part in ("A_log", "D"))
 
 
 def choose_targets(modules: Mapping[str, Target], config: RunConfig) -> dict[str, Target]:
     """The modules to adapt, of all that the model has, by path. Head and embeddings are among them where they are named.
 
     Raises:
-        UserError: a name or a pattern in `target_modules` that no module has, or more layers than the model has.
+        UserError: a name or a pattern in `target_modules` that no module has or that cannot be adapted, or more layers than
+            the model has.
     """
-    in_layers = [name for name in modules if LAYER.search(name) and name.rsplit(".", 1)[-1] not in ROUTERS]
+    in_layers = [name for name in modules if LAYER.search(name) and not set(name.split(".")) & set(ROUTERS)]
+    passed_by = [name for name in in_layers if modules[name].bypassed]
+    in_layers = [name for name in in_layers if not modules[name].bypassed]
+    if asked := [name for name in passed_by if {name, name.rsplit(".", 1)[-1]} & set(config.target_modules)]:
+        what = f"target_modules: {asked[0]} is of Mamba, whose fused kernels read its weight past an adapter"
+        raise UserError(what, hint="leave it out")
     if not in_layers:
         raise UserError("this model has no linear layers that can be adapted", hint="choose a model of another architecture")
     last = last_layers(in_layers, config)

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from mlx_finetune.errors import UserError
+from mlx_finetune.models.mlx_overlays import FULL, SLIDING, canonical, overlay_of
 
 Config = Mapping[str, Any]
 Rope = Mapping[str, Any]
 
 SCALINGS = frozenset({"linear", "llama3", "yarn"})
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,21 @@ class Architecture:
     window_ignored: bool = False  # mlx-lm attends to everything where transformers masks by `sliding_window`
     pattern: int = 0  # mlx-lm reads `sliding_window_pattern`, not `layer_types`; the period where the file is silent
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    by_transformers: bool = False  # transformers' own class reads the file, whichever version wrote it: mlx_overlays.py
+    names: tuple[tuple[str, str], ...] = ()  # regular expressions, and what transformers has for mlx-lm's path of a module
+    own_attention: bool = False  # or layers that are no attention: they follow neither blocks nor trees
 
 
 GELU = ("hidden_activation", "gelu_pytorch_tanh")
+
+W1_W2_W3 = (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3"))
+LFM2_MLP = tuple((rf"(feed_forward)\.{ours}\b", rf"\1.{name}") for ours, name in W1_W2_W3)
+NEOX = ((r"^model\.h\.", "gpt_neox.layers."), (r"^model\.embed_out\b", "embed_out"), (r"^model\.(embed_in|final)", r"gpt_neox.\1"))
+
+
+def _read(activation: str, key: str = "hidden_act", **settings: Any) -> Architecture:
+    return Architecture(by_transformers=True, activation=(key, activation), **settings)
+
 
 # Architectures for which tests/test_architectures.py proves that MLX's logits equal transformers'.
 PROVEN: Mapping[str, Architecture] = {
@@ -59,9 +71,29 @@ PROVEN: Mapping[str, Architecture] = {
     "seed_oss": Architecture(SCALINGS),
     "smollm3": Architecture(SCALINGS, rope_theta=2_000_000.0, tied=True, window_ignored=True),
     "stablelm": Architecture(defaults={"partial_rotary_factor": 0.25}),
+    "cohere": _read("silu"),
+    "deepseek_v3": _read("silu", own_attention=True),
+    "dots1": _read("silu", window_ignored=True),
+    "gemma": _read("gelu_pytorch_tanh"),
+    "gemma4_text": _read("gelu_pytorch_tanh", "hidden_activation", scalings=frozenset({"proportional"}), own_attention=True),
+    "glm4_moe": _read("silu"),
+    "gpt_neox": _read("gelu", names=NEOX),
+    "granitemoe": _read("silu"),
+    "granitemoehybrid": _read("silu", own_attention=True),
+    "lfm2": _read("silu", own_attention=True),
+    "lfm2_moe": _read("silu", own_attention=True, names=LFM2_MLP),
+    "mamba2": _read("silu", own_attention=True),
+    "ministral3": _read("silu", scalings=frozenset({"yarn"}), own_attention=True),
+    "nemotron": _read("relu2"),
+    "phi": _read("gelu_new"),
+    "qwen2_moe": _read("silu", window_ignored=True),
+    "qwen3_5_text": _read("silu", own_attention=True, names=((r"^language_model\.", ""),)),
+    "qwen3_next": _read("silu", own_attention=True),
+    "starcoder2": _read("gelu_pytorch_tanh", window_ignored=True),
 }
 
-MIXTURES = frozenset({"mixtral", "olmoe", "qwen3_moe"})  # of experts: their sizes are not planned yet
+# Whose sizes are not planned yet: mixtures of experts, and all that transformers reads for us.
+UNPLANNED = frozenset({"mixtral", "olmoe", "qwen3_moe"} | {name for name, one in PROVEN.items() if one.by_transformers})
 
 # What each scaling may say; anything else would be read by one library and not by the other.
 SCALING_KEYS: Mapping[str, frozenset[str]] = {
@@ -86,6 +118,8 @@ WINDOW_BY_LAYER = ("gemma2", "qwen2", "qwen3", "smollm3")  # `layer_types`; mist
 def mlx_overlay(config: Config) -> dict[str, Any]:
     """Keys to lay over a supported `config` so that mlx-lm 0.32.2 computes what transformers computes without them."""
     model_type = config["model_type"]
+    if PROVEN[model_type].by_transformers:
+        return overlay_of(config)
     full, sliding = _rope(config)
     overlay: dict[str, Any] = {
         **{key: value for key, value in PROVEN[model_type].defaults.items() if config.get(key) is None},
@@ -111,6 +145,9 @@ def check_supported(config: Config) -> None:
     if model_type not in PROVEN:
         _refuse(f"architecture {model_type!r} (MLX: {', '.join(sorted(PROVEN))})")
     _check_quantisation(config)
+    if PROVEN[model_type].by_transformers:
+        _check_read(config)
+        return
     _check_settings(config)
     full, sliding = _rope(config)
     _check_scaling(full, model_type)
@@ -124,6 +161,8 @@ def max_exact_length(config: Config) -> int | None:
     """The longest sequence, in tokens, for which MLX equals transformers: `sliding_window` where mlx-lm ignores it. None: any."""
     if not PROVEN[config["model_type"]].window_ignored:
         return None
+    if PROVEN[config["model_type"]].by_transformers:
+        return _window_read(canonical(config))
     if config["model_type"] in WINDOW_IS_OPTIONAL and not config.get("use_sliding_window"):
         return None
     if config["model_type"] in WINDOW_BY_LAYER and SLIDING not in (config.get("layer_types") or [SLIDING]):
@@ -140,6 +179,30 @@ def _check_quantisation(config: Config) -> None:
     if quantisation and not config.get("quantization"):  # mlx-lm's own models carry both
         method = quantisation.get("quant_method", "unknown method")
         raise UserError(f"quantised checkpoint ({method}): not supported yet", hint="use the original checkpoint")
+
+
+def _check_read(config: Config) -> None:
+    """Of what transformers reads: a kind of RoPE or an activation that mlx-lm's class does not compute. What else it does not
+    read is found where that class is at hand: engines/mlx/load.py."""
+    model_type, read = config["model_type"], canonical(config)
+    one = PROVEN[model_type]
+    ropes = read.get("rope_parameters") or {}
+    for rope in ropes.values() if any(isinstance(value, Mapping) for value in ropes.values()) else [ropes]:
+        if (kind := _kind(rope or {})) not in one.scalings | {"default"}:
+            _refuse(f"RoPE scaling {kind!r} of {model_type}")
+    key, expected = one.activation
+    if read.get(key, expected) != expected:
+        _refuse(f"{model_type} with {key} {read[key]!r}")
+    if config.get("model_file"):
+        _refuse(f"model_file {config['model_file']!r}")
+    overlay_of(config)
+
+
+def _window_read(read: Config) -> int | None:
+    """`sliding_window` where a layer has one."""
+    window: int | None = read.get("sliding_window")
+    kinds = read.get("layer_types")
+    return window if window and (SLIDING in kinds if kinds else True) else None
 
 
 def _check_settings(config: Config) -> None:

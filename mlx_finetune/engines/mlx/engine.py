@@ -1,7 +1,7 @@
 """MlxEngine: mlx-lm's model classes with our LoRA, on Metal, or in float32 on a CPU."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
 from mlx_finetune.engines import TRUNK, Arrays, StepResult, process_peak
-from mlx_finetune.engines.adapter import HEAD, LAYER, Target, check_targets, choose_targets, initial_adapter, scale_of
+from mlx_finetune.engines.adapter import HEAD, LAYER, Target, check_targets, choose_targets, initial_adapter, is_bypassed, scale_of
 from mlx_finetune.engines.full import choose_weights, read_weights
 from mlx_finetune.engines.mlx.attention import follows_layout, install
 from mlx_finetune.engines.mlx.input import Input
 from mlx_finetune.engines.mlx.load import load_model
 from mlx_finetune.engines.mlx.lora import LoRAEmbedding, LoRALinear, noisy, row_norms, set_dropout
 from mlx_finetune.engines.mlx.loss import Caught, Given, loss_sum, value_of
+from mlx_finetune.engines.mlx.parts import parts_of, train_recurrences, transformers_name
 from mlx_finetune.engines.mlx.ranks import ranks_of, sum_gradients
 from mlx_finetune.engines.mlx.recompute import recomputed
 from mlx_finetune.engines.mlx.trunk import Trunk
@@ -52,15 +53,17 @@ class MlxEngine:
         dtype = config.dtype if config.dtype != "auto" else None if self.on_gpu else "float32"
         self.model = load_model(model, "float32" if full else dtype)
         self.model.freeze()
+        self._parts, self._model_type = parts_of(self.model), str(read_json(model / "config.json")["model_type"])
         self.targets: dict[str, Target] = {}
         self._adapted: dict[str, Any] = {}
         if full:
             self._thaw()
         else:
             self._adapt()
-        self.trained = {_name(n): tuple(p.shape) for n, p in sorted(self._parameters().items())}
-        self._of_head = [name for name in self._parameters() if not LAYER.search(name) and _behind_layers(name, self._tied)]
+        self.trained = dict(sorted((self._name(n), tuple(p.shape)) for n, p in self._parameters().items()))
+        self._of_head = [name for name in self._parameters() if not LAYER.search(name) and self._is_behind_layers(name)]
         self.model.eval()
+        train_recurrences(self.model)
         self._choose_paths(model)
         self._trunk: Trunk | None = None
         if config.cache_trunk:
@@ -68,14 +71,17 @@ class MlxEngine:
                 raise UserError("cache_trunk: embeddings or head are trained too", hint="leave it out, or them")
             what = {"model": fingerprint(model), "dtype": dtype or "as stored", "attention": config.attention}
             own = f"process-{self.ranks.rank}" if self.ranks.size > 1 else ""  # each writes what it has computed itself
-            self._trunk = Trunk(self.model, Path(config.out) / TRUNK / own, what)
-        self._rules = {name: rule_of(config, _name(name), tuple(p.shape)) for name, p in self._parameters().items()}
+            self._trunk = Trunk(self._parts, Path(config.out) / TRUNK / own, what)
+        self._rules = {name: rule_of(config, self._name(name), tuple(p.shape)) for name, p in self._parameters().items()}
         self.load_state(self.initial(), step=0)
 
     def _adapt(self) -> None:
         """Puts adapters beside the modules that are chosen."""
-        config, modules = self.config, dict(self.model.named_modules())
-        known = {n: Target(*_shape(m)) for n, m in modules.items() if isinstance(m, nn.Linear | nn.QuantizedLinear)}
+        config, paths = self.config, dict(self.model.named_modules())
+        modules = {transformers_name(path, self._model_type): module for path, module in paths.items()}
+        linear = {n: m for n, m in modules.items() if isinstance(m, nn.Linear | nn.QuantizedLinear)}
+        parents = {n: modules[n.rpartition(".")[0]] for n in linear}
+        known = {n: Target(*_shape(m), bypassed=is_bypassed(n, parents[n])) for n, m in linear.items()}
         for name, module in modules.items():
             if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
                 known[name] = Target(*_shape(module), "tied" if self._tied else "embedding")
@@ -89,7 +95,8 @@ class MlxEngine:
                 if target.kind == "linear"
                 else LoRAEmbedding(module, shape, config.rank, scale)
             )
-        self.model.update_modules(tree_unflatten(list(self._adapted.items())))
+        own = {transformers_name(path, self._model_type): path for path in paths}
+        self.model.update_modules(tree_unflatten([(own[path], adapted) for path, adapted in self._adapted.items()]))
 
     def _thaw(self) -> None:
         """Lets the weights that are chosen be trained themselves."""
@@ -101,11 +108,21 @@ class MlxEngine:
     @property
     def _tied(self) -> bool:
         """Whether the head is the embeddings."""
-        return not any(name == HEAD for name, _ in self.model.named_modules())
+        return not any(name.rpartition(".")[2] == HEAD for name, _ in self.model.named_modules())
+
+    def _name(self, name: str) -> str:
+        """An array of the model by the name that PEFT gives it."""
+        name = transformers_name(name, self._model_type)
+        return f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name
+
+    def _is_behind_layers(self, name: str) -> bool:
+        """Whether an array that is in no layer is used behind them: of the head, or of embeddings that are the head too."""
+        parts = name.split(".")
+        return HEAD in parts or (self._tied and self._parts.embeddings in parts)
 
     def _choose_paths(self, folder: Path) -> None:
         """Which attention, and whether rows may be folded into trees; refuses by name what this model cannot."""
-        able, config = follows_layout(self.model), self.config
+        able, config = follows_layout(self.model, self._model_type), self.config
         for name, asked in (
             ("attention: blocks", config.attention == "blocks"),
             ("share_prefixes: always", config.share_prefixes == "always"),
@@ -161,8 +178,8 @@ class MlxEngine:
         """See `Engine.generate`."""
         tokens, cache = mx.array([list(map(int, prompt))]), make_prompt_cache(self.model)
         for _ in range(limit):
-            caught = Caught(self.model["model"])
-            with _replaced(self.model, caught):
+            caught = Caught(self._parts.backbone)
+            with self._parts.replaced(caught):
                 self.model(tokens, cache=cache)
             assert caught.hidden is not None
             token = int(np.argmax(np.array(self._head(caught.hidden[0, -1:])[0].astype(mx.float32))))
@@ -173,8 +190,8 @@ class MlxEngine:
 
     def state(self) -> Arrays:
         """See `Engine.state`."""
-        arrays = {f"adapter/{_name(n)}": np.array(p) for n, p in self._parameters().items()}
-        return arrays | {f"{slot}/{_name(n)}": np.array(a) for n, slots in self._slots.items() for slot, a in slots.items()}
+        arrays = {f"adapter/{self._name(n)}": np.array(p) for n, p in self._parameters().items()}
+        return arrays | {f"{slot}/{self._name(n)}": np.array(a) for n, slots in self._slots.items() for slot, a in slots.items()}
 
     def initial(self) -> Arrays:
         """See `Engine.initial`."""
@@ -185,11 +202,11 @@ class MlxEngine:
 
     def load_state(self, state: Arrays, step: int) -> None:
         """See `Engine.load_state`."""
-        self._set({name: mx.array(state[f"adapter/{_name(name)}"]) for name in self._parameters()})
+        self._set({name: mx.array(state[f"adapter/{self._name(name)}"]) for name in self._parameters()})
         self._slots: dict[str, dict[str, mx.array]] = {}
         for name, rule in self._rules.items():
-            shapes = slots_of(rule, self.trained[_name(name)])
-            keys = {slot: f"{slot}/{_name(name)}" for slot in shapes}
+            shapes = slots_of(rule, self.trained[self._name(name)])
+            keys = {slot: f"{slot}/{self._name(name)}" for slot in shapes}
             self._slots[name] = {s: mx.array(state[k]) if (k := keys[s]) in state else mx.zeros(shapes[s]) for s in shapes}
         self._steps, self.whole = step, True
 
@@ -209,16 +226,16 @@ class MlxEngine:
 
     def _loss(self, parameters: Parameters, work: Input, scale: float, states: mx.array | None) -> mx.array:
         self._set(parameters)
-        with recomputed(self.model["model"], self.config.grad_checkpoint), self._below(states):
+        with recomputed(self._parts, self.config.grad_checkpoint), self._below(states):
             hidden = self._hidden(work)
         of_head = {name: parameters[name] for name in self._of_head}
         return loss_sum(self._head, hidden, work.targets, work.weights, of_head) * scale
 
     def _hidden(self, work: Input) -> mx.array:
         """[n, D]: what the head is to make logits of."""
-        layers = self.model["model"]
-        caught = Caught(layers)
-        with noisy(layers, work.noise), _replaced(self.model, caught):
+        backbone = self._parts.backbone
+        caught = Caught(backbone)
+        with noisy(backbone, self._parts.embeddings, work.noise), self._parts.replaced(caught):
             self.model(work.inputs, cache=work.layouts(len(self.model.layers)))
         assert caught.hidden is not None
         return caught.hidden.reshape(-1, caught.hidden.shape[-1])[work.places]
@@ -227,7 +244,7 @@ class MlxEngine:
         """[n, D] -> [n, V]; `learned`: of the head itself, put in first."""
         if learned:
             self._set(learned)
-        with _replaced(self.model, Given(self.model["model"], hidden[None])):
+        with self._parts.replaced(Given(self._parts.backbone, hidden[None])):
             logits: mx.array = self.model(mx.zeros((1, 1), mx.int32))[0]
         return logits
 
@@ -238,7 +255,7 @@ class MlxEngine:
         parameters, full = self._parameters(), self.config.fine_tune_type == "full"
         for name in list(gradient):
             raw = gradient.pop(name)
-            how = self._steps, learning_rate * rate_factor(self.config, _name(name)), decay_of(self.config, tuple(raw.shape))
+            how = self._steps, learning_rate * rate_factor(self.config, self._name(name)), decay_of(self.config, tuple(raw.shape))
             changed = update(self._rules[name], parameters[name], raw * clip, self._slots[name], *how)
             parameters[name], self._slots[name] = changed
             if full:  # one by one, so that old and new weights are not all there at once
@@ -270,29 +287,8 @@ def _shape(module: Any) -> tuple[int, int]:
     )
 
 
-def _name(name: str) -> str:
-    """An array of the model by the name that PEFT gives it."""
-    return f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name
-
-
-def _behind_layers(name: str, tied: bool) -> bool:
-    """Whether an array that is in no layer is used behind them: of the head, or of embeddings that are the head too."""
-    return name.startswith(f"{HEAD}.") or (tied and ".embed_tokens." in name)
-
-
 def _module_at(model: nn.Module, path: str) -> Any:
     return dict(model.named_modules())[path]
-
-
-@contextmanager
-def _replaced(model: nn.Module, layers: Any) -> Iterator[None]:
-    """Inside, `layers` stands in for the model's own."""
-    own = model["model"]
-    model["model"] = layers
-    try:
-        yield
-    finally:
-        model["model"] = own
 
 
 def _number(scalar: mx.array) -> float:

@@ -1,14 +1,21 @@
 """A Hugging Face folder, or an MLX one, as an mlx-lm model that computes what transformers computes."""
 
+import sys
+from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as load_mlx_lm
 
+from mlx_finetune.engines.mlx.corrected import correct
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
-from mlx_finetune.models.mlx_config import check_supported, mlx_overlay
+from mlx_finetune.models.mlx_config import PROVEN, check_supported, mlx_overlay
+from mlx_finetune.models.mlx_overlays import unread
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -21,18 +28,36 @@ def load_model(folder: Path, dtype: str | None) -> nn.Module:
     """
     config = read_json(folder / "config.json")
     check_supported(config)
+    overlay = mlx_overlay(config)
+    _check_all_is_read({**config, **overlay}, config)
     _check_weight_files(folder)
     try:
-        model, _ = load_mlx_lm(folder, lazy=True, model_config=mlx_overlay(config), trust_remote_code=False)
+        model, _ = load_mlx_lm(folder, lazy=True, model_config=overlay, trust_remote_code=False)
     except (RuntimeError, TypeError, ValueError) as error:  # damaged file; key missing in config.json; other tensors
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{folder}: not loadable with MLX: {reason}", hint="is the download whole? if so: --engine torch"
         ) from error
+    correct(model)
     if dtype:
         _cast(model, DTYPES[dtype])
     mx.eval(model.parameters())
     return model
+
+
+def _check_all_is_read(laid_over: dict[str, Any], config: Mapping[str, Any]) -> None:
+    """Raises UserError for a setting that transformers heeds and mlx-lm's class does not know."""
+    one = PROVEN[config["model_type"]]
+    if not one.by_transformers:
+        return
+    _, arguments = _get_classes(laid_over)
+    of_text = getattr(sys.modules[arguments.__module__], "TextModelArgs", arguments)
+    known = frozenset(signature(of_text).parameters)
+    if one.window_ignored:  # lengths that see a window are refused where they are known
+        known |= {"sliding_window", "use_sliding_window"}
+    if found := unread(config, known):
+        key, value = found
+        raise UserError(f"{config['model_type']} with {key} = {value!r} is not supported with MLX", hint="use --engine torch")
 
 
 def _check_weight_files(folder: Path) -> None:

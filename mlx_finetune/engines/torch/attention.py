@@ -21,7 +21,8 @@ _trees: list[tuple[Tree, Masks]] = []  # of the tree that is computed now, forwa
 def takes_trees(model: PreTrainedModel) -> bool:
     """Whether its attention can follow a tree: no soft cap of the scores, which the fused functions do not have."""
     config = model.config
-    known = config.model_type in PROVEN and model._supports_attention_backend
+    one = PROVEN.get(config.model_type)
+    known = one is not None and not one.own_attention and model._supports_attention_backend
     return known and not getattr(config, "attn_logit_softcapping", None)
 
 

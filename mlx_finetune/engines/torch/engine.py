@@ -1,5 +1,6 @@
 """TorchEngine: transformers' model classes with our LoRA, on CUDA, on Metal through mps, or in float32 on a CPU."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -21,6 +22,7 @@ from mlx_finetune.engines.adapter import (
     check_targets,
     choose_targets,
     initial_adapter,
+    is_bypassed,
     scale_of,
     trained_shapes,
 )
@@ -115,12 +117,13 @@ class TorchEngine:
     @torch.no_grad()
     def generate(self, prompt: Sequence[int], limit: int, stop: frozenset[int]) -> Iterator[int]:
         """See `Engine.generate`."""
-        tokens, cache = torch.tensor([list(prompt)], device=self.device), None
+        tokens, cache, backbone = torch.tensor([list(prompt)], device=self.device), None, self.model.get_submodule(self._backbone)
+        kept = "cache_params" if "cache_params" in inspect.signature(backbone.forward).parameters else "past_key_values"
         for _ in range(limit):
             with self._multiplying():
-                answer = self.model.get_submodule(self._backbone)(tokens, past_key_values=cache, use_cache=True)
+                answer = backbone(tokens, use_cache=True, **{kept: cache})
                 token = int(self._head(answer.last_hidden_state[0, -1:])[0].argmax())
-            cache = answer.past_key_values
+            cache = answer[kept]
             if token in stop:
                 return
             yield token
@@ -156,7 +159,9 @@ class TorchEngine:
         config, modules = self.config, dict(self.model.named_modules())
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         tied = head is not None and head.weight is embedding.weight
-        known = {n: Target(m.out_features, m.in_features) for n, m in modules.items() if isinstance(m, torch.nn.Linear)}
+        linear = {n: m for n, m in modules.items() if isinstance(m, torch.nn.Linear)}
+        parents = {n: modules[n.rpartition(".")[0]] for n in linear}
+        known = {n: Target(m.out_features, m.in_features, bypassed=is_bypassed(n, parents[n])) for n, m in linear.items()}
         (name,) = (n for n, m in modules.items() if m is embedding)
         known[name] = Target(embedding.num_embeddings, embedding.embedding_dim, "tied" if tied else "embedding")
         self.targets = choose_targets(known, config)
@@ -165,9 +170,9 @@ class TorchEngine:
         for path, target in self.targets.items():
             base, scale = modules[path], scale_of(config)
             dora = config.fine_tune_type == "dora"
-            linear = target.kind == "linear"
+            is_linear = target.kind == "linear"
             self._adapted[path] = (
-                LoRALinear(base, config.rank, scale, config.dropout, dora) if linear else LoRAEmbedding(base, config.rank, scale)
+                LoRALinear(base, config.rank, scale, config.dropout, dora) if is_linear else LoRAEmbedding(base, config.rank, scale)
             )
             self.model.set_submodule(path, self._adapted[path])
             if target.kind == "tied":

@@ -49,12 +49,8 @@ def check_peft_reads(model: PreTrainedModel, adapted: Mapping[str, torch.nn.Modu
     """Of some mixtures of experts peft takes gate_proj and the like for parts of the experts, also where a path says otherwise.
 
     Raises:
-        UserError: such a module is adapted, or one of Mamba, whose fused kernels read weights past an adapter.
+        UserError: such a module is adapted.
     """
-    for name in adapted:
-        if hasattr(model.get_submodule(name.rpartition(".")[0]), "A_log"):
-            hint = "name target_modules of its attention and its gated layers alone"
-            raise UserError(f"{model.config.model_type}: {name} is of Mamba, whose kernels read weights past an adapter", hint=hint)
     if not any("expert" in key for key in model.config.get_text_config().to_dict()):
         return  # before peft is imported, which takes seconds and 70 MB
     try:
