@@ -51,8 +51,16 @@ def read_changes(model: Path, checkpoint: Path) -> dict[str, Change]:
     Raises:
         UserError: a broken file; a checkpoint that does not fit the model, or of a kind that cannot be fused.
     """
-    changes = _full_changes(model, checkpoint) if is_full(checkpoint) else _lora_changes(model, read_adapter(checkpoint))
+    changes = _changes(model, checkpoint)
     return dict(sorted(changes.items(), key=lambda item: (item[1].location.file.name, item[1].location.start)))
+
+
+def _changes(model: Path, checkpoint: Path) -> dict[str, Change]:
+    from mlx_finetune.export.from_mlx import is_mlx_adapter, mlx_changes  # which imports this file
+
+    if is_mlx_adapter(checkpoint):
+        return mlx_changes(model, checkpoint)
+    return _full_changes(model, checkpoint) if is_full(checkpoint) else _lora_changes(model, read_adapter(checkpoint))
 
 
 def base_weights(model: Path, adapter: Adapter) -> dict[str, TensorLocation]:
@@ -63,7 +71,7 @@ def base_weights(model: Path, adapter: Adapter) -> dict[str, TensorLocation]:
     Raises:
         UserError: a module without such a tensor, of another shape, quantised, or that must not change alone.
     """
-    headers, is_tied = _original(model)
+    headers, is_tied = original(model)
     alias = _alias(model, adapter, headers) if is_tied else ""
     found = {}
     for module, pair in adapter.pairs.items():
@@ -74,20 +82,27 @@ def base_weights(model: Path, adapter: Adapter) -> dict[str, TensorLocation]:
             kind = "embeddings" if pair.on_embeddings else "a linear layer"
             raise UserError(f"{by}: its matrices are those of {kind}", hint=BASE)
         if module != alias:
-            found[module] = _fitting(model, headers, f"{module}.weight", pair.shape, f"{by}: the adapter changes")
+            found[module] = fitting(model, headers, f"{module}.weight", pair.shape, f"{by}: the adapter changes")
     return found
 
 
-def _original(model: Path) -> tuple[Headers, bool]:
+def original(model: Path) -> tuple[Headers, bool]:
     """The tensors of the model, and whether its head is its embeddings."""
     config = read_json(model / "config.json")
-    if not isinstance(config, dict) or "quantization_config" in config or "quantization" in config:
+    how = config.get("quantization") or config.get("quantization_config") if isinstance(config, dict) else "unknown"
+    # mxfp4 is of experts alone; whoever changes one of those is refused by its dtype
+    if how and not (isinstance(how, dict) and how.get("quant_method") == "mxfp4"):
         raise UserError(f"{model}: quantised weights cannot be changed", hint=ORIGINAL)
     headers = tensor_headers(model)
     return headers, bool(config.get("tie_word_embeddings")) or HEAD_WEIGHT not in headers
 
 
-def _fitting(model: Path, headers: Headers, name: str, shape: tuple[int, ...], by: str) -> TensorLocation:
+def fitting(model: Path, headers: Headers, name: str, shape: tuple[int, ...], by: str) -> TensorLocation:
+    """Where the tensor lies; `by`: who changes it.
+
+    Raises:
+        UserError: the model has none of that name and shape, or stores it in a form that cannot be added to.
+    """
     location = headers.get(name)
     if location is None:
         raise UserError(f"{by} {list(shape)}, {model} has no tensor {name}", hint=BASE)
@@ -127,7 +142,11 @@ def _lora_changes(model: Path, adapter: Adapter) -> dict[str, Change]:
 
 
 def _lora_rows(adapter: Adapter, module: str) -> Rows:
-    left, right, magnitude = _read_factors(adapter, module)
+    return factored(*_read_factors(adapter, module))
+
+
+def factored(left: np.ndarray, right: np.ndarray, magnitude: np.ndarray | None) -> Rows:
+    """W + `left` @ `right`; with `magnitude` each row of it made so long. [rows, r], [r, columns], [rows]."""
 
     def rows(first: int, before: np.ndarray) -> np.ndarray:
         here = slice(first, first + len(before))
@@ -158,7 +177,7 @@ def _read_factors(adapter: Adapter, module: str) -> tuple[np.ndarray, np.ndarray
 
 
 def _full_changes(model: Path, checkpoint: Path) -> dict[str, Change]:
-    headers, is_tied = _original(model)
+    headers, is_tied = original(model)
     trained = file_headers(checkpoint / SINGLE)
     if not trained:
         raise UserError(f"{checkpoint / SINGLE}: no tensors", hint="use a checkpoint folder of a finished save")
@@ -172,7 +191,7 @@ def _full_changes(model: Path, checkpoint: Path) -> dict[str, Change]:
                 f"{by}: dtype {source.dtype} is not one of {', '.join(ITEM_BYTES)}",
                 hint="use a checkpoint folder of a finished save",
             )
-        location = _fitting(model, headers, name, source.shape, f"{by} is")
+        location = fitting(model, headers, name, source.shape, f"{by} is")
         changes[name] = Change(location, partial(_trained_rows, name, source))
     if is_tied and HEAD_WEIGHT in headers:
         changes |= _second_copy(model, headers, trained)
@@ -184,7 +203,7 @@ def _second_copy(model: Path, headers: Headers, trained: Headers) -> dict[str, C
     embeddings = next((name for name in headers if name.endswith(f"{EMBEDDINGS}.weight")), "")
     if embeddings in trained and HEAD_WEIGHT not in trained:
         source = trained[embeddings]
-        location = _fitting(model, headers, HEAD_WEIGHT, source.shape, f"{embeddings} is")
+        location = fitting(model, headers, HEAD_WEIGHT, source.shape, f"{embeddings} is")
         return {HEAD_WEIGHT: Change(location, partial(_trained_rows, embeddings, source))}
     if HEAD_WEIGHT in trained:
         raise UserError(f"{HEAD_WEIGHT}: {model} has one tensor for embeddings and head", hint=BOTH)

@@ -45,6 +45,27 @@ def load_model(folder: Path, dtype: str | None) -> nn.Module:
     return model
 
 
+def empty_model(folder: Path) -> nn.Module:
+    """The model of the folder's config.json as mlx-lm's class makes it, random and not evaluated: names, shapes, `sanitize`.
+
+    An architecture that is not proven is made from config.json as it is: whatever it computes, its weights have their names.
+
+    Raises:
+        UserError: mlx-lm has no such class, or it does not take this config.
+    """
+    config = read_json(folder / "config.json")
+    laid_over = {**config, **(mlx_overlay(config) if config.get("model_type") in PROVEN else {})}
+    try:
+        model, arguments = _get_classes(laid_over)
+        made: nn.Module = model(arguments.from_dict(laid_over))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{folder}: mlx-lm does not make a model of its config.json: {reason}", hint="use --engine torch"
+        ) from error
+    return made
+
+
 def _check_all_is_read(laid_over: dict[str, Any], config: Mapping[str, Any]) -> None:
     """Raises UserError for a setting that transformers heeds and mlx-lm's class does not know."""
     one = PROVEN[config["model_type"]]
