@@ -17,6 +17,7 @@ from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
 from mlx_finetune.models.mlx_config import PROVEN, check_supported, max_exact_length, mlx_overlay
+from mlx_finetune.models.weights import tensor_headers
 from mlx_finetune.training.run import check_mlx
 
 RELATIVE = 1e-4  # float32, random weights, four layers: 1e-6 to 1e-5 is usual; a wrong setting gives 1e-1
@@ -38,7 +39,7 @@ WINDOWED = ("gemma2", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 
 def rope(model_type: str, scaling: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """`rope_parameters` with a theta that is no library's default."""
-    if model_type in ("gemma4_text", "mamba2", "ministral3"):  # kinds of their own, or none: see tiny_models.py
+    if model_type in ("gemma4_text", "gpt_oss", "mamba2", "ministral3"):  # kinds of their own, or none: see tiny_models.py
         return {}
     full = {"rope_theta": THETA, **(scaling or {"rope_type": "default"})}
     plain = {"rope_theta": 20_000.0 if model_type == "gemma3_text" else THETA, "rope_type": "default"}
@@ -83,6 +84,22 @@ def test_mlx_logits_equal_those_of_transformers(model_type: str, tmp_path: Path)
     if model_type == "olmo3":  # transformers 5 reads a version 4 olmo3 rightly with its usual theta only
         config.write_text(config.read_text().replace(str(THETA), "500000.0"))
     assert difference(tmp_path / "v4") < RELATIVE
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    "deepseek_v3 dots1 glm4_moe granitemoe granitemoehybrid lfm2_moe mixtral olmoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next".split(),
+)
+def test_experts_joined_in_one_tensor_are_read_like_those_that_stand_one_by_one(model_type: str, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    make_tiny(model_type, tmp_path / "model", tokenizer=False, changes=rope(model_type))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "joined", save_original_format=False)
+    names = [sorted(tensor_headers(tmp_path / folder)) for folder in ("model", "joined")]
+    assert names[0] != names[1]
+    assert difference(tmp_path / "joined") < RELATIVE
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,15 @@ MINISTRAL_ROPE = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
+OSS_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 150_000.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
 PARTICULAR: Mapping[str, Mapping[str, Any]] = {
     "cohere2": WINDOW,
@@ -98,6 +107,10 @@ PARTICULAR: Mapping[str, Mapping[str, Any]] = {
     | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY},
     "glm4_moe": HEADS | ROUTED | {"use_qk_norm": True},
     "gpt_neox": {"intermediate_size": 256},
+    "gpt_oss": HEADS
+    | WINDOW
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    | {"rope_parameters": OSS_ROPE},
     "granitemoe": MULTIPLIERS | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "granitemoehybrid": MULTIPLIERS
     | MAMBA
@@ -110,6 +123,7 @@ PARTICULAR: Mapping[str, Mapping[str, Any]] = {
     "nemotron": HEADS,
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 48},
     "qwen3_5_text": HEADS | LINEAR_ATTENTION,
+    "qwen3_5_moe_text": HEADS | EXPERTS | LINEAR_ATTENTION | {"shared_expert_intermediate_size": 48},
     "qwen3_next": HEADS | EXPERTS | LINEAR_ATTENTION | {"shared_expert_intermediate_size": 48},
 }
 
@@ -189,7 +203,7 @@ def rewrite_as_v4(path: Path) -> None:
     config["torch_dtype"] = config.pop("dtype")
     config["transformers_version"] = "4.53.0"
     rope = config.get("rope_parameters")
-    if rope is None or model_type in ("gemma4_text", "ministral3"):  # no RoPE, or younger than version 4
+    if rope is None or model_type in ("gemma4_text", "gpt_oss", "ministral3"):  # no RoPE, or younger than version 4
         path.write_text(json.dumps(config, indent=2), encoding="utf-8")
         return
     del config["rope_parameters"]
@@ -206,7 +220,7 @@ def rewrite_as_v4(path: Path) -> None:
     if model_type in ("cohere2", "gemma3_text"):
         config["sliding_window_pattern"] = types.index("full_attention") + 1
         config.pop("_sliding_window_pattern", None)
-    if model_type in ("qwen3_5_text", "qwen3_next"):
+    if model_type in ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"):
         config["full_attention_interval"] = types.index("full_attention") + 1
     if model_type not in ("olmo3", "exaone4", "granitemoehybrid", "lfm2", "lfm2_moe"):  # which came late enough to write them
         config.pop("layer_types", None)

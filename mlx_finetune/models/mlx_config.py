@@ -78,6 +78,7 @@ PROVEN: Mapping[str, Architecture] = {
     "gemma4_text": _read("gelu_pytorch_tanh", "hidden_activation", scalings=frozenset({"proportional"}), own_attention=True),
     "glm4_moe": _read("silu"),
     "gpt_neox": _read("gelu", names=NEOX),
+    "gpt_oss": _read("silu", scalings=frozenset({"yarn"}), own_attention=True),
     "granitemoe": _read("silu"),
     "granitemoehybrid": _read("silu", own_attention=True),
     "lfm2": _read("silu", own_attention=True),
@@ -88,6 +89,7 @@ PROVEN: Mapping[str, Architecture] = {
     "phi": _read("gelu_new"),
     "qwen2_moe": _read("silu", window_ignored=True),
     "qwen3_5_text": _read("silu", own_attention=True, names=((r"^language_model\.", ""),)),
+    "qwen3_5_moe_text": _read("silu", own_attention=True, names=((r"^language_model\.", ""),)),
     "qwen3_next": _read("silu", own_attention=True),
     "starcoder2": _read("gelu_pytorch_tanh", window_ignored=True),
 }

@@ -27,6 +27,7 @@ DERIVED: Mapping[str, frozenset[str]] = {
     "deepseek_v3": frozenset({"qk_head_dim", "head_dim"}),
     "gpt_neox": frozenset({"intermediate_size"}),  # four times the hidden size there: another one does not load
     "gemma4_text": frozenset({"per_layer_config"}),
+    "gpt_oss": frozenset({"attention_bias"}),
     "granitemoehybrid": frozenset({"mamba_expand", "mamba_chunk_size"}),
     "lfm2": frozenset({"block_multiple_of", "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim"}),
     "mamba2": frozenset(
@@ -143,6 +144,8 @@ PARTICULAR: Mapping[str, Callable[[Config], dict[str, Any]]] = {
     "granitemoehybrid": _granitemoehybrid,
     "lfm2": _lfm2,
     "mamba2": lambda read: {"intermediate_size": int(read["expand"] * read["hidden_size"])},
+    "gpt_oss": lambda read: {"rope_scaling": dict(read["rope_parameters"])},
+    "qwen3_5_moe_text": lambda read: _qwen3_5(read) | {"model_type": "qwen3_5_moe"},
     "qwen3_5_text": _qwen3_5,
     "qwen3_next": _period,
 }

@@ -8,10 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as load_mlx_lm
 
 from mlx_finetune.engines.mlx.corrected import correct
+from mlx_finetune.engines.mlx.layouts import classes_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.mlx_config import PROVEN, check_supported, mlx_overlay
@@ -32,13 +32,14 @@ def load_model(folder: Path, dtype: str | None) -> nn.Module:
     _check_all_is_read({**config, **overlay}, config)
     _check_weight_files(folder)
     try:
-        model, _ = load_mlx_lm(folder, lazy=True, model_config=overlay, trust_remote_code=False)
+        how: Any = {"get_model_classes": classes_of, "trust_remote_code": False}
+        model, _ = load_mlx_lm(folder, lazy=True, model_config=overlay, **how)
     except (RuntimeError, TypeError, ValueError) as error:  # damaged file; key missing in config.json; other tensors
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{folder}: not loadable with MLX: {reason}", hint="is the download whole? if so: --engine torch"
         ) from error
-    correct(model)
+    correct(model, config)
     if dtype:
         _cast(model, DTYPES[dtype])
     mx.eval(model.parameters())
@@ -56,7 +57,7 @@ def empty_model(folder: Path) -> nn.Module:
     config = read_json(folder / "config.json")
     laid_over = {**config, **(mlx_overlay(config) if config.get("model_type") in PROVEN else {})}
     try:
-        model, arguments = _get_classes(laid_over)
+        model, arguments = classes_of(laid_over)
         made: nn.Module = model(arguments.from_dict(laid_over))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -71,8 +72,9 @@ def _check_all_is_read(laid_over: dict[str, Any], config: Mapping[str, Any]) -> 
     one = PROVEN[config["model_type"]]
     if not one.by_transformers:
         return
-    _, arguments = _get_classes(laid_over)
-    of_text = getattr(sys.modules[arguments.__module__], "TextModelArgs", arguments)
+    kind, arguments = classes_of(laid_over)
+    homes = [sys.modules[base.__module__] for base in kind.__mro__]
+    of_text = next((home.TextModelArgs for home in homes if hasattr(home, "TextModelArgs")), arguments)
     known = frozenset(signature(of_text).parameters)
     if one.window_ignored:  # lengths that see a window are refused where they are known
         known |= {"sliding_window", "use_sliding_window"}
