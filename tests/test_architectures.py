@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import SIZES, VOCABULARY, make_tiny, rewrite_as_v4
+from tiny_models import SEEING, SIZES, VOCABULARY, make_seeing, make_tiny, rewrite_as_v4
 
 from mlx_finetune.config import make_config
 from mlx_finetune.data.conversation import Conversation, Message, write_conversations
@@ -61,9 +61,10 @@ def mlx_logits(folder: Path, inputs: np.ndarray) -> np.ndarray:
 
 def transformers_logits(folder: Path, inputs: np.ndarray) -> np.ndarray:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    from mlx_finetune.engines.torch.load import auto_class
+
+    model = auto_class(folder).from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         return model(torch.from_numpy(inputs)).logits.numpy()
 
@@ -86,10 +87,10 @@ def test_mlx_logits_equal_those_of_transformers(model_type: str, tmp_path: Path)
     assert difference(tmp_path / "v4") < RELATIVE
 
 
-@pytest.mark.parametrize(
-    "model_type",
-    "deepseek_v3 dots1 glm4_moe granitemoe granitemoehybrid lfm2_moe mixtral olmoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next".split(),
-)
+OF_EXPERTS = "deepseek_v3 dots1 glm4_moe granitemoe granitemoehybrid lfm2_moe mixtral olmoe qwen2_moe qwen3_moe qwen3_next"
+
+
+@pytest.mark.parametrize("model_type", [*OF_EXPERTS.split(), "qwen3_5_moe_text"])
 def test_experts_joined_in_one_tensor_are_read_like_those_that_stand_one_by_one(model_type: str, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -116,6 +117,12 @@ def test_scaled_rope_equals_that_of_transformers(model_type: str, kind: str, tmp
     if model_type != "olmo3":
         rewrite_as_v4(tmp_path / "v5" / "config.json")
         assert difference(tmp_path / "v5", length=200) < RELATIVE
+
+
+@pytest.mark.parametrize(("model_type", "text"), SEEING)
+def test_models_that_see_read_text_as_transformers_does(model_type: str, text: str, tmp_path: Path) -> None:
+    make_seeing(model_type, text, tmp_path / "model")
+    assert difference(tmp_path / "model") < RELATIVE
 
 
 @pytest.mark.parametrize(

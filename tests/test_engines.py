@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import PARTICULAR, make_tiny
+from tiny_models import PARTICULAR, SEEING, make_seeing, make_tiny
 
 from mlx_finetune.config import RunConfig, make_config
 from mlx_finetune.data.batches import Batch, Example
@@ -198,7 +198,16 @@ def test_an_engine_that_is_not_there_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("model_type", sorted(PROVEN.keys() - {"gpt_neox"}))
 def test_both_engines_agree_on_loss_and_gradient_for_every_proven_architecture(model_type: str, tmp_path: Path) -> None:
-    model = make_tiny(model_type, tmp_path / model_type, tokenizer=False)
+    both_agree(make_tiny(model_type, tmp_path / model_type, tokenizer=False), model_type)
+
+
+@pytest.mark.parametrize(("model_type", "text"), SEEING)
+def test_both_engines_train_the_text_model_of_one_that_sees_alike(model_type: str, text: str, tmp_path: Path) -> None:
+    engine = both_agree(make_seeing(model_type, text, tmp_path / model_type), text)
+    assert not any("vis" in name for name in engine.targets)
+
+
+def both_agree(model: Path, model_type: str) -> Engine:
     results, states = {}, {}
     for name in ("mlx", "torch"):
         engine = open_engine(config(name, max_grad_norm=1e9), model)
@@ -214,6 +223,7 @@ def test_both_engines_agree_on_loss_and_gradient_for_every_proven_architecture(m
             # a recurrence sums in another order in each library: 2e-4 was seen
             close = 4e-4 if "linear_attention" in PARTICULAR.get(model_type, {}).get("layer_types", ()) else 1e-4
             np.testing.assert_allclose(states["mlx"][name], states["torch"][name], atol=close * largest + 1e-7)
+    return engine
 
 
 def test_a_model_whose_head_is_not_apart_is_refused_by_name(tmp_path: Path) -> None:

@@ -157,6 +157,39 @@ def make_tiny(
     return folder
 
 
+SEEING = (
+    ("gemma3", "gemma3_text"),
+    ("gemma4", "gemma4_text"),
+    ("mistral3", "mistral"),
+    ("mistral3", "ministral3"),
+    ("qwen3_5", "qwen3_5_text"),
+    ("qwen3_5_moe", "qwen3_5_moe_text"),
+)
+EYES: Mapping[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+QWEN_EYES: Mapping[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "out_hidden_size": 64}
+
+
+def make_seeing(model_type: str, text: str, folder: Path, tokenizer: bool = False) -> Path:
+    """As `make_tiny`: a model that sees, with `text` as its text model."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+    settings = CONFIG_MAPPING[text](**SIZES | dict(PARTICULAR.get(text, {}))).to_dict() | {"model_type": text}
+    eyes = {
+        "gemma3": EYES | {"image_size": 28, "patch_size": 14},
+        "gemma4": EYES | {"num_key_value_heads": 2, "head_dim": 16},
+        "mistral3": EYES | {"image_size": 28, "patch_size": 14, "head_dim": 16},
+    }.get(model_type, QWEN_EYES)
+    others = {"audio_config": None} if model_type == "gemma4" else {}
+    config = CONFIG_MAPPING[model_type](text_config=settings, vision_config=dict(eyes), **others)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    _randomise(model, 0)
+    model.save_pretrained(folder)
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def _randomise(model: Any, seed: int) -> None:
     import torch
 

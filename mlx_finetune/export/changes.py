@@ -4,7 +4,8 @@ LoRA: W + scale * B @ A; of embeddings W + scale * (B @ A)^T. DoRA: each row of 
 says. Full fine-tuning: the trained tensor itself. A weight that embeddings and head share changes once.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from mlx_finetune.engines.adapter import HEAD
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.adapter import TENSORS, Adapter, Pair, read_adapter
 from mlx_finetune.files import read_json
+from mlx_finetune.models.mlx_config import text_config
 from mlx_finetune.models.weights import ITEM_BYTES, SINGLE, TensorLocation, file_headers, read_float32, tensor_headers, to_float32
 
 # (number of the first row, stored rows [n, columns] float32) -> what they become, float32
@@ -27,6 +29,12 @@ HEAD_WEIGHT = f"{HEAD}.weight"
 # Embeddings and heads of models that call them otherwise: which of them share a weight is not known here.
 OTHER_NAMES = ("embed_in", "embed_out", "wte")
 BASE = "give the model it was trained on"
+IN_FILES = (
+    (r"^", ""),
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^model\.", "model.language_model."),
+    (r"^", "language_model."),
+)
 ORIGINAL = "fuse into the original, unquantised model"
 DIVERGED = "the training diverged: take an earlier checkpoint"
 BOTH = "train embed_tokens, which adapts the head alike"
@@ -63,8 +71,8 @@ def _changes(model: Path, checkpoint: Path) -> dict[str, Change]:
     return _full_changes(model, checkpoint) if is_full(checkpoint) else _lora_changes(model, read_adapter(checkpoint))
 
 
-def base_weights(model: Path, adapter: Adapter) -> dict[str, TensorLocation]:
-    """The tensor of the original checkpoint that each adapted module changes.
+def base_weights(model: Path, adapter: Adapter) -> dict[str, tuple[str, TensorLocation]]:
+    """The tensor of the original checkpoint, by its name there, that each adapted module changes.
 
     Of embeddings and head that share a weight, only those whose name it has.
 
@@ -82,8 +90,15 @@ def base_weights(model: Path, adapter: Adapter) -> dict[str, TensorLocation]:
             kind = "embeddings" if pair.on_embeddings else "a linear layer"
             raise UserError(f"{by}: its matrices are those of {kind}", hint=BASE)
         if module != alias:
-            found[module] = fitting(model, headers, f"{module}.weight", pair.shape, f"{by}: the adapter changes")
+            tensor = tensor_of(module, headers)
+            found[module] = tensor, fitting(model, headers, tensor, pair.shape, f"{by}: the adapter changes")
     return found
+
+
+def tensor_of(module: str, headers: Mapping[str, object]) -> str:
+    """The weight of a module by its name in the files, where models that see call their text model otherwise than transformers."""
+    names = [re.sub(pattern, name, f"{module}.weight") for pattern, name in IN_FILES]
+    return next((name for name in names if name in headers), f"{module}.weight")
 
 
 def original(model: Path) -> tuple[Headers, bool]:
@@ -94,7 +109,8 @@ def original(model: Path) -> tuple[Headers, bool]:
     if how and not (isinstance(how, dict) and how.get("quant_method") == "mxfp4"):
         raise UserError(f"{model}: quantised weights cannot be changed", hint=ORIGINAL)
     headers = tensor_headers(model)
-    return headers, bool(config.get("tie_word_embeddings")) or HEAD_WEIGHT not in headers
+    has_head = any(name.endswith(HEAD_WEIGHT) for name in headers)
+    return headers, bool(text_config(config).get("tie_word_embeddings")) or not has_head
 
 
 def fitting(model: Path, headers: Headers, name: str, shape: tuple[int, ...], by: str) -> TensorLocation:
@@ -138,7 +154,7 @@ def _is_alike(embeddings: Pair, head: Pair) -> bool:
 
 def _lora_changes(model: Path, adapter: Adapter) -> dict[str, Change]:
     weights = base_weights(model, adapter)
-    return {f"{module}.weight": Change(at, partial(_lora_rows, adapter, module)) for module, at in weights.items()}
+    return {tensor: Change(at, partial(_lora_rows, adapter, module)) for module, (tensor, at) in weights.items()}
 
 
 def _lora_rows(adapter: Adapter, module: str) -> Rows:

@@ -116,9 +116,39 @@ SCALED_WHERE_FULL = ("gemma3_text", "olmo3")  # version 4 scaled RoPE in layers 
 WINDOW_IS_OPTIONAL = ("qwen2", "qwen3", "qwen3_moe", "smollm3")  # `use_sliding_window`
 WINDOW_BY_LAYER = ("gemma2", "qwen2", "qwen3", "smollm3")  # `layer_types`; mistral and phi3 mask every layer
 
+NESTED = ((r"^language_model\.model\.", "model.language_model."), (r"^language_model\.", ""))
+ALONE = ((r"^language_model\.", ""),)
+# Models that see, trained on text: the type of the text model where the file is silent, and transformers' names of its modules.
+SEEING: Mapping[str, tuple[str, tuple[tuple[str, str], ...]]] = {
+    "gemma3": ("gemma3_text", NESTED),
+    "gemma4": ("gemma4_text", NESTED),
+    "mistral3": ("mistral", NESTED),
+    "qwen3_5": ("qwen3_5_text", ALONE),  # which transformers opens as the text model alone
+    "qwen3_5_moe": ("qwen3_5_moe_text", ALONE),
+}
+
+
+def text_config(config: Config) -> Config:
+    """The settings of the text model of one that sees; any other config as it is."""
+    if config.get("model_type") not in SEEING or not isinstance(config.get("text_config"), Mapping):
+        return config
+    tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+    apart = {key: config[key] for key in ("quantization", "quantization_config") if key in config}
+    return {"model_type": SEEING[config["model_type"]][0], **config["text_config"], **tied, **apart}
+
+
+def names_of(config: Config) -> tuple[tuple[str, str], ...]:
+    """Regular expressions, and what transformers has for mlx-lm's path of a module."""
+    if text_config(config) is not config:
+        return SEEING[config["model_type"]][1]
+    return PROVEN[config["model_type"]].names
+
 
 def mlx_overlay(config: Config) -> dict[str, Any]:
     """Keys to lay over a supported `config` so that mlx-lm 0.32.2 computes what transformers computes without them."""
+    text = text_config(config)
+    if text is not config:
+        return {"text_config": {**text, **mlx_overlay(text), "model_type": text["model_type"]}, "vocab_size": text["vocab_size"]}
     model_type = config["model_type"]
     if PROVEN[model_type].by_transformers:
         return overlay_of(config)
@@ -143,6 +173,7 @@ def mlx_overlay(config: Config) -> dict[str, Any]:
 
 def check_supported(config: Config) -> None:
     """Raises UserError, by name, for what mlx-lm would refuse or would compute otherwise than transformers."""
+    config = text_config(config)
     model_type = str(config.get("model_type"))
     if model_type not in PROVEN:
         _refuse(f"architecture {model_type!r} (MLX: {', '.join(sorted(PROVEN))})")
@@ -161,6 +192,7 @@ def check_supported(config: Config) -> None:
 
 def max_exact_length(config: Config) -> int | None:
     """The longest sequence, in tokens, for which MLX equals transformers: `sliding_window` where mlx-lm ignores it. None: any."""
+    config = text_config(config)
     if not PROVEN[config["model_type"]].window_ignored:
         return None
     if PROVEN[config["model_type"]].by_transformers:

@@ -5,7 +5,7 @@ another branch of a tree, is never computed.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_finetune.data.trees import Segment
 from mlx_finetune.engines.mlx.exponential import exp_is_slow, softmax, swiglu
-from mlx_finetune.models.mlx_config import PROVEN
+from mlx_finetune.models.mlx_config import PROVEN, text_config
 
 BLOCK, FEWEST = 256, 64  # queries whose scores exist at once
 SCORES = 2**20  # numbers that exist at once, where FEWEST queries have no more
@@ -118,9 +118,9 @@ def install(model: nn.Module) -> None:
             module["rope"] = TreeRope(module["rope"])
 
 
-def follows_layout(model: nn.Module, model_type: str) -> bool:
+def follows_layout(model: nn.Module, config: Mapping[str, Any]) -> bool:
     """Whether all that mixes its tokens is attention, and goes through the function that `install` replaces."""
-    if PROVEN[model_type].own_attention:
+    if PROVEN[text_config(config)["model_type"]].own_attention:
         return False
     attending = [m for m in model.modules() if "rope" in m or hasattr(m, "n_heads")]
     return bool(attending) and all(hasattr(sys.modules[type(m).__module__], NAME) for m in attending)

@@ -31,6 +31,7 @@ from mlx_finetune.engines.supported import check_settings, folds
 from mlx_finetune.engines.work import Work, share_of, works_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
+from mlx_finetune.models.mlx_config import names_of, text_config
 from mlx_finetune.models.weights import fingerprint
 
 Parameters = dict[str, mx.array]
@@ -53,7 +54,7 @@ class MlxEngine:
         dtype = config.dtype if config.dtype != "auto" else None if self.on_gpu else "float32"
         self.model = load_model(model, "float32" if full else dtype)
         self.model.freeze()
-        self._parts, self._model_type = parts_of(self.model), str(read_json(model / "config.json")["model_type"])
+        self._parts, self._names = parts_of(self.model), names_of(read_json(model / "config.json"))
         self.targets: dict[str, Target] = {}
         self._adapted: dict[str, Any] = {}
         if full:
@@ -78,9 +79,10 @@ class MlxEngine:
     def _adapt(self) -> None:
         """Puts adapters beside the modules that are chosen."""
         config, paths = self.config, dict(self.model.named_modules())
-        modules = {transformers_name(path, self._model_type): module for path, module in paths.items()}
+        own = {transformers_name(path, self._names): path for path in paths}
+        modules = {name: paths[path] for name, path in own.items()}
         linear = {n: m for n, m in modules.items() if isinstance(m, nn.Linear | nn.QuantizedLinear)}
-        parents = {n: modules[n.rpartition(".")[0]] for n in linear}
+        parents = {n: paths[own[n].rpartition(".")[0]] for n in linear}
         known = {n: Target(*_shape(m), bypassed=is_bypassed(n, parents[n])) for n, m in linear.items()}
         for name, module in modules.items():
             if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
@@ -95,7 +97,6 @@ class MlxEngine:
                 if target.kind == "linear"
                 else LoRAEmbedding(module, shape, config.rank, scale)
             )
-        own = {transformers_name(path, self._model_type): path for path in paths}
         self.model.update_modules(tree_unflatten([(own[path], adapted) for path, adapted in self._adapted.items()]))
 
     def _thaw(self) -> None:
@@ -112,7 +113,7 @@ class MlxEngine:
 
     def _name(self, name: str) -> str:
         """An array of the model by the name that PEFT gives it."""
-        name = transformers_name(name, self._model_type)
+        name = transformers_name(name, self._names)
         return f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name
 
     def _is_behind_layers(self, name: str) -> bool:
@@ -122,7 +123,7 @@ class MlxEngine:
 
     def _choose_paths(self, folder: Path) -> None:
         """Which attention, and whether rows may be folded into trees; refuses by name what this model cannot."""
-        able, config = follows_layout(self.model, self._model_type), self.config
+        able, config = follows_layout(self.model, read_json(folder / "config.json")), self.config
         for name, asked in (
             ("attention: blocks", config.attention == "blocks"),
             ("share_prefixes: always", config.share_prefixes == "always"),
@@ -170,7 +171,8 @@ class MlxEngine:
         """`drawn`: step's seed and number of the micro-batch, by which noise is drawn where some is asked for."""
         noise = None
         if drawn and self.config.neftune_noise_alpha:
-            shape = (*work.inputs.shape, int(read_json(self._folder / "config.json")["hidden_size"]))
+            width = text_config(read_json(self._folder / "config.json"))["hidden_size"]
+            shape = (*work.inputs.shape, int(width))
             noise = noise_of(self.config.neftune_noise_alpha, shape, *drawn)
         return Input.of(work, self._by_layout, noise)
 

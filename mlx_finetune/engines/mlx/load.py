@@ -14,7 +14,7 @@ from mlx_finetune.engines.mlx.corrected import correct
 from mlx_finetune.engines.mlx.layouts import classes_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
-from mlx_finetune.models.mlx_config import PROVEN, check_supported, mlx_overlay
+from mlx_finetune.models.mlx_config import PROVEN, check_supported, mlx_overlay, text_config
 from mlx_finetune.models.mlx_overlays import unread
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -29,7 +29,7 @@ def load_model(folder: Path, dtype: str | None) -> nn.Module:
     config = read_json(folder / "config.json")
     check_supported(config)
     overlay = mlx_overlay(config)
-    _check_all_is_read({**config, **overlay}, config)
+    _check_all_is_read(text_config(config))
     _check_weight_files(folder)
     try:
         how: Any = {"get_model_classes": classes_of, "trust_remote_code": False}
@@ -39,7 +39,7 @@ def load_model(folder: Path, dtype: str | None) -> nn.Module:
         raise UserError(
             f"{folder}: not loadable with MLX: {reason}", hint="is the download whole? if so: --engine torch"
         ) from error
-    correct(model, config)
+    correct(model, text_config(config))
     if dtype:
         _cast(model, DTYPES[dtype])
     mx.eval(model.parameters())
@@ -55,7 +55,7 @@ def empty_model(folder: Path) -> nn.Module:
         UserError: mlx-lm has no such class, or it does not take this config.
     """
     config = read_json(folder / "config.json")
-    laid_over = {**config, **(mlx_overlay(config) if config.get("model_type") in PROVEN else {})}
+    laid_over = {**config, **(mlx_overlay(config) if text_config(config).get("model_type") in PROVEN else {})}
     try:
         model, arguments = classes_of(laid_over)
         made: nn.Module = model(arguments.from_dict(laid_over))
@@ -67,20 +67,20 @@ def empty_model(folder: Path) -> nn.Module:
     return made
 
 
-def _check_all_is_read(laid_over: dict[str, Any], config: Mapping[str, Any]) -> None:
+def _check_all_is_read(text: Mapping[str, Any]) -> None:
     """Raises UserError for a setting that transformers heeds and mlx-lm's class does not know."""
-    one = PROVEN[config["model_type"]]
+    one = PROVEN[text["model_type"]]
     if not one.by_transformers:
         return
-    kind, arguments = classes_of(laid_over)
+    kind, arguments = classes_of({**text, **mlx_overlay(text)})
     homes = [sys.modules[base.__module__] for base in kind.__mro__]
     of_text = next((home.TextModelArgs for home in homes if hasattr(home, "TextModelArgs")), arguments)
     known = frozenset(signature(of_text).parameters)
     if one.window_ignored:  # lengths that see a window are refused where they are known
         known |= {"sliding_window", "use_sliding_window"}
-    if found := unread(config, known):
+    if found := unread(text, known):
         key, value = found
-        raise UserError(f"{config['model_type']} with {key} = {value!r} is not supported with MLX", hint="use --engine torch")
+        raise UserError(f"{text['model_type']} with {key} = {value!r} is not supported with MLX", hint="use --engine torch")
 
 
 def _check_weight_files(folder: Path) -> None:

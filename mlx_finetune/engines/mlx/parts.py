@@ -1,7 +1,7 @@
 """Where a model of mlx-lm keeps its embeddings, its layers and its head, and what transformers calls them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,6 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_finetune.errors import UserError
-from mlx_finetune.models.mlx_config import PROVEN
 
 LAYERS = ("layers", "h", "blocks")
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "embeddings")
@@ -58,9 +57,9 @@ def parts_of(model: nn.Module) -> Parts:
     raise UserError("the MLX engine does not train this architecture: no embeddings beside its layers", hint=hint)
 
 
-def transformers_name(path: str, model_type: str) -> str:
-    """The path of a module or an array of mlx-lm's class as transformers' class has it."""
-    for pattern, name in PROVEN[model_type].names:
+def transformers_name(path: str, names: Iterable[tuple[str, str]]) -> str:
+    """The path of a module or an array of mlx-lm's class as transformers' class has it; `names`: see `names_of`."""
+    for pattern, name in names:
         path = re.sub(pattern, name, path)
     return path
 

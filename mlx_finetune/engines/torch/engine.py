@@ -58,6 +58,8 @@ class TorchEngine:
             keep_blocks()
         self.model = load_model(model, config, self.device)
         self._backbone = self.model.base_model_prefix
+        decoder = self.model.get_decoder()
+        self._decoder = next((f"{name}." for name, module in self.model.named_modules() if name and module is decoder), "")
         self._vocabulary = self.model.config.get_text_config().vocab_size
         self._in_trees = self._follows_trees()
         self.targets: dict[str, Target] = {}
@@ -159,7 +161,7 @@ class TorchEngine:
         config, modules = self.config, dict(self.model.named_modules())
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         tied = head is not None and head.weight is embedding.weight
-        linear = {n: m for n, m in modules.items() if isinstance(m, torch.nn.Linear)}
+        linear = {n: m for n, m in modules.items() if isinstance(m, torch.nn.Linear) and self._is_of_text(n)}
         parents = {n: modules[n.rpartition(".")[0]] for n in linear}
         known = {n: Target(m.out_features, m.in_features, bypassed=is_bypassed(n, parents[n])) for n, m in linear.items()}
         (name,) = (n for n, m in modules.items() if m is embedding)
@@ -180,6 +182,10 @@ class TorchEngine:
         self._set_dropout(False)
         return {name: self._parameter(name) for name in trained_shapes(self.targets, config)}
 
+    def _is_of_text(self, name: str) -> bool:
+        """Whether a module or an array is of what reads text, and not of layers that see or hear."""
+        return not LAYER.search(f"{name}.") or name.startswith(self._decoder)
+
     def _parameter(self, name: str) -> torch.nn.Parameter:
         module, _, leaf = name.removesuffix(".weight").rpartition(".")
         parameter: torch.nn.Parameter = getattr(self._adapted[module], leaf)
@@ -188,7 +194,7 @@ class TorchEngine:
     def _thaw(self) -> dict[str, torch.nn.Parameter]:
         """The weights that are trained themselves."""
         self._adapted = {}
-        parameters = dict(self.model.named_parameters())
+        parameters = {name: p for name, p in self.model.named_parameters() if name.startswith((self._decoder, HEAD))}
         chosen = choose_weights({name: tuple(p.shape) for name, p in parameters.items()}, self.config)
         return {name: parameters[name].requires_grad_() for name in chosen}
 
@@ -220,7 +226,8 @@ class TorchEngine:
 
     def _layers(self) -> dict[int, str]:
         """Their paths."""
-        found = [(name, match) for name, _ in self.model.named_modules() if (match := LAYER.search(f"{name}."))]
+        names = [name for name, _ in self.model.named_modules() if self._is_of_text(name)]
+        found = [(name, match) for name in names if (match := LAYER.search(f"{name}."))]
         return {int(match[1]): name[: match.end() - 1] for name, match in found if match.end() > len(name)}
 
     def _layers_with_gradient(self) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from mlx_finetune.config import RunConfig
@@ -26,7 +26,7 @@ def load_model(folder: Path, config: RunConfig, device: str) -> PreTrainedModel:
     dtype = "float32" if config.fine_tune_type == "full" else config.dtype if config.dtype != "auto" else half_of(device)
     how = _quantised(config, dtype, device) | ({"attn_implementation": "flash_attention_2"} if config.attention == "flash" else {})
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = auto_class(folder).from_pretrained(
             folder, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True, output_loading_info=True, **how
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -49,6 +49,18 @@ def load_model(folder: Path, config: RunConfig, device: str) -> PreTrainedModel:
     if config.use_liger_kernel:
         _use_liger(model)
     return model
+
+
+def auto_class(folder: Path) -> Any:
+    """transformers' own choice of a class; of models that see and that it does not open as a text model, the whole one.
+
+    Raises:
+        KeyError, OSError, ValueError: as transformers' reading of config.json.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    alone = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if sees and not alone else AutoModelForCausalLM
 
 
 def _quantised(config: RunConfig, dtype: str, device: str) -> dict[str, Any]:
