@@ -17,6 +17,7 @@ from mlx_finetune.engines import TRUNK, Arrays, StepResult, process_peak
 from mlx_finetune.engines.adapter import HEAD, LAYER, Target, check_targets, choose_targets, initial_adapter, scale_of
 from mlx_finetune.engines.full import choose_weights, read_weights
 from mlx_finetune.engines.mlx.attention import follows_layout, install
+from mlx_finetune.engines.mlx.experts import LoRASwitch, expert_targets
 from mlx_finetune.engines.mlx.input import Input
 from mlx_finetune.engines.mlx.load import load_model
 from mlx_finetune.engines.mlx.lora import LoRAEmbedding, LoRALinear, noisy, row_norms, set_dropout
@@ -54,11 +55,12 @@ class MlxEngine:
         self.model.freeze()
         self.targets: dict[str, Target] = {}
         self._adapted: dict[str, Any] = {}
+        self._paths: dict[str, str] = {}  # of adapted experts: what PEFT calls them
         if full:
             self._thaw()
         else:
             self._adapt()
-        self.trained = {_name(n): tuple(p.shape) for n, p in sorted(self._parameters().items())}
+        self.trained = {self._name(n): tuple(p.shape) for n, p in sorted(self._parameters().items())}
         self._of_head = [name for name in self._parameters() if not LAYER.search(name) and _behind_layers(name, self._tied)]
         self.model.eval()
         self._choose_paths(model)
@@ -69,7 +71,7 @@ class MlxEngine:
             what = {"model": fingerprint(model), "dtype": dtype or "as stored", "attention": config.attention}
             own = f"process-{self.ranks.rank}" if self.ranks.size > 1 else ""  # each writes what it has computed itself
             self._trunk = Trunk(self.model, Path(config.out) / TRUNK / own, what)
-        self._rules = {name: rule_of(config, _name(name), tuple(p.shape)) for name, p in self._parameters().items()}
+        self._rules = {name: rule_of(config, self._name(name), tuple(p.shape)) for name, p in self._parameters().items()}
         self.load_state(self.initial(), step=0)
 
     def _adapt(self) -> None:
@@ -79,10 +81,16 @@ class MlxEngine:
         for name, module in modules.items():
             if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
                 known[name] = Target(*_shape(module), "tied" if self._tied else "embedding")
-        self.targets = choose_targets(known, config)
+        at = expert_targets(self.model)
+        self.targets = choose_targets(known | {path: target for path, (_, target) in at.items()}, config)
+        self._paths = {own: path for path, (own, _) in at.items() if path in self.targets}
         check_targets(self.targets, self._tied, config)
         scale, dora = scale_of(config), config.fine_tune_type == "dora"
         for path, target in self.targets.items():
+            if target.kind == "experts":
+                own = at[path][0]
+                self._adapted[own] = LoRASwitch(modules[own], target, config.rank, scale, config.dropout)
+                continue
             module, shape = modules[path], (target.rows, target.columns)
             self._adapted[path] = (
                 LoRALinear(module, shape, config.rank, scale, config.dropout, dora)
@@ -173,8 +181,8 @@ class MlxEngine:
 
     def state(self) -> Arrays:
         """See `Engine.state`."""
-        arrays = {f"adapter/{_name(n)}": np.array(p) for n, p in self._parameters().items()}
-        return arrays | {f"{slot}/{_name(n)}": np.array(a) for n, slots in self._slots.items() for slot, a in slots.items()}
+        arrays = {f"adapter/{self._name(n)}": np.array(p) for n, p in self._parameters().items()}
+        return arrays | {f"{slot}/{self._name(n)}": np.array(a) for n, slots in self._slots.items() for slot, a in slots.items()}
 
     def initial(self) -> Arrays:
         """See `Engine.initial`."""
@@ -185,11 +193,11 @@ class MlxEngine:
 
     def load_state(self, state: Arrays, step: int) -> None:
         """See `Engine.load_state`."""
-        self._set({name: mx.array(state[f"adapter/{_name(name)}"]) for name in self._parameters()})
+        self._set({name: mx.array(state[f"adapter/{self._name(name)}"]) for name in self._parameters()})
         self._slots: dict[str, dict[str, mx.array]] = {}
         for name, rule in self._rules.items():
-            shapes = slots_of(rule, self.trained[_name(name)])
-            keys = {slot: f"{slot}/{_name(name)}" for slot in shapes}
+            shapes = slots_of(rule, self.trained[self._name(name)])
+            keys = {slot: f"{slot}/{self._name(name)}" for slot in shapes}
             self._slots[name] = {s: mx.array(state[k]) if (k := keys[s]) in state else mx.zeros(shapes[s]) for s in shapes}
         self._steps, self.whole = step, True
 
@@ -238,7 +246,7 @@ class MlxEngine:
         parameters, full = self._parameters(), self.config.fine_tune_type == "full"
         for name in list(gradient):
             raw = gradient.pop(name)
-            how = self._steps, learning_rate * rate_factor(self.config, _name(name)), decay_of(self.config, tuple(raw.shape))
+            how = self._steps, learning_rate * rate_factor(self.config, self._name(name)), decay_of(self.config, tuple(raw.shape))
             changed = update(self._rules[name], parameters[name], raw * clip, self._slots[name], *how)
             parameters[name], self._slots[name] = changed
             if full:  # one by one, so that old and new weights are not all there at once
@@ -247,6 +255,11 @@ class MlxEngine:
         self._set(parameters)
         mx.eval(parameters, self._slots)
         self.whole = True
+
+    def _name(self, name: str) -> str:
+        """An array of the model by the name that PEFT gives it."""
+        module, _, leaf = name.rpartition(".")
+        return f"{self._paths.get(module, module)}.{leaf}.weight" if leaf in ("lora_A", "lora_B") else name
 
     def _parameters(self) -> dict[str, mx.array]:
         return dict(tree_flatten(self.model.trainable_parameters()))
@@ -268,11 +281,6 @@ def _shape(module: Any) -> tuple[int, int]:
     return (
         (rows, columns * 32 // module.bits) if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding) else (rows, columns)
     )
-
-
-def _name(name: str) -> str:
-    """An array of the model by the name that PEFT gives it."""
-    return f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name
 
 
 def _behind_layers(name: str, tied: bool) -> bool:
