@@ -89,8 +89,8 @@ class RunConfig(BaseModel):
     dropout: Fraction = Field(default=0.0, description="on the input of adapters of linear layers, and of experts, while training")
     target_modules: Pattern | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default="all-linear",
-        description="all-linear, names such as q_proj,v_proj (also embed_tokens, lm_head), or a regular expression for whole paths; "
-        "of a mixture also experts, or experts.up_proj and the like, as in all-linear,experts: experts are meant by that word alone",
+        description="all-linear, names such as q_proj,v_proj (embed_tokens and lm_head too), a regular expression for whole paths; "
+        "experts of a mixture only where it says experts, or experts.down_proj and the like: all-linear,experts",
     )
     num_layers: int | None = Field(default=None, ge=1, description="adapt the last so many layers only; none: all")
     neftune_noise_alpha: float = Field(

@@ -42,7 +42,7 @@ def choose_targets(modules: Mapping[str, Target], config: RunConfig) -> dict[str
         UserError: a name or a pattern in `target_modules` that no module has, or more layers than the model has.
     """
     modules = _marked(modules)
-    in_layers = [name for name in modules if LAYER.search(name) and name.rsplit(".", 1)[-1] not in ROUTERS]
+    in_layers = [name for name in modules if LAYER.search(name) and not _is_router(name)]
     if not in_layers:
         raise UserError("this model has no linear layers that can be adapted", hint="choose a model of another architecture")
     last = last_layers(in_layers, config)
@@ -66,6 +66,11 @@ def _meant(layers: list[str], outside: list[str], of_experts: list[str], asked: 
             what = f"target_modules: no layer of this model is called {name!r}, only its experts have it"
             raise UserError(what, hint=f"name {experts.EXPERTS}.{name}, or {experts.EXPERTS} for all of theirs")
     return (layers if ALL_LINEAR in others else []) + (named(layers + outside, tuple(rest)) if rest else []) + found
+
+
+def _is_router(name: str) -> bool:
+    parent, _, leaf = name.rpartition(".")
+    return leaf in ROUTERS or parent.endswith(".router")
 
 
 def _marked(modules: Mapping[str, Target]) -> dict[str, Target]:
@@ -120,7 +125,7 @@ def check_targets(targets: Mapping[str, Target], tied: bool, config: RunConfig, 
         raise UserError(f"target_modules: embeddings that are the head too, which is called {head} here", hint="leave them out")
     if tied and HEAD in targets:
         raise UserError("target_modules: the head of this model is its embeddings", hint="name embed_tokens: it adapts both")
-    for name, target in targets.items():
+    for name, target in sorted(targets.items()):
         if config.fine_tune_type == "dora" and target.kind != "linear":
             what = "the experts" if target.kind == "experts" else "the embeddings"
             raise UserError(f"fine_tune_type = dora is not there for {name}", hint=f"use lora, or leave {what} out")

@@ -144,9 +144,8 @@ def _where(modules: set[str], layers: int) -> dict[str, Any]:
     leaves: dict[str, set[int]] = {}
     for module in modules:
         where = LAYER.search(module)
-        leaf = (
-            ".".join(module.rsplit(".", 2)[-2:]) if module.rpartition(".")[0].endswith(f".{EXPERTS}") else module.rpartition(".")[2]
-        )
+        parent, _, leaf = module.rpartition(".")
+        leaf = f"{EXPERTS}.{leaf}" if parent.endswith(f".{EXPERTS}") else leaf
         leaves.setdefault(leaf, set()).add(int(where[1]) if where else -1)
     inside = [found for found in leaves.values() if found != {-1}]
     count = len(inside[0]) if inside else 0

@@ -17,7 +17,7 @@ from mlx_finetune.engines import TRUNK, Arrays, StepResult, process_peak
 from mlx_finetune.engines.adapter import HEAD, LAYER, Target, check_targets, choose_targets, initial_adapter, scale_of
 from mlx_finetune.engines.full import choose_weights, read_weights
 from mlx_finetune.engines.mlx.attention import follows_layout, install
-from mlx_finetune.engines.mlx.experts import LoRASwitch, expert_targets
+from mlx_finetune.engines.mlx.experts import adapt_experts, expert_targets
 from mlx_finetune.engines.mlx.input import Input
 from mlx_finetune.engines.mlx.load import load_model
 from mlx_finetune.engines.mlx.lora import LoRAEmbedding, LoRALinear, noisy, row_norms, set_dropout
@@ -81,16 +81,11 @@ class MlxEngine:
         for name, module in modules.items():
             if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
                 known[name] = Target(*_shape(module), "tied" if self._tied else "embedding")
-        at = expert_targets(self.model)
-        self.targets = choose_targets(known | {path: target for path, (_, target) in at.items()}, config)
-        self._paths = {own: path for path, (own, _) in at.items() if path in self.targets}
+        self.targets = choose_targets(known | expert_targets(self.model), config)
         check_targets(self.targets, self._tied, config)
         scale, dora = scale_of(config), config.fine_tune_type == "dora"
-        for path, target in self.targets.items():
-            if target.kind == "experts":
-                own = at[path][0]
-                self._adapted[own] = LoRASwitch(modules[own], target, config.rank, scale, config.dropout)
-                continue
+        self._adapted, self._paths = adapt_experts(self.model, self.targets, config)
+        for path, target in ((path, target) for path, target in self.targets.items() if target.kind != "experts"):
             module, shape = modules[path], (target.rows, target.columns)
             self._adapted[path] = (
                 LoRALinear(module, shape, config.rank, scale, config.dropout, dora)

@@ -1,12 +1,14 @@
 """LoRA on the experts of a mixture, plain or quantised: mlx-lm's SwitchLinear with a pair of matrices for each expert."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 
-from mlx_finetune.engines.adapter import Target
+from mlx_finetune.config import RunConfig
+from mlx_finetune.engines.adapter import Target, scale_of
 from mlx_finetune.engines.experts import EXPERTS, PROJECTIONS
 
 SWITCH = "switch_mlp"
@@ -39,27 +41,51 @@ class LoRASwitch(nn.Module):
         return mx.broadcast_to(x, shape) * kept.astype(x.dtype) * (1 / (1 - self.rate))
 
 
-def expert_targets(model: nn.Module) -> dict[str, tuple[str, Target]]:
-    """Each projection of each layer's experts, by the path that PEFT gives it: its path in the model, and what it is."""
-    found = {}
+def expert_targets(model: nn.Module) -> dict[str, Target]:
+    """Each projection of each layer's experts that can be adapted, by the path that PEFT gives it."""
+    return {path: target for path, _, target in _projections(model)}
+
+
+def adapt_experts(
+    model: nn.Module, targets: Mapping[str, Target], config: RunConfig
+) -> tuple[dict[str, LoRASwitch], dict[str, str]]:
+    """Adapters of the experts among `targets`, not put in yet, and what PEFT calls them; both by the path in the model."""
+    modules, adapted, called = dict(model.named_modules()), dict[str, LoRASwitch](), dict[str, str]()
+    for path, own, target in _projections(model):
+        if path in targets:
+            adapted[own] = LoRASwitch(modules[own], target, config.rank, scale_of(config), config.dropout)
+            called[own] = path
+    return adapted, called
+
+
+def _projections(model: nn.Module) -> Iterator[tuple[str, str, Target]]:
+    """PEFT's path, that in the model, and what it is."""
     for path, module in model.named_modules():
-        if isinstance(module, SwitchGLU):
-            at = path.removesuffix(SWITCH) + EXPERTS if path.endswith(f".{SWITCH}") else path
-            at = at.replace(".block_sparse_moe.", ".mlp.") if getattr(model, "model_type", "") in RENAMED else at
-            for name in PROJECTIONS:
-                layer: Any = module[name]
-                count, rows, columns = layer.weight.shape
-                columns = layer.input_dims if isinstance(layer, QuantizedSwitchLinear) else columns
-                if isinstance(layer, QuantizedSwitchLinear | SwitchLinear) and "bias" not in layer:
-                    found[f"{at}.{name}"] = f"{path}.{name}", Target(rows, columns, "experts", count)
-    return found
+        if not isinstance(module, SwitchGLU):
+            continue
+        at = path.removesuffix(SWITCH) + EXPERTS if path.endswith(f".{SWITCH}") else path
+        at = at.replace(".block_sparse_moe.", ".mlp.") if getattr(model, "model_type", "") in RENAMED else at
+        for name in PROJECTIONS:
+            layer: Any = module[name]
+            if isinstance(layer, QuantizedSwitchLinear | SwitchLinear) and "bias" not in layer:
+                target = Target(layer.output_dims, layer.input_dims, "experts", layer.num_experts)
+                yield f"{at}.{name}", f"{path}.{name}", target
 
 
 def _product(x: mx.array, matrices: mx.array, indices: mx.array, is_sorted: bool) -> mx.array:
-    """x M^T in float32 with the matrix [experts, out, in] of each row's expert."""
+    """x M^T in float32 with the matrix [experts, out, in] of each row's expert; what is kept for the gradient is `x` as it is."""
 
     def plain(x: mx.array, matrices: mx.array) -> mx.array:
         wide = x.astype(mx.float32)
         return mx.gather_mm(wide, matrices.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=is_sorted)
 
-    return plain(x, matrices)
+    if x.dtype == mx.float32:
+        return plain(x, matrices)
+    narrow: Any = mx.custom_function(plain)
+
+    @narrow.vjp
+    def gradient(primals: Any, cotangent: Any, output: Any) -> tuple[mx.array, ...]:
+        return tuple(mx.vjp(plain, list(primals), [cotangent])[1])
+
+    product: mx.array = narrow(x, matrices)
+    return product

@@ -26,8 +26,15 @@ class Sorted:
 
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[S, in], [experts, out, in] -> [S, out]: of each row with the matrix of its expert."""
-        if _has_kernel(x, weight):
-            return F.grouped_mm(x, weight.transpose(1, 2), offs=self._ends)
+        return self.at_once(x, weight) if _has_kernel(x, weight) else self.one_by_one(x, weight)
+
+    def at_once(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The product by torch's kernel."""
+        product: torch.Tensor = F.grouped_mm(x, weight.transpose(1, 2), offs=self._ends)
+        return product
+
+    def one_by_one(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The product, an expert after the other."""
         parts = zip(x.split(self._counts.tolist()), weight.unbind(), strict=True)
         return torch.cat([rows @ matrix.T for rows, matrix in parts if len(rows)])
 
@@ -51,7 +58,7 @@ class ExpertMatrices(torch.nn.Module):
 
 
 class LoRAExperts(torch.nn.Module):
-    """Stands in for the experts of transformers; their weights stay as they are, and the sum W + scale * B A is never written out."""
+    """Stands in for the experts of transformers, whose weights stay as they are: W + scale * B A is never written out."""
 
     def __init__(self, base: torch.nn.Module, adapters: Mapping[str, ExpertMatrices]) -> None:
         """`adapters`: by projection; gate and up both or neither."""
