@@ -86,10 +86,11 @@ class RunConfig(BaseModel):
     rank: int = Field(default=16, ge=1, description="width of the adapter")
     alpha: float = Field(default=32.0, gt=0, description="the adapter is scaled by alpha / rank")
     use_rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) instead")
-    dropout: Fraction = Field(default=0.0, description="on the input of adapters of linear layers while training")
+    dropout: Fraction = Field(default=0.0, description="on the input of adapters of linear layers, and of experts, while training")
     target_modules: Pattern | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default="all-linear",
-        description="all-linear, names such as q_proj,v_proj (also embed_tokens, lm_head), or a regular expression for whole paths",
+        description="all-linear, names such as q_proj,v_proj (embed_tokens and lm_head too), a regular expression for whole paths; "
+        "experts of a mixture only where it says experts, or experts.down_proj and the like: all-linear,experts",
     )
     num_layers: int | None = Field(default=None, ge=1, description="adapt the last so many layers only; none: all")
     neftune_noise_alpha: float = Field(
@@ -141,7 +142,7 @@ class RunConfig(BaseModel):
     @classmethod
     def _split_names(cls, values: Any) -> Any:
         targets = values.get("target_modules") if isinstance(values, dict) else None
-        if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w\s,]*", targets):
+        if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"(experts\.|all-linear|[\w\s,])*", targets):
             values = values | {"target_modules": tuple(name.strip() for name in targets.split(",") if name.strip())}
         return values
 

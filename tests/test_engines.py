@@ -215,13 +215,13 @@ def both_agree(model: Path, model_type: str) -> Engine:
         results[name] = engine.step([random_batch(1), random_batch(2)], 1e-3, seed=0)
         states[name] = engine.state()
     assert results["mlx"].loss == pytest.approx(results["torch"].loss, rel=1e-5)
-    assert results["mlx"].grad_norm == pytest.approx(results["torch"].grad_norm, rel=1e-4)
+    # a recurrence sums in another order in each library: 2e-4 was seen
+    close = 4e-4 if "linear_attention" in PARTICULAR.get(model_type, {}).get("layer_types", ()) else 1e-4
+    assert results["mlx"].grad_norm == pytest.approx(results["torch"].grad_norm, rel=close)
     assert states["mlx"].keys() == states["torch"].keys()
     for name in states["mlx"]:
         if name.startswith("m/"):
             largest = np.abs(states["torch"][name]).max()
-            # a recurrence sums in another order in each library: 2e-4 was seen
-            close = 4e-4 if "linear_attention" in PARTICULAR.get(model_type, {}).get("layer_types", ()) else 1e-4
             np.testing.assert_allclose(states["mlx"][name], states["torch"][name], atol=close * largest + 1e-7)
     return engine
 

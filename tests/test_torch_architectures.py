@@ -34,14 +34,6 @@ TRAINED: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gpt2": ({"n_embd": 64, "n_layer": 2, "n_head": 4}, "no linear layers that can be adapted"),
     "opt": ({"ffn_dim": 96, "word_embed_proj_dim": 64}, "its head needs more than its layers give"),
-    "deepseek_v2": (
-        {
-            **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 1},
-            **{"first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8},
-            **{"v_head_dim": 16, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4},
-        },
-        "peft would read an adapter",
-    ),
 }
 
 

@@ -13,6 +13,9 @@ IDLE |= {"fine_tune_type", "lora_parameters", "num_layers"}  # mlx-lm's, which p
 
 def beyond(config: Mapping[str, Any], also: frozenset[str] = frozenset()) -> dict[str, Any]:
     """Settings, with their values, by which an adapter is more than its A, B and magnitudes say; `also`: read by the caller."""
+    parameters = config.get("target_parameters") or ()
+    if all(str(name).endswith(".weight") for name in parameters):  # of linear layers, by another name
+        also |= {"target_parameters"}
     found = {key: value for key, value in config.items() if value and key not in READ | IDLE | also}
     if config.get("bias", "none") != "none":
         found["bias"] = config["bias"]

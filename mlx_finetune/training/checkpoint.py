@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from mlx_finetune.config import RunConfig
 from mlx_finetune.engines import Arrays, Engine
 from mlx_finetune.engines.adapter import HEAD, PEFT_PREFIX, peft_config, peft_tensors
+from mlx_finetune.engines.experts import from_peft, holds_experts
 from mlx_finetune.engines.optimizers import SCALES, state_shapes
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_folder, read_json, write_json
@@ -82,11 +83,15 @@ def load_checkpoint(folder: Path) -> tuple[Arrays, dict[str, Any]]:
     """
     progress = read_progress(folder)
     try:
-        trained = load_file(folder / (ADAPTER if (folder / ADAPTER).exists() else WEIGHTS))
+        is_adapter = (folder / ADAPTER).exists()
+        trained = load_file(folder / (ADAPTER if is_adapter else WEIGHTS))
         moments = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: not a whole checkpoint: {error}", hint=DAMAGED) from error
-    return {f"adapter/{n.removeprefix(PEFT_PREFIX)}": a for n, a in trained.items()} | moments, progress
+    trained = {name.removeprefix(PEFT_PREFIX): array for name, array in trained.items()}
+    if is_adapter and holds_experts(trained):
+        trained = from_peft(trained, read_json(folder / "adapter_config.json"))
+    return {f"adapter/{name}": array for name, array in trained.items()} | moments, progress
 
 
 def read_progress(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.dataset import ExampleStore
+from mlx_finetune.engines.experts import speaks_of_experts
 from mlx_finetune.engines.supported import folds
 from mlx_finetune.files import read_json
 from mlx_finetune.models.weights import ITEM_BYTES, TensorLocation, read_rows, tensor_headers
@@ -60,9 +61,10 @@ def experts_left_alone(model: Path, config: RunConfig) -> str | None:
     """That the experts of a mixture are not adapted, in a sentence."""
     found = read_json(model / "config.json")
     found |= found.get("text_config") or {}
-    if config.fine_tune_type == "full" or not any(map(found.get, EXPERTS)):
+    if config.fine_tune_type == "full" or not any(map(found.get, EXPERTS)) or speaks_of_experts(config.target_modules):
         return None
-    return "a mixture of experts: the experts and what chooses among them are not adapted"
+    hint = "" if config.fine_tune_type == "dora" else " (all-linear,experts in target_modules adapts them)"
+    return f"a mixture of experts: the experts are not adapted{hint}, nor is what chooses among them"
 
 
 def _trains_embeddings(config: RunConfig) -> bool:

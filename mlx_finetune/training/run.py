@@ -17,6 +17,7 @@ from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.data.trees import plan as fold
 from mlx_finetune.data.trees import tokens_of
 from mlx_finetune.engines import TRUNK, Engine, choose_engine, open_engine
+from mlx_finetune.engines.experts import stored_at
 from mlx_finetune.engines.ranks import agree
 from mlx_finetune.engines.supported import check_settings as check_settings_of
 from mlx_finetune.errors import UserError
@@ -186,7 +187,11 @@ def check_mlx(model: Path, dataset: Dataset) -> None:
 def check_names(engine: Engine, model: Path) -> None:
     """Raises UserError where an adapted module is not a tensor of the checkpoint: its adapter could not be handed back."""
     headers = tensor_headers(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in headers.items()}
+    quantised = any(tensor.dtype == "U32" for tensor in headers.values())
     for name, target in engine.targets.items():
+        if target.kind == "experts" and (quantised or stored_at(shapes, name, target.count - 1, target.rows, target.columns)):
+            continue
         tensor = headers.get(f"{name}.weight")
         if tensor is None or (tensor.dtype in ("F32", "F16", "BF16") and tuple(tensor.shape) != (target.rows, target.columns)):
             raise UserError(

@@ -13,11 +13,12 @@ from safetensors.numpy import load_file
 from mlx_finetune.config import RunConfig
 from mlx_finetune.engines import Arrays, Engine
 from mlx_finetune.engines.adapter import EMBEDDING_A, EMBEDDING_B, HEAD, LAYER, LORA_A, LORA_B, MAGNITUDE, PEFT_PREFIX
+from mlx_finetune.engines.experts import EXPERTS, GATE_UP, from_peft, rank_and_scale
 from mlx_finetune.engines.peft_settings import beyond
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 
-PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
+PATTERNS = frozenset({"rank_pattern", "alpha_pattern", "target_parameters"})
 
 
 @dataclass(frozen=True)
@@ -83,33 +84,29 @@ def _of_peft(folder: Path, found: dict[str, Any]) -> Start:
         what = f"{folder}: {name} = {value!r}: it changes more than A and B say"
         raise UserError(what, hint="merge it into the model with peft, and leave adapter_path out")
     arrays = {name.removeprefix(PEFT_PREFIX): array for name, array in _tensors(folder / "adapter_model.safetensors").items()}
+    arrays = from_peft(arrays, found)
     rank, alpha, rslora = int(found["r"]), float(found["lora_alpha"]), bool(found.get("use_rslora"))
     ranks, alphas = found.get("rank_pattern") or {}, found.get("alpha_pattern") or {}
-    widest = max([rank, *(array.shape[0] for name, array in arrays.items() if name.endswith((LORA_A, EMBEDDING_A)))])
+    widest = max([rank, *(array.shape[-2] for name, array in arrays.items() if name.endswith((LORA_A, EMBEDDING_A)))])
     scale = alpha / (math.sqrt(rank) if rslora else rank)
     if ranks or alphas:
-        arrays = {n: _as_wide(n, a, widest, _own_scale(n, found, rslora) / scale) for n, a in arrays.items()}
+        arrays = {n: _as_wide(n, a, widest, _own_scale(n, found) / scale) for n, a in arrays.items()}
     settings = {"rank": widest, "alpha": scale * (math.sqrt(widest) if rslora else widest), "use_rslora": rslora}
     return Start(settings | {"fine_tune_type": "dora" if found.get("use_dora") else "lora"}, _untied(folder, arrays))
 
 
-def _own_scale(name: str, found: dict[str, Any], rslora: bool) -> float:
-    """Of a module whose rank or alpha a pattern says, matched as peft does."""
+def _own_scale(name: str, found: dict[str, Any]) -> float:
+    """Of a module whose rank or alpha a pattern says."""
     module = name.rsplit(".lora_", 1)[0]
-
-    def of(patterns: dict[str, Any] | None, otherwise: float) -> float:
-        return next((float(v) for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
-
-    rank = of(found.get("rank_pattern"), found["r"])
-    return of(found.get("alpha_pattern"), found["lora_alpha"]) / (math.sqrt(rank) if rslora else rank)
+    return rank_and_scale(re.sub(rf"\b{EXPERTS}\.(gate|up)_proj$", f"{EXPERTS}.{GATE_UP}", module), found)[1]
 
 
 def _as_wide(name: str, array: np.ndarray, rank: int, factor: float) -> np.ndarray:
     """With zeros up to `rank`; B takes up what the module is scaled by beside the others."""
     if name.endswith((LORA_A, EMBEDDING_A)):
-        return np.pad(array, ((0, rank - array.shape[0]), (0, 0)))
+        return np.pad(array, (*[(0, 0)] * (array.ndim - 2), (0, rank - array.shape[-2]), (0, 0)))
     if name.endswith((LORA_B, EMBEDDING_B)):
-        return np.pad(np.float32(factor) * array, ((0, 0), (0, rank - array.shape[1])))
+        return np.pad(np.float32(factor) * array, (*[(0, 0)] * (array.ndim - 1), (0, rank - array.shape[-1])))
     return array
 
 
@@ -147,7 +144,9 @@ def _where(modules: set[str], layers: int) -> dict[str, Any]:
     leaves: dict[str, set[int]] = {}
     for module in modules:
         where = LAYER.search(module)
-        leaves.setdefault(module.rsplit(".", 1)[-1], set()).add(int(where[1]) if where else -1)
+        parent, _, leaf = module.rpartition(".")
+        leaf = f"{EXPERTS}.{leaf}" if parent.endswith(f".{EXPERTS}") else leaf
+        leaves.setdefault(leaf, set()).add(int(where[1]) if where else -1)
     inside = [found for found in leaves.values() if found != {-1}]
     count = len(inside[0]) if inside else 0
     if not inside or any(found != set(range(layers - count, layers)) for found in inside):

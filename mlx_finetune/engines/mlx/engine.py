@@ -17,6 +17,7 @@ from mlx_finetune.engines import TRUNK, Arrays, StepResult, process_peak
 from mlx_finetune.engines.adapter import HEAD, LAYER, Target, check_targets, choose_targets, initial_adapter, is_bypassed, scale_of
 from mlx_finetune.engines.full import choose_weights, read_weights
 from mlx_finetune.engines.mlx.attention import follows_layout, install
+from mlx_finetune.engines.mlx.experts import adapt_experts, expert_targets
 from mlx_finetune.engines.mlx.input import Input
 from mlx_finetune.engines.mlx.load import load_model
 from mlx_finetune.engines.mlx.lora import LoRAEmbedding, LoRALinear, noisy, row_norms, set_dropout
@@ -57,6 +58,7 @@ class MlxEngine:
         self._parts, self._names = parts_of(self.model), names_of(read_json(model / "config.json"))
         self.targets: dict[str, Target] = {}
         self._adapted: dict[str, Any] = {}
+        self._paths: dict[str, str] = {}  # of adapted modules: what PEFT calls them
         if full:
             self._thaw()
         else:
@@ -87,17 +89,20 @@ class MlxEngine:
         for name, module in modules.items():
             if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
                 known[name] = Target(*_shape(module), "tied" if self._tied else "embedding")
-        self.targets = choose_targets(known, config)
+        self.targets = choose_targets(known | expert_targets(self.model, self._names), config)
         check_targets(self.targets, self._tied, config)
         scale, dora = scale_of(config), config.fine_tune_type == "dora"
         for path, target in self.targets.items():
-            module, shape = modules[path], (target.rows, target.columns)
-            self._adapted[path] = (
-                LoRALinear(module, shape, config.rank, scale, config.dropout, dora)
-                if target.kind == "linear"
-                else LoRAEmbedding(module, shape, config.rank, scale)
-            )
-        self.model.update_modules(tree_unflatten([(own[path], adapted) for path, adapted in self._adapted.items()]))
+            module, shape = modules.get(path), (target.rows, target.columns)
+            if target.kind == "linear":
+                self._adapted[path] = LoRALinear(module, shape, config.rank, scale, config.dropout, dora)
+            elif target.kind != "experts":
+                self._adapted[path] = LoRAEmbedding(module, shape, config.rank, scale)
+        adapted, called = adapt_experts(self.model, self._names, self.targets, config)
+        self._adapted |= {called[path]: module for path, module in adapted.items()}
+        own |= {name: path for path, name in called.items()}
+        self._paths = {own[name]: name for name in self._adapted}
+        self.model.update_modules(tree_unflatten([(path, self._adapted[name]) for path, name in self._paths.items()]))
 
     def _thaw(self) -> None:
         """Lets the weights that are chosen be trained themselves."""
@@ -113,8 +118,9 @@ class MlxEngine:
 
     def _name(self, name: str) -> str:
         """An array of the model by the name that PEFT gives it."""
-        name = transformers_name(name, self._names)
-        return f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name
+        module, _, leaf = name.rpartition(".")
+        name = f"{self._paths[module]}.{leaf}" if module in self._paths else transformers_name(name, self._names)
+        return f"{name}.weight" if leaf in ("lora_A", "lora_B") else name
 
     def _is_behind_layers(self, name: str) -> bool:
         """Whether an array that is in no layer is used behind them: of the head, or of embeddings that are the head too."""

@@ -7,6 +7,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_finetune.engines.mlx.experts import LoRASwitch
+
 
 class LoRALinear(nn.Module):
     """linear(x) + scale * B A x, the adapter in float32 whatever the base is in.
@@ -157,5 +159,5 @@ def set_dropout(model: nn.Module, seed: int | None) -> None:
         layer._key = key
 
 
-def _adapters(model: nn.Module) -> Iterator[LoRALinear]:
-    return (module for _, module in sorted(model.named_modules()) if isinstance(module, LoRALinear))
+def _adapters(model: nn.Module) -> Iterator[LoRALinear | LoRASwitch]:
+    return (module for _, module in sorted(model.named_modules()) if isinstance(module, LoRALinear | LoRASwitch))

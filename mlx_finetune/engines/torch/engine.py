@@ -31,6 +31,7 @@ from mlx_finetune.engines.noise import noise_of
 from mlx_finetune.engines.supported import check_settings, folds
 from mlx_finetune.engines.torch.attention import along, takes_trees
 from mlx_finetune.engines.torch.device import check_device
+from mlx_finetune.engines.torch.experts import adapt_experts, expert_targets
 from mlx_finetune.engines.torch.fits import Given, check_fits, check_peft_reads
 from mlx_finetune.engines.torch.fused import take_over
 from mlx_finetune.engines.torch.load import load_model
@@ -66,7 +67,7 @@ class TorchEngine:
         self.parameters = self._thaw() if config.fine_tune_type == "full" else self._adapt()
         self.trained = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         self._of_head = self._head_parameters()
-        check_peft_reads(self.model, self._adapted)
+        check_peft_reads(self.model, self.targets, config.fine_tune_type == "dora")
         if config.fsdp:  # before it is asked anything: only then it is on its device
             self._cut()
         with gathering(), self._multiplying():
@@ -166,10 +167,11 @@ class TorchEngine:
         known = {n: Target(m.out_features, m.in_features, bypassed=is_bypassed(n, parents[n])) for n, m in linear.items()}
         (name,) = (n for n, m in modules.items() if m is embedding)
         known[name] = Target(embedding.num_embeddings, embedding.embedding_dim, "tied" if tied else "embedding")
+        known |= expert_targets(self.model)
         self.targets = choose_targets(known, config)
         check_targets(self.targets, tied, config, next((n for n, m in modules.items() if m is head), HEAD))
-        self._adapted: dict[str, Any] = {}
-        for path, target in self.targets.items():
+        self._adapted: dict[str, Any] = adapt_experts(self.model, self.targets, config)
+        for path, target in ((path, target) for path, target in self.targets.items() if target.kind != "experts"):
             base, scale = modules[path], scale_of(config)
             dora = config.fine_tune_type == "dora"
             is_linear = target.kind == "linear"

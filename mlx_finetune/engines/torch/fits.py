@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from mlx_finetune.engines.adapter import Target
 from mlx_finetune.errors import UserError
 
 TOKENS = 4
@@ -45,11 +46,13 @@ class Given(torch.nn.Module):
         return States(self._states)
 
 
-def check_peft_reads(model: PreTrainedModel, adapted: Mapping[str, torch.nn.Module]) -> None:
+def check_peft_reads(model: PreTrainedModel, adapted: Mapping[str, Target], dora: bool) -> None:
     """Of some mixtures of experts peft takes gate_proj and the like for parts of the experts, also where a path says otherwise.
 
+    Named as weights, as `peft_config` names them, they are read rightly; but peft has no DoRA of those.
+
     Raises:
-        UserError: such a module is adapted.
+        UserError: such a module is adapted in another way.
     """
     if not any("expert" in key for key in model.config.get_text_config().to_dict()):
         return  # before peft is imported, which takes seconds and 70 MB
@@ -59,7 +62,8 @@ def check_peft_reads(model: PreTrainedModel, adapted: Mapping[str, torch.nn.Modu
         return
     kind = model.config.model_type
     taken = _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(kind, kind), {})
-    wrong = sorted(name for name in adapted if name.rpartition(".")[2] in taken)
+    taken_for = {name: target for name, target in adapted.items() if name.rpartition(".")[2] in taken}
+    wrong = sorted(name for name, t in taken_for.items() if t.kind == "linear" and (dora or not t.beside_experts))
     if wrong and kind not in READ_RIGHTLY:
         hint = "adapt its attention: --set target_modules=q_proj,k_proj,v_proj,o_proj, or as its projections are called"
         raise UserError(f"{kind}: peft would read an adapter on {wrong[0]} as one of the experts'", hint=hint)
