@@ -93,6 +93,9 @@ def check_targets(targets: Mapping[str, Target], tied: bool, config: RunConfig, 
     if tied and HEAD in targets:
         raise UserError("target_modules: the head of this model is its embeddings", hint="name embed_tokens: it adapts both")
     embeddings = [name for name, target in targets.items() if target.kind != "linear"]
+    if tied and embeddings and not embeddings[0].endswith("embed_tokens"):
+        what = f"target_modules: embeddings that are the head too, and are called {embeddings[0]} here"
+        raise UserError(what, hint="such an adapter could not be fused: leave them out")
     if config.fine_tune_type == "dora" and embeddings:
         raise UserError(f"fine_tune_type = dora is not there for {embeddings[0]}", hint="use lora, or leave the embeddings out")
 

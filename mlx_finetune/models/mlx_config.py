@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from mlx_finetune.errors import UserError
+from mlx_finetune.models.mpt_config import MPT, check_mpt
 
 Config = Mapping[str, Any]
 Rope = Mapping[str, Any]
@@ -49,6 +50,7 @@ PROVEN: Mapping[str, Architecture] = {
     "llama": Architecture(SCALINGS),
     "mistral": Architecture(SCALINGS, sliding_window=4096, window_ignored=True),
     "mixtral": Architecture(rope_theta=1_000_000.0, window_ignored=True),
+    "mpt": Architecture(tied=True),
     "olmo2": Architecture(SCALINGS),
     "olmo3": Architecture(SCALINGS, rope_theta=500_000.0, sliding_window=4096),
     "olmoe": Architecture(SCALINGS),
@@ -75,7 +77,7 @@ NOT_SCALING = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_fact
 # Settings that mlx-lm does not read; it computes as if they were absent.
 NOT_READ = ("use_bidirectional_attention", "model_file")
 SOFTCAPS = ("final_logit_softcapping", "attn_logit_softcapping")  # gemma3_text: not read; gemma2: not to be switched off
-NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers")
+NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers")  # but of an MPT, which check_mpt looks at
 
 LLAMA_CLASS = ("llama", "mistral", "smollm3")  # transformers' llama has no windows; mlx-lm's would apply `layer_types`
 SCALED_WHERE_FULL = ("gemma3_text", "olmo3")  # version 4 scaled RoPE in layers of full attention only
@@ -108,6 +110,7 @@ def mlx_overlay(config: Config) -> dict[str, Any]:
 def check_supported(config: Config) -> None:
     """Raises UserError, by name, for what mlx-lm would refuse or would compute otherwise than transformers."""
     model_type = str(config.get("model_type"))
+    check_mpt(config)
     if model_type not in PROVEN:
         _refuse(f"architecture {model_type!r} (MLX: {', '.join(sorted(PROVEN))})")
     _check_quantisation(config)
@@ -131,6 +134,11 @@ def max_exact_length(config: Config) -> int | None:
     return _window(config)
 
 
+def hidden_size(config: Config) -> int:
+    """How many numbers stand for a token between layers."""
+    return int(config.get("hidden_size") or config["d_model"])
+
+
 def _refuse(what: str) -> NoReturn:
     raise UserError(f"{what} is not supported with MLX", hint="use --engine torch")
 
@@ -144,7 +152,7 @@ def _check_quantisation(config: Config) -> None:
 
 def _check_settings(config: Config) -> None:
     model_type = config["model_type"]
-    for key in NEEDED:
+    for key in NEEDED if model_type != MPT else ():
         if config.get(key) is None:
             raise UserError(f"config.json has no {key}")
     key, expected = PROVEN[model_type].activation

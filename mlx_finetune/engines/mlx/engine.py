@@ -1,7 +1,7 @@
 """MlxEngine: mlx-lm's model classes with our LoRA, on Metal, or in float32 on a CPU."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mlx_finetune.engines.mlx.input import Input
 from mlx_finetune.engines.mlx.load import load_model
 from mlx_finetune.engines.mlx.lora import LoRAEmbedding, LoRALinear, noisy, row_norms, set_dropout
 from mlx_finetune.engines.mlx.loss import Caught, Given, loss_sum, value_of
+from mlx_finetune.engines.mlx.parts import parts_of, replaced
 from mlx_finetune.engines.mlx.ranks import ranks_of, sum_gradients
 from mlx_finetune.engines.mlx.recompute import recomputed
 from mlx_finetune.engines.mlx.trunk import Trunk
@@ -30,6 +31,7 @@ from mlx_finetune.engines.supported import check_settings, folds
 from mlx_finetune.engines.work import Work, share_of, works_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
+from mlx_finetune.models.mlx_config import hidden_size
 from mlx_finetune.models.weights import fingerprint
 
 Parameters = dict[str, mx.array]
@@ -52,6 +54,7 @@ class MlxEngine:
         dtype = config.dtype if config.dtype != "auto" else None if self.on_gpu else "float32"
         self.model = load_model(model, "float32" if full else dtype)
         self.model.freeze()
+        self._parts = parts_of(self.model)
         self.targets: dict[str, Target] = {}
         self._adapted: dict[str, Any] = {}
         if full:
@@ -59,7 +62,8 @@ class MlxEngine:
         else:
             self._adapt()
         self.trained = {_name(n): tuple(p.shape) for n, p in sorted(self._parameters().items())}
-        self._of_head = [name for name in self._parameters() if not LAYER.search(name) and _behind_layers(name, self._tied)]
+        outside = [name for name in self._parameters() if not LAYER.search(name)]
+        self._of_head = [name for name in outside if _behind_layers(name, self._tied, self._parts.embeddings)]
         self.model.eval()
         self._choose_paths(model)
         self._trunk: Trunk | None = None
@@ -97,6 +101,12 @@ class MlxEngine:
         for name in choose_weights(weights, self.config):
             module, _, leaf = name.rpartition(".")
             _module_at(self.model, module).unfreeze(keys=leaf, recurse=False)
+
+    @property
+    def _backbone(self) -> nn.Module:
+        """What lies below the head."""
+        backbone: nn.Module = self.model[self._parts.backbone]
+        return backbone
 
     @property
     def _tied(self) -> bool:
@@ -153,7 +163,7 @@ class MlxEngine:
         """`drawn`: step's seed and number of the micro-batch, by which noise is drawn where some is asked for."""
         noise = None
         if drawn and self.config.neftune_noise_alpha:
-            shape = (*work.inputs.shape, int(read_json(self._folder / "config.json")["hidden_size"]))
+            shape = (*work.inputs.shape, hidden_size(read_json(self._folder / "config.json")))
             noise = noise_of(self.config.neftune_noise_alpha, shape, *drawn)
         return Input.of(work, self._by_layout, noise)
 
@@ -161,8 +171,8 @@ class MlxEngine:
         """See `Engine.generate`."""
         tokens, cache = mx.array([list(map(int, prompt))]), make_prompt_cache(self.model)
         for _ in range(limit):
-            caught = Caught(self.model["model"])
-            with _replaced(self.model, caught):
+            caught = Caught(self._backbone)
+            with replaced(self.model, self._parts.backbone, caught):
                 self.model(tokens, cache=cache)
             assert caught.hidden is not None
             token = int(np.argmax(np.array(self._head(caught.hidden[0, -1:])[0].astype(mx.float32))))
@@ -209,16 +219,15 @@ class MlxEngine:
 
     def _loss(self, parameters: Parameters, work: Input, scale: float, states: mx.array | None) -> mx.array:
         self._set(parameters)
-        with recomputed(self.model["model"], self.config.grad_checkpoint), self._below(states):
+        with recomputed(self._backbone, self._parts, self.config.grad_checkpoint), self._below(states):
             hidden = self._hidden(work)
         of_head = {name: parameters[name] for name in self._of_head}
         return loss_sum(self._head, hidden, work.targets, work.weights, of_head) * scale
 
     def _hidden(self, work: Input) -> mx.array:
         """[n, D]: what the head is to make logits of."""
-        layers = self.model["model"]
-        caught = Caught(layers)
-        with noisy(layers, work.noise), _replaced(self.model, caught):
+        caught = Caught(self._backbone)
+        with noisy(self._backbone, self._parts.embeddings, work.noise), replaced(self.model, self._parts.backbone, caught):
             self.model(work.inputs, cache=work.layouts(len(self.model.layers)))
         assert caught.hidden is not None
         return caught.hidden.reshape(-1, caught.hidden.shape[-1])[work.places]
@@ -227,7 +236,7 @@ class MlxEngine:
         """[n, D] -> [n, V]; `learned`: of the head itself, put in first."""
         if learned:
             self._set(learned)
-        with _replaced(self.model, Given(self.model["model"], hidden[None])):
+        with replaced(self.model, self._parts.backbone, Given(self._backbone, hidden[None])):
             logits: mx.array = self.model(mx.zeros((1, 1), mx.int32))[0]
         return logits
 
@@ -275,24 +284,13 @@ def _name(name: str) -> str:
     return f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name
 
 
-def _behind_layers(name: str, tied: bool) -> bool:
+def _behind_layers(name: str, tied: bool, embeddings: str) -> bool:
     """Whether an array that is in no layer is used behind them: of the head, or of embeddings that are the head too."""
-    return name.startswith(f"{HEAD}.") or (tied and ".embed_tokens." in name)
+    return name.startswith(f"{HEAD}.") or (tied and f".{embeddings}." in name)
 
 
 def _module_at(model: nn.Module, path: str) -> Any:
     return dict(model.named_modules())[path]
-
-
-@contextmanager
-def _replaced(model: nn.Module, layers: Any) -> Iterator[None]:
-    """Inside, `layers` stands in for the model's own."""
-    own = model["model"]
-    model["model"] = layers
-    try:
-        yield
-    finally:
-        model["model"] = own
 
 
 def _number(scalar: mx.array) -> float:

@@ -1,15 +1,19 @@
 """A Hugging Face folder, or an MLX one, as an mlx-lm model that computes what transformers computes."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_model as load_mlx_lm
 
+from mlx_finetune.engines.mlx import mpt
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.mlx_config import check_supported, mlx_overlay
 
+OWN = {"mpt": (mpt.Model, mpt.ModelArgs)}  # classes that mlx-lm does not have
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -23,7 +27,7 @@ def load_model(folder: Path, dtype: str | None) -> nn.Module:
     check_supported(config)
     _check_weight_files(folder)
     try:
-        model, _ = load_mlx_lm(folder, lazy=True, model_config=mlx_overlay(config), trust_remote_code=False)
+        model, _ = load_mlx_lm(folder, lazy=True, model_config=mlx_overlay(config), trust_remote_code=False, **_own(config))
     except (RuntimeError, TypeError, ValueError) as error:  # damaged file; key missing in config.json; other tensors
         reason = " ".join(str(error).split())[:300]
         raise UserError(
@@ -33,6 +37,11 @@ def load_model(folder: Path, dtype: str | None) -> nn.Module:
         _cast(model, DTYPES[dtype])
     mx.eval(model.parameters())
     return model
+
+
+def _own(config: Mapping[str, Any]) -> dict[str, Any]:
+    classes = OWN.get(config["model_type"])
+    return {"get_model_classes": lambda config: classes} if classes else {}
 
 
 def _check_weight_files(folder: Path) -> None:

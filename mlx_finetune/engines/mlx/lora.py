@@ -105,15 +105,15 @@ class _Noisy:
 
 
 @contextmanager
-def noisy(backbone: nn.Module, noise: mx.array | None) -> Iterator[None]:
-    """Inside, `noise` [B, T, D] is added to the embeddings."""
-    own = backbone["embed_tokens"]
+def noisy(backbone: nn.Module, embeddings: str, noise: mx.array | None) -> Iterator[None]:
+    """Inside, `noise` [B, T, D] is added to the embeddings, which `backbone` has by that name."""
+    own = backbone[embeddings]
     if noise is not None:
-        backbone["embed_tokens"] = _Noisy(own, noise)
+        backbone[embeddings] = _Noisy(own, noise)
     try:
         yield
     finally:
-        backbone["embed_tokens"] = own
+        backbone[embeddings] = own
 
 
 def row_norms(linear: Any) -> mx.array:

@@ -8,6 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_finetune.engines.mlx.parts import Parts
+
 
 class Recomputed:
     """Stands in for a layer: keeps its input alone. Only the hidden states and the adapter are differentiated."""
@@ -32,18 +34,18 @@ class Recomputed:
 
 
 @contextmanager
-def recomputed(backbone: nn.Module, every: int) -> Iterator[None]:
+def recomputed(backbone: nn.Module, parts: Parts, every: int) -> Iterator[None]:
     """Inside, each `every`-th layer that a gradient goes through is computed again; 0: none is."""
-    layers = backbone["layers"]
+    layers = backbone[parts.layers]
     learning = [i for i, layer in enumerate(layers) if tree_flatten(layer.trainable_parameters())]
     below = (
         0
-        if any("embed" in name for name, _ in tree_flatten(backbone.trainable_parameters()))
+        if any(parts.embeddings in name for name, _ in tree_flatten(backbone.trainable_parameters()))
         else min(learning, default=len(layers))
     )
     again = set(range(below, len(layers))[::every]) if every else set()
-    backbone["layers"] = [Recomputed(layer) if i in again else layer for i, layer in enumerate(layers)]
+    backbone[parts.layers] = [Recomputed(layer) if i in again else layer for i, layer in enumerate(layers)]
     try:
         yield
     finally:
-        backbone["layers"] = layers
+        backbone[parts.layers] = layers

@@ -13,6 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_finetune.data.trees import Placed
+from mlx_finetune.engines.mlx.parts import parts_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json, write_json
 
@@ -37,8 +38,9 @@ class Trunk:
         Raises:
             UserError: every layer learns.
         """
-        self._backbone = model["model"]
-        learning = [i for i, layer in enumerate(self._backbone["layers"]) if tree_flatten(layer.trainable_parameters())]
+        parts = parts_of(model)
+        self._backbone, self._layers = model[parts.backbone], parts.layers
+        learning = [i for i, layer in enumerate(self._backbone[self._layers]) if tree_flatten(layer.trainable_parameters())]
         self._below = learning[0]
         if not self._below:
             raise UserError("cache_trunk: every layer learns, so nothing can be kept", hint="set num_layers, or leave it out")
@@ -68,25 +70,25 @@ class Trunk:
     @contextmanager
     def given(self, states: mx.array) -> Iterator[None]:
         """Inside, the layers below are not computed: `states` is what comes out of them."""
-        layers = self._backbone["layers"]
-        self._backbone["layers"] = [*(_Instead(one, lambda _: states) for one in layers[: self._below]), *layers[self._below :]]
+        layers = self._backbone[self._layers]
+        self._backbone[self._layers] = [*(_Instead(one, lambda _: states) for one in layers[: self._below]), *layers[self._below :]]
         try:
             yield
         finally:
-            self._backbone["layers"] = layers
+            self._backbone[self._layers] = layers
 
     def _compute(self, model: Any, inputs: mx.array, layouts: Any) -> mx.array:
-        layers, met = self._backbone["layers"], list[mx.array]()
+        layers, met = self._backbone[self._layers], list[mx.array]()
 
         def keep(hidden: mx.array) -> mx.array:
             met.append(hidden)
             return hidden
 
-        self._backbone["layers"] = [*layers[: self._below], *(_Instead(one, keep) for one in layers[self._below :])]
+        self._backbone[self._layers] = [*layers[: self._below], *(_Instead(one, keep) for one in layers[self._below :])]
         try:
             model(inputs, cache=layouts)
         finally:
-            self._backbone["layers"] = layers
+            self._backbone[self._layers] = layers
         mx.eval(met[0])
         self._dtype, self._width = met[0].dtype, met[0].shape[-1]
         return met[0]
