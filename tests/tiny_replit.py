@@ -1,7 +1,10 @@
 """A tiny random model in the files of Replit-v2-CodeInstruct-3B: torch shards, a SentencePiece model, code that nobody runs."""
 
+import importlib
+import io
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +83,32 @@ TRAP = "raise SystemExit('code that came with a model was run')\n"
 CODE = ("configuration_mpt.py", "modeling_mpt.py", "replit_lm_tokenizer.py")
 
 
+def sources() -> list[str]:
+    """Python that is here anyway: some of its own library."""
+    names = ("csv", "shlex", "textwrap", "json.decoder", "json.encoder", "tempfile")
+    found = [importlib.import_module(name).__file__ for name in names]
+    return [Path(file).read_text(encoding="utf-8") for file in found if file]
+
+
 def lines() -> list[str]:
-    """Python that is here anyway: some of this project's tests."""
-    files = sorted(Path(__file__).parent.glob("test_[a-e]*.py"))
-    return [line for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """Theirs, without the empty ones."""
+    return [line for text in sources() for line in text.splitlines() if line.strip()]
 
 
 def train_spiece(path: Path, **options: Any) -> Path:
     """A SentencePiece model of code, by sentencepiece's own trainer."""
+    path.write_bytes(_trained(json.dumps(options)))
+    return path
+
+
+@cache
+def _trained(options: str) -> bytes:
     import sentencepiece
 
     how = {"vocab_size": PIECES, "model_type": "unigram", "character_coverage": 0.9999, "minloglevel": 2, "num_threads": 1}
-    with path.open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines()), model_writer=file, **how | options)
-    return path
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines()), model_writer=made, **how | json.loads(options))
+    return made.getvalue()
 
 
 def make_replit(folder: Path, changes: Mapping[str, Any] | None = None, seed: int = 0) -> Path:

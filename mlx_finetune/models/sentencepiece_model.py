@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_finetune.errors import UserError
 
 LONGEST = 64 * 2**20  # bytes of a file: those of the largest vocabularies have 5 MB
@@ -86,6 +88,8 @@ def _model(data: bytes) -> SentencePieceModel:
     algorithm, charsmap = trainer.get(3, 1), normalizer.get(2, b"")
     if not pieces or algorithm not in MODELS or not isinstance(charsmap, bytes):
         raise _Broken("it has no vocabulary, or one of an unknown kind")
+    if charsmap:
+        _check_charsmap(charsmap)
     return SentencePieceModel(
         pieces=tuple(pieces),
         algorithm=MODELS[algorithm],
@@ -97,6 +101,26 @@ def _model(data: bytes) -> SentencePieceModel:
         escape_whitespaces=bool(normalizer.get(5, True)),
         denormalises=bool(denormalizer.get(2, b"")),
     )
+
+
+def _check_charsmap(charsmap: bytes) -> None:
+    """A double-array trie (https://github.com/s-yata/darts-clone) in front of texts that end with 0, into which its leaves point.
+
+    Where an entry leads elsewhere, `tokenizers` would end the program.
+    """
+    size, texts = int.from_bytes(charsmap[:4], "little"), charsmap[4:]
+    if size % 1024 or not 0 < size < len(texts) or texts[-1]:
+        raise _Broken("the rules of normalisation are cut")
+    units = np.frombuffer(texts[:size], "<u4").astype(np.int64)
+    texts = texts[size:]
+    texts.decode()
+    inner = np.flatnonzero(units >> 31 == 0)
+    children = inner ^ ((units[inner] >> 10) << ((units[inner] & 512) >> 6))
+    if ((children | 255) >= len(units)).any():
+        raise _Broken("the rules of normalisation lead outside of themselves")
+    values = units[children[(units[inner] >> 8) & 1 == 1]] & (2**31 - 1)
+    if (values >= len(texts)).any() or (np.frombuffer(texts, np.uint8)[values] >> 6 == 0b10).any():
+        raise _Broken("the rules of normalisation lead into no text")
 
 
 def _piece(data: bytes) -> Piece:

@@ -36,7 +36,8 @@ def spiece_to_tokenizer(model_file: Path, folder: Path) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json` of a SentencePiece model to `folder`.
 
     Special and added tokens are those that tokenizer_config.json, special_tokens_map.json and added_tokens.json beside
-    `model_file` name. An MPT without a chat template gets one of instructions and responses: see instruction_template.jinja.
+    `model_file` name; an added one that has no embedding by config.json's vocab_size is left out. An MPT without a chat
+    template gets one of instructions and responses: see instruction_template.jinja.
 
     Raises:
         UserError: a file that is broken; BPE and what else cannot be written so that ids stay the same; a token without an id.
@@ -44,18 +45,19 @@ def spiece_to_tokenizer(model_file: Path, folder: Path) -> None:
     model = read_sentencepiece(model_file)
     _check(model, model_file)
     beside = model_file.parent
-    config, special_map = _object(beside / "tokenizer_config.json"), _object(beside / "special_tokens_map.json")
-    roles, more = _special(special_map | config)
-    vocabulary = [piece.text for piece in model.pieces]
-    added = _added(beside, config, len(vocabulary))
-    unknown = {name for name in (*roles.values(), *more) if name not in (*vocabulary, *added)}
-    if unknown:
-        raise UserError(f"{beside}: special token {min(unknown)!r} is neither in {model_file.name} nor in added_tokens.json")
-    control = [vocabulary[number] for number in model.ids(CONTROL, UNKNOWN)]
+    config = _object(beside / "tokenizer_config.json")
+    roles, more = _special(_object(beside / "special_tokens_map.json") | config)
+    added, without = _with_embeddings(_added(beside, config, len(model.pieces)), len(model.pieces), beside)
+    roles = {role: name for role, name in roles.items() if name not in without}
+    more = [name for name in more if name not in without]
+    known = {*(piece.text for piece in model.pieces), *added}
+    if unknown := [name for name in (*roles.values(), *more) if name not in known]:
+        what = f"special token {unknown[0]!r} is neither in {model_file.name} nor in added_tokens.json"
+        raise UserError(f"{beside}: {what}", hint="download what is missing, or mend tokenizer_config.json")
+    control = [model.pieces[number].text for number in model.ids(CONTROL, UNKNOWN)]
     special = list(dict.fromkeys([*control, *roles.values(), *more]))
-    text = json.dumps(_tokenizer(model, special, added), ensure_ascii=False, indent=1)
     with atomic_file(folder / "tokenizer.json") as file:
-        file.write(text)
+        json.dump(_tokenizer(model, special, added), file, ensure_ascii=False, indent=1)
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **roles}
     settings |= {MORE: more} if more else {}
     settings |= {key: config[key] for key in KEPT if key in config}
@@ -76,6 +78,7 @@ def _check(model: SentencePieceModel, file: Path) -> None:
         "bytes without byte_fallback": bool(model.ids(BYTE)) and not model.byte_fallback,
         "a piece twice": len({piece.text for piece in model.pieces}) < len(model.pieces),
         "no pieces of text": not model.ids(NORMAL),
+        "scores above 0": any(model.pieces[number].score > 0 for number in model.ids(NORMAL)),
     }
     for what in (what for what, found in refused.items() if found):
         raise UserError(f"{file}: a SentencePiece model with {what} is not read here", hint=OTHER)
@@ -114,6 +117,13 @@ def _added(beside: Path, config: Mapping[str, Any], size: int) -> list[str]:
         place = f"{behind[0][1]!r} has the id {behind[0][0]}"
         raise UserError(f"{beside}: added tokens do not follow each other from id {size}: {place}", hint=OTHER)
     return [name for _, name in behind]
+
+
+def _with_embeddings(added: list[str], size: int, beside: Path) -> tuple[list[str], list[str]]:
+    """Added tokens behind a vocabulary of `size` that have a row in the embeddings, and those that have none."""
+    rows = _object(beside / "config.json").get("vocab_size")
+    kept = max(rows - size, 0) if isinstance(rows, int) else len(added)
+    return added[:kept], added[kept:]
 
 
 def _is_mpt(folder: Path) -> bool:
@@ -190,8 +200,7 @@ def _decoders(model: SentencePieceModel) -> list[dict[str, Any]]:
 
 
 def _scores(model: SentencePieceModel) -> list[tuple[str, float]]:
-    """unigram_model.cc: symbols of the user's get the best score, at least 0, for each of their bytes, less 0.1."""
-    best = max(0.0, *(model.pieces[number].score for number in model.ids(NORMAL)))
+    """Symbols of the user's have 0.1 for each of their bytes but one, as sentencepiece 0.2.3 weighs them, and not their score."""
     return [
-        (piece.text, len(piece.text.encode()) * best - 0.1 if piece.kind == USER_DEFINED else piece.score) for piece in model.pieces
+        (piece.text, 0.1 * (len(piece.text.encode()) - 1) if piece.kind == USER_DEFINED else piece.score) for piece in model.pieces
     ]
