@@ -172,6 +172,8 @@ def test_rows_that_begin_alike_are_trained_in_trees_as_alone(converted: Path) ->
         spread(engine)
         result = engine.step([batch], 1e-3, seed=0)
         found.append((result.loss, result.grad_norm, result.computed))
+    with pytest.raises(UserError, match="share_prefixes: always is not there for this architecture"):
+        open_engine(config("torch", share_prefixes="always"), converted)  # transformers' MPT attends by itself
     assert found[0][2] < found[1][2]  # fewer tokens
     np.testing.assert_allclose(found[0][:2], found[1][:2], rtol=1e-5)
 
@@ -243,6 +245,23 @@ def test_what_was_trained_is_handed_back_in_the_weights(
     assert far(after, transformers_logits(converted, inputs)) > 1e-3
     losses = [json.loads(line)["loss"] for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
+
+
+def test_a_model_that_mlx_quantised_is_loaded_and_trained(tmp_path: Path) -> None:
+    import mlx.core as mx
+    from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
+
+    make_replit(tmp_path / "original", {"d_model": 64, "n_layers": 2})
+    model = loaded(convert_replit(tmp_path / "original", tmp_path / "whole"))
+    model, told = quantize_model(model, {**CONFIG, "d_model": 64, "n_layers": 2}, group_size=32, bits=4)
+    (tmp_path / "packed").mkdir()
+    save_model(tmp_path / "packed", model)
+    save_config(told, tmp_path / "packed" / "config.json")
+    inputs, packed = tokens(60), loaded(tmp_path / "packed")
+    assert far(np.array(packed(mx.array(inputs))), np.array(dequantize_model(model)(mx.array(inputs)))) < 1e-4  # its own products
+    engine = open_engine(config("mlx", learning_rate=1e-2), tmp_path / "packed")
+    losses = [engine.step([random_batch(0)], 1e-2, seed=i).loss for i in range(4)]
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_embeddings_that_are_the_head_too_are_refused_for_an_adapter(engine_name: str, converted: Path) -> None:

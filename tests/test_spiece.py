@@ -113,6 +113,17 @@ def test_special_tokens_have_the_ids_of_replit_and_no_code_is_named(converted: P
     assert tokenizer.decode([*theirs.encode(text), 1], skip_special_tokens=True) == text
 
 
+def test_where_no_file_names_special_tokens_they_are_those_of_the_model(tmp_path: Path) -> None:
+    spiece_to_tokenizer(train_spiece(tmp_path / "spiece.model", **SPECIAL), tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert {key: config.get(key) for key in ("unk_token", "eos_token", "pad_token", "bos_token")} == {
+        "unk_token": "<|unk|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>", "bos_token": None,
+    }  # fmt: skip
+    write(tmp_path / "tokenizer_config.json", {"pad_token": None})
+    spiece_to_tokenizer(tmp_path / "spiece.model", tmp_path)
+    assert "pad_token" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+
+
 def test_a_template_of_its_own_stays(tmp_path: Path) -> None:
     own = replit_files(tmp_path / "in", chat_template="{{ messages[0].content }}")
     spiece_to_tokenizer(own, tmp_path)

@@ -5,7 +5,7 @@ sentencepiece_model.proto (https://github.com/google/sentencepiece).
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class SentencePieceModel:
     remove_extra_whitespaces: bool
     escape_whitespaces: bool
     denormalises: bool  # by rules of its own when it decodes
+    roles: Mapping[str, str]  # the pieces that stand for what is unknown, the end, and padding, where there are such
 
     def ids(self, *kinds: int) -> list[int]:
         """Those of some kinds of pieces."""
@@ -100,7 +101,15 @@ def _model(data: bytes) -> SentencePieceModel:
         remove_extra_whitespaces=bool(normalizer.get(4, True)),
         escape_whitespaces=bool(normalizer.get(5, True)),
         denormalises=bool(denormalizer.get(2, b"")),
+        roles=_roles(pieces, trainer),
     )
+
+
+def _roles(pieces: Sequence[Piece], trainer: Mapping[int, Any]) -> dict[str, str]:
+    """By the ids of TrainerSpec; one that is negative, of 64 bits, is behind the last piece too."""
+    ids = {"unk_token": trainer.get(40, 0), "eos_token": trainer.get(42, 2), "pad_token": trainer.get(43, len(pieces))}
+    there = {role: pieces[number] for role, number in ids.items() if isinstance(number, int) and number < len(pieces)}
+    return {role: piece.text for role, piece in there.items() if piece.kind in (UNKNOWN, CONTROL)}
 
 
 def _check_charsmap(charsmap: bytes) -> None:

@@ -36,8 +36,8 @@ def spiece_to_tokenizer(model_file: Path, folder: Path) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json` of a SentencePiece model to `folder`.
 
     Special and added tokens are those that tokenizer_config.json, special_tokens_map.json and added_tokens.json beside
-    `model_file` name; an added one that has no embedding by config.json's vocab_size is left out. An MPT without a chat
-    template gets one of instructions and responses: see instruction_template.jinja.
+    `model_file` name, else the model itself; an added one that has no embedding by config.json's vocab_size is left out.
+    An MPT without a chat template gets one of instructions and responses: see instruction_template.jinja.
 
     Raises:
         UserError: a file that is broken; BPE and what else cannot be written so that ids stay the same; a token without an id.
@@ -46,7 +46,7 @@ def spiece_to_tokenizer(model_file: Path, folder: Path) -> None:
     _check(model, model_file)
     beside = model_file.parent
     config = _object(beside / "tokenizer_config.json")
-    roles, more = _special(_object(beside / "special_tokens_map.json") | config)
+    roles, more = _special({**model.roles, **_object(beside / "special_tokens_map.json"), **config})
     added, without = _with_embeddings(_added(beside, config, len(model.pieces)), len(model.pieces), beside)
     roles = {role: name for role, name in roles.items() if name not in without}
     more = [name for name in more if name not in without]
