@@ -20,7 +20,7 @@ import numpy as np
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json, write_json
 from mlx_finetune.models.torch_legacy import BLOCK, blocks, legacy_tensors
-from mlx_finetune.models.torch_pickle import DAMAGED, LONGEST, Tensor, read_tensors
+from mlx_finetune.models.torch_pickle import DAMAGED, LONGEST, Tensor, read_tensors, shown
 from mlx_finetune.models.weights import INDEX, SINGLE
 
 Progress = Callable[[int, int], None]
@@ -117,13 +117,15 @@ def _check_names(folder: Path, checkpoints: list[_Checkpoint]) -> None:
     for checkpoint in checkpoints:
         for name in checkpoint.tensors:
             if name in where:
-                raise UserError(f"{folder}: tensor {name} is both in {where[name]} and in {checkpoint.file.name}", hint=DAMAGED)
+                raise UserError(
+                    f"{folder}: tensor {shown(name)} is both in {where[name]} and in {checkpoint.file.name}", hint=DAMAGED
+                )
             if name == "__metadata__":
                 raise UserError(f"{checkpoint.file}: a tensor is called {name}, as none may in safetensors", hint=DAMAGED)
             where[name] = checkpoint.file.name
     for name, file in _index(folder).items():
         if where.get(name) != file:
-            raise UserError(f"{folder / BIN_INDEX}: tensor {name} is not in {file}", hint=DAMAGED)
+            raise UserError(f"{folder / BIN_INDEX}: tensor {shown(name)} is not in {file}", hint=DAMAGED)
 
 
 def _check_room(out: Path, needed: int) -> None:
@@ -176,7 +178,7 @@ def _open_zip(file: Path) -> _Checkpoint:
         start, end = records.get(tensor.storage.key, (0, -1))
         if end - start < tensor.storage.numbers * tensor.storage.item:
             what = "is not there" if end < 0 else f"has {end - start} bytes"
-            raise UserError(f"{file}: numbers of {name}: record data/{tensor.storage.key[:40]} {what}", hint=DAMAGED)
+            raise UserError(f"{file}: numbers of {shown(name)}: record data/{shown(tensor.storage.key)} {what}", hint=DAMAGED)
     held = sum(end - start for start, end in records.values())
     if sum(tensor.bytes for tensor in tensors.values()) > MOST_COPIES * held:
         raise UserError(f"{file}: its tensors are many views of the same numbers", hint="that is no checkpoint of weights")
@@ -213,14 +215,14 @@ def _records(file: Path, archive: zipfile.ZipFile, opened: IO[bytes]) -> tuple[d
 
 def _place(entry: zipfile.ZipInfo, opened: IO[bytes], size: int) -> tuple[int, int]:
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
-        raise ValueError(f"{entry.filename[:80]} is compressed or encrypted, as torch never does")
+        raise ValueError(f"{shown(entry.filename)} is compressed or encrypted, as torch never does")
     opened.seek(entry.header_offset)
     header = opened.read(LOCAL_HEADER)
     if len(header) < LOCAL_HEADER or not header.startswith(ZIP):
-        raise ValueError(f"{entry.filename[:80]} is not where the archive says")
+        raise ValueError(f"{shown(entry.filename)} is not where the archive says")
     start = entry.header_offset + LOCAL_HEADER + sum(struct.unpack("<HH", header[-4:]))
     if start + entry.file_size > size:
-        raise ValueError(f"{entry.filename[:80]} ends behind the end of the file")
+        raise ValueError(f"{shown(entry.filename)} ends behind the end of the file")
     return start, start + entry.file_size
 
 

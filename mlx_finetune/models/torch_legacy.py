@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_finetune.errors import UserError
-from mlx_finetune.models.torch_pickle import DAMAGED, STORAGES, Storage, Tensor
+from mlx_finetune.models.torch_pickle import DAMAGED, STORAGES, Storage, Tensor, shown
 
 BLOCK = 8 * 2**20  # bytes in memory at once
 OF_TORCH = {name.removesuffix("Storage").lower(): name for name in STORAGES if name not in ("CharStorage", "ByteStorage")}
@@ -38,12 +38,15 @@ def _loaded(file: Path) -> Any:
         hint = "pip install 'mlx-finetune[torch]', or take the model in safetensors"
         raise UserError(f"{file}: written by torch before 1.6, which only torch reads", hint=hint)
     import pickle
+    import struct
 
     import torch
 
+    of_damage = (pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError)
+    of_nonsense = (AssertionError, AttributeError, LookupError, TypeError, ValueError)  # what torch meets as it goes on with it
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+    except (*of_damage, *of_nonsense) as error:
         raise UserError(f"{file}: torch cannot load it: {' '.join(str(error).split())[:120]}", hint=DAMAGED) from error
 
 
@@ -55,11 +58,11 @@ def _described(file: Path, name: Any, value: Any) -> tuple[Tensor, np.ndarray]:
     if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.dtype not in kinds:
         raise UserError(f"{file}: {str(name)[:80]!r} is no tensor of a known kind", hint=WEIGHTS)
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise UserError(f"{file}: tensor {name} repeats the numbers of its storage", hint=DAMAGED)
+        raise UserError(f"{file}: tensor {shown(name)} repeats the numbers of its storage", hint=DAMAGED)
     dense = value.detach().contiguous()
     strides = tuple(math.prod(dense.shape[axis + 1 :]) for axis in range(dense.ndim))
     tensor = Tensor(Storage(name, *STORAGES[kinds[value.dtype]], dense.numel()), 0, tuple(dense.shape), strides)
-    return tensor, dense.reshape(-1).view(torch.uint8).numpy()
+    return tensor, dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 def blocks(array: np.ndarray) -> Iterator[bytes]:

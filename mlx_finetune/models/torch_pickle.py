@@ -119,6 +119,11 @@ def read_tensors(data: bytes, place: str) -> dict[str, Tensor]:
     return _tensors_in(found, place)
 
 
+def shown(text: str) -> str:
+    """What a stranger wrote, for a message of one line: the first 80 characters, without control characters."""
+    return text[:80].encode("unicode_escape").decode()
+
+
 def _tensors_in(found: Any, place: str) -> dict[str, Tensor]:
     for name in NESTED:
         if isinstance(found, dict) and isinstance(found.get(name), dict):
@@ -203,7 +208,7 @@ class _Machine:
             raise _Broken("the pickle imports something without a name")
         path = f"{module}.{name}"
         if path not in CALLED and path.removeprefix("torch.") not in STORAGES:
-            raise UserError(f"{self._place}: wants to import {path[:80]}, which weights have no use for", hint=DISTRUST)
+            raise UserError(f"{self._place}: wants to import {shown(path)}, which weights have no use for", hint=DISTRUST)
         self._stack.append(_Name(path))
 
     def _extend(self, values: Any) -> None:
@@ -234,7 +239,7 @@ class _Machine:
             return _tensor(*arguments[:4])
         if name.path == PARAMETER and arguments and isinstance(arguments[0], Tensor):
             return arguments[0]
-        raise _Broken(f"the pickle calls {name.path} with other arguments than torch does")
+        raise _Broken(f"the pickle calls {shown(name.path)} with other arguments than torch does")
 
 
 def _storage(identity: Any) -> Storage:
