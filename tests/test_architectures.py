@@ -177,6 +177,10 @@ def mlx_arguments(model_type: str) -> set[str]:
 
     from mlx_lm.utils import MODEL_REMAPPING
 
+    from mlx_finetune.engines.mlx.load import OWN
+
+    if model_type in OWN:
+        return {field.name for field in fields(OWN[model_type][1])}
     module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(model_type, model_type)}")
     return {field.name for field in fields(module.ModelArgs)} - {"rope_parameters"}
 

@@ -341,7 +341,7 @@ def test_a_mistake_is_one_line_and_a_hint(cli: Callable[..., Answer], zephyr: Pa
 
 
 def test_every_kind_of_layer_is_one_that_mlx_trains_or_replits() -> None:
-    assert set(KINDS) == (set(PROVEN) - UNPLANNED) | {"mpt"}
+    assert set(KINDS) == set(PROVEN) - UNPLANNED
 
 
 @pytest.mark.parametrize("model_type", sorted(UNPLANNED))

@@ -135,6 +135,10 @@ def check_targets(targets: Mapping[str, Target], tied: bool, config: RunConfig, 
         raise UserError(f"target_modules: embeddings that are the head too, which is called {head} here", hint="leave them out")
     if tied and HEAD in targets:
         raise UserError("target_modules: the head of this model is its embeddings", hint="name embed_tokens: it adapts both")
+    embeddings = [name for name, target in targets.items() if target.kind in ("embedding", "tied")]
+    if tied and embeddings and not embeddings[0].endswith("embed_tokens"):
+        what = f"target_modules: embeddings that are the head too, and are called {embeddings[0]} here"
+        raise UserError(what, hint="such an adapter could not be fused: leave them out")
     for name, target in sorted(targets.items()):
         if config.fine_tune_type == "dora" and target.kind != "linear":
             what = "the experts" if target.kind == "experts" else "the embeddings"

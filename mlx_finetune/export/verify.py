@@ -123,5 +123,6 @@ def _tokens(model: Path, texts: Sequence[str]) -> list[list[int]]:
 
 def _spread(changes: Mapping[str, Change]) -> list[list[int]]:
     """A row of tokens from the whole vocabulary where embeddings change: a wrong row of them shows only when it is read."""
-    rows = [change.location.shape[0] for name, change in changes.items() if name.endswith(f"{EMBEDDINGS}.weight")]
+    ends = (f"{EMBEDDINGS}.weight", "wte.weight")
+    rows = [change.location.shape[0] for name, change in changes.items() if name.endswith(ends)]
     return [np.linspace(0, count - 1, LONGEST, dtype=int).tolist() for count in rows]

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.models.mlx_overlays import FULL, SLIDING, canonical, overlay_of
+from mlx_finetune.models.mpt_config import MPT, check_mpt
 
 Config = Mapping[str, Any]
 Rope = Mapping[str, Any]
@@ -61,6 +62,7 @@ PROVEN: Mapping[str, Architecture] = {
     "llama": Architecture(SCALINGS),
     "mistral": Architecture(SCALINGS, sliding_window=4096, window_ignored=True),
     "mixtral": Architecture(rope_theta=1_000_000.0, window_ignored=True),
+    "mpt": Architecture(tied=True),
     "olmo2": Architecture(SCALINGS),
     "olmo3": Architecture(SCALINGS, rope_theta=500_000.0, sliding_window=4096),
     "olmoe": Architecture(SCALINGS),
@@ -109,7 +111,7 @@ NOT_SCALING = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_fact
 # Settings that mlx-lm does not read; it computes as if they were absent.
 NOT_READ = ("use_bidirectional_attention", "model_file")
 SOFTCAPS = ("final_logit_softcapping", "attn_logit_softcapping")  # gemma3_text: not read; gemma2: not to be switched off
-NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers")
+NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers")  # but of an MPT, which check_mpt looks at
 
 LLAMA_CLASS = ("llama", "mistral", "smollm3")  # transformers' llama has no windows; mlx-lm's would apply `layer_types`
 SCALED_WHERE_FULL = ("gemma3_text", "olmo3")  # version 4 scaled RoPE in layers of full attention only
@@ -175,6 +177,7 @@ def check_supported(config: Config) -> None:
     """Raises UserError, by name, for what mlx-lm would refuse or would compute otherwise than transformers."""
     config = text_config(config)
     model_type = str(config.get("model_type"))
+    check_mpt(config)
     if model_type not in PROVEN:
         _refuse(f"architecture {model_type!r} (MLX: {', '.join(sorted(PROVEN))})")
     _check_quantisation(config)
@@ -202,6 +205,12 @@ def max_exact_length(config: Config) -> int | None:
     if config["model_type"] in WINDOW_BY_LAYER and SLIDING not in (config.get("layer_types") or [SLIDING]):
         return None
     return _window(config)
+
+
+def hidden_size(config: Config) -> int:
+    """How many numbers stand for a token between layers."""
+    text = text_config(config)
+    return int(text.get("hidden_size") or text["d_model"])
 
 
 def _refuse(what: str) -> NoReturn:
@@ -241,7 +250,7 @@ def _window_read(read: Config) -> int | None:
 
 def _check_settings(config: Config) -> None:
     model_type = config["model_type"]
-    for key in NEEDED:
+    for key in NEEDED if model_type != MPT else ():
         if config.get(key) is None:
             raise UserError(f"config.json has no {key}")
     key, expected = PROVEN[model_type].activation

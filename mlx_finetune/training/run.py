@@ -23,9 +23,10 @@ from mlx_finetune.engines.supported import check_settings as check_settings_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file, new_folder, read_json, refuse_existing
 from mlx_finetune.models.hub import check_model_folder, model_folder
-from mlx_finetune.models.mlx_config import check_supported, max_exact_length
+from mlx_finetune.models.mlx_config import check_supported, hidden_size, max_exact_length
 from mlx_finetune.models.weights import fingerprint, tensor_headers
 from mlx_finetune.training.checkpoint import TEMPLATE, Origin, check_origin, read_progress, resume
+from mlx_finetune.training.longest import check_length
 from mlx_finetune.training.loop import Advance, Trained, total_steps, train
 from mlx_finetune.training.memory_watch import loading
 from mlx_finetune.training.start import begin, started
@@ -98,6 +99,7 @@ def _plan(config: RunConfig, run: Path, resumed: bool) -> Plan:
     dataset = Dataset.open(Path(config.data))
     model = model_folder(config.model)
     check_model_folder(model)
+    check_length(model, dataset)
     check_engine(config, engine := choose_engine(config.engine))
     if engine == "mlx":
         check_mlx(model, dataset)
@@ -295,7 +297,7 @@ def trunk_bytes(plan: Plan) -> int:
     """
     if not plan.config.cache_trunk:
         return 0
-    width = int(read_json(plan.model / "config.json")["hidden_size"])
+    width = hidden_size(read_json(plan.model / "config.json"))
     size = 4 if plan.config.dtype in ("auto", "float32") else 2  # auto may be less
     needed = size * width * sum(length - 1 for length in plan.dataset.train.lengths + plan.dataset.valid.lengths)
     free = shutil.disk_usage(plan.run.absolute().parent).free

@@ -6,7 +6,7 @@ another branch of a tree, is never computed.
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -30,6 +30,8 @@ class Block:
     end: int
     ranges: tuple[tuple[int, int], ...]
     mask: mx.array | None = None  # bool [queries, keys]; None: causal, aligned to the lower right
+    slopes: mx.array | None = None  # of ALiBi, float32 [H]: a score is lowered by so much for each token between query and key
+    distance: mx.array | None = None  # of keys behind queries, float32 [queries, keys], where there are slopes
 
     def pieces(self, heads: int) -> Iterator["Block"]:
         """Cut so that the scores of so many heads are about `SCORES` numbers."""
@@ -39,7 +41,14 @@ class Block:
             end = min(start + rows, self.end)
             ranges = (*self.ranges[:-1], (self.ranges[-1][0], end))
             own = slice(start - self.start, end - self.start)
-            yield Block(start, end, ranges, None if self.mask is None else self.mask[own, : keys - (self.end - end)])
+            mask, distance = (None if each is None else each[own, : keys - (self.end - end)] for each in (self.mask, self.distance))
+            yield Block(start, end, ranges, mask, self.slopes, distance)
+
+    def bias(self) -> mx.array | None:
+        """What is added to scores, float32 [H, queries, keys]."""
+        if self.slopes is None or self.distance is None:
+            return None
+        return self.slopes[:, None, None] * self.distance
 
 
 class Mask(str):
@@ -61,6 +70,7 @@ class Layout:
         self._places = np.arange(length) if positions is None else positions
         self.offset: Any = 0 if positions is None else Positions(mx.array(positions.astype(np.int32)))
         self._masks: dict[int | None, Mask] = {}
+        self._sloped: Mask | None = None
 
     @classmethod
     def rows(cls, length: int) -> "Layout":
@@ -78,6 +88,23 @@ class Layout:
             mask = self._masks[window] = Mask("causal")
             mask.blocks = tuple(_block(*each, self._places, window) for each in _cut(self.segments))
         return self._masks[window]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that is in it."""
+        return int(self._places.max()) + 1
+
+    def sloped(self, slopes: mx.array) -> Mask:
+        """The mask of a model with ALiBi, whose slopes, float32 [H], are those of all its layers."""
+        if self._sloped is None:
+            self._sloped = Mask("causal")
+            blocks = self.make_mask(self.segments[-1].end).blocks
+            self._sloped.blocks = tuple(replace(b, slopes=slopes, distance=self._distance(b)) for b in blocks)
+        return self._sloped
+
+    def _distance(self, block: Block) -> mx.array:
+        keys = np.concatenate([self._places[low:high] for low, high in block.ranges])
+        return mx.array((keys[None] - self._places[block.start : block.end, None]).astype(np.float32))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Nothing is kept from one call to the next."""
@@ -227,7 +254,9 @@ def _added(to: mx.array, low: int, part: mx.array) -> mx.array:
 def _of_block(block: Block, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     """q: [B, H, n, D]; k, v: [B, KV, m, D] -> [B, H, n, D]."""
     if not exp_is_slow(q.dtype):
-        mask = "causal" if block.mask is None else block.mask
+        mask: Any = "causal" if block.mask is None else block.mask
+        if (bias := block.bias()) is not None:
+            mask = mx.where(_visible(block, k.shape[2]), bias, -mx.inf).astype(q.dtype)
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     return (_probabilities(block, _grouped(scale * q, k), k) @ v).reshape(*q.shape[:3], -1)
 
@@ -240,12 +269,19 @@ def _grouped(x: mx.array, k: mx.array) -> mx.array:
 def _probabilities(block: Block, q: mx.array, k: mx.array) -> mx.array:
     """q: scaled, grouped; k: [B, KV, m, D] -> [B, KV, H / KV * n, m]."""
     n, m = block.end - block.start, k.shape[2]
-    mask = block.mask
-    if mask is None:
-        mask = mx.arange(n)[:, None] + (m - n) >= mx.arange(m)[None]
     scores = (q @ k.swapaxes(-1, -2)).reshape(*q.shape[:2], -1, n, m)
-    scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+    if (bias := block.bias()) is not None:
+        scores = scores + bias.reshape(1, k.shape[1], -1, n, m).astype(scores.dtype)
+    scores = mx.where(_visible(block, m), scores, mx.finfo(scores.dtype).min)
     return softmax(scores).reshape(*q.shape[:3], m)
+
+
+def _visible(block: Block, keys: int) -> mx.array:
+    """bool [queries, keys]."""
+    if block.mask is not None:
+        return block.mask
+    queries = block.end - block.start
+    return mx.arange(queries)[:, None] + (keys - queries) >= mx.arange(keys)[None]
 
 
 def _block_gradient(

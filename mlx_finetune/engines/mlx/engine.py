@@ -32,7 +32,7 @@ from mlx_finetune.engines.supported import check_settings, folds
 from mlx_finetune.engines.work import Work, share_of, works_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
-from mlx_finetune.models.mlx_config import names_of, text_config
+from mlx_finetune.models.mlx_config import hidden_size, names_of
 from mlx_finetune.models.weights import fingerprint
 
 Parameters = dict[str, mx.array]
@@ -177,8 +177,7 @@ class MlxEngine:
         """`drawn`: step's seed and number of the micro-batch, by which noise is drawn where some is asked for."""
         noise = None
         if drawn and self.config.neftune_noise_alpha:
-            width = text_config(read_json(self._folder / "config.json"))["hidden_size"]
-            shape = (*work.inputs.shape, int(width))
+            shape = (*work.inputs.shape, hidden_size(read_json(self._folder / "config.json")))
             noise = noise_of(self.config.neftune_noise_alpha, shape, *drawn)
         return Input.of(work, self._by_layout, noise)
 

@@ -11,7 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import _get_classes
 
+from mlx_finetune.engines.mlx import mpt
+
 Weights = dict[str, mx.array]
+OWN: Mapping[str, tuple[type[nn.Module], Any]] = {"mpt": (mpt.Model, mpt.ModelArgs)}  # classes that mlx-lm does not have
 JOINED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
 SINGLE = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 PLAIN = ("gate_proj", "up_proj", "down_proj")
@@ -20,6 +23,8 @@ W1_W3_W2 = ("w1", "w3", "w2")
 
 def classes_of(config: dict[str, Any]) -> tuple[type[nn.Module], Any]:
     """mlx-lm's class of a model and of its settings; the former's `sanitize` reads every layout that transformers writes."""
+    if config["model_type"] in OWN:
+        return OWN[config["model_type"]]
     kind, arguments = _get_classes(config)
     told = TOLD.get(config["model_type"])
     if told is None:

@@ -13,14 +13,17 @@ from transformers.utils import logging as transformers_logging
 from mlx_finetune.config import RunConfig
 from mlx_finetune.engines.torch.device import half_of
 from mlx_finetune.errors import UserError
+from mlx_finetune.files import read_json
+from mlx_finetune.models.mpt_config import check_mpt
 
 
 def load_model(folder: Path, config: RunConfig, device: str) -> PreTrainedModel:
     """Evaluated and frozen, on `device`.
 
     Raises:
-        UserError: transformers cannot load it, or tensors are missing or too many.
+        UserError: transformers cannot load it or would compute it otherwise, or tensors are missing or too many.
     """
+    check_mpt(read_json(folder / "config.json"))
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     dtype = "float32" if config.fine_tune_type == "full" else config.dtype if config.dtype != "auto" else half_of(device)
