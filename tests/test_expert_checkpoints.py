@@ -20,7 +20,7 @@ from tiny_models import make_tiny
 from mlx_finetune.config import make_config
 from mlx_finetune.engines import open_engine
 from mlx_finetune.engines.adapter import Target, choose_targets
-from mlx_finetune.engines.experts import EXPERTS, Pair, expert_deltas, from_peft, pairs_of, stored_at, to_peft
+from mlx_finetune.engines.experts import EXPERTS, MISREAD, Pair, expert_deltas, from_peft, pairs_of, stored_at, to_peft
 from mlx_finetune.engines.supported import COMPILERS
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.backends import in_transformers
@@ -253,6 +253,15 @@ def test_gate_without_up_and_dora_are_refused_by_name(engine_name: str, mixture:
     with pytest.raises(UserError, match=rf"dora is not there for {re.escape(PATH)}") as error:
         open_engine(config(engine_name, fine_tune_type="dora", **BOTH), mixture)
     assert error.value.hint == "use lora, or leave the experts out"
+
+
+def test_layers_that_peft_takes_for_experts_are_refused_with_dora(engine_name: str, mixture: Path) -> None:
+    from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+
+    with pytest.raises(UserError, match=r"qwen3_moe: peft would read .* on model\.layers\.0\.mlp\.down_proj"):
+        open_engine(config(engine_name, fine_tune_type="dora"), mixture)
+    open_engine(config(engine_name, fine_tune_type="dora", num_layers=3), mixture)  # without the dense layer
+    assert all("gate_proj" in _MOE_TARGET_MODULE_MAPPING[_MODEL_TO_CONVERSION_PATTERN[kind]] for kind in MISREAD)
 
 
 def test_experts_of_another_kind_and_dora_beside_experts_are_refused(tmp_path: Path) -> None:

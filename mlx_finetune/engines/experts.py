@@ -30,6 +30,12 @@ OF_PEFT = re.compile(rf"(.*\b{EXPERTS})(\.base_layer)?\.lora_A\.weight")
 PATTERN = rf"{EXPERTS}\.{GATE_UP}"  # of rank_pattern and alpha_pattern: a regular expression for the end of a path
 OLD_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # of mixtral's kind
 
+# Model types whose other layers called gate_proj and the like peft 0.21 takes for the experts', of those that mlx-lm has.
+MISREAD = frozenset(
+    {"afmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "glm4_moe_lite"}
+    | {"longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next"}
+)
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -75,6 +81,13 @@ def check_whole(paths: Iterable[str]) -> None:
         if other and f"{module}.{other}" not in known:
             what = f"target_modules: {EXPERTS}.{name} without {EXPERTS}.{other}, with which it is one parameter in transformers"
             raise UserError(what, hint="name both")
+
+
+def check_dora(model_type: str, beside: Iterable[str]) -> None:
+    """Raises UserError where peft would take DoRA of linear layers beside experts for theirs; LoRA is saved otherwise."""
+    if model_type in MISREAD and (names := sorted(beside)):
+        hint = "use lora, or adapt its attention: --set target_modules=q_proj,k_proj,v_proj,o_proj, or as they are called there"
+        raise UserError(f"{model_type}: peft would read an adapter with DoRA on {names[0]} as one of the experts'", hint=hint)
 
 
 def parameters_of(paths: Iterable[str]) -> list[str]:
