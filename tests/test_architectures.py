@@ -177,7 +177,7 @@ def mlx_arguments(model_type: str) -> set[str]:
 
     from mlx_lm.utils import MODEL_REMAPPING
 
-    from mlx_finetune.engines.mlx.load import OWN
+    from mlx_finetune.engines.mlx.layouts import OWN
 
     if model_type in OWN:
         return {field.name for field in fields(OWN[model_type][1])}

@@ -1,6 +1,7 @@
 """Adapters of experts are kept, handed on and named: between engines, from peft, and back into original checkpoints."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from test_engines import config, random_batch, spread
 from test_experts import BOTH, DENSE_FIRST, MORE, saved
 from test_portable import BETWEEN, tensors_of
+from test_ranks import SAME, command, finished, start
 from test_torch_architectures import TRAINED, made
 from test_training import cut_after, losses, prepared, run, settings
 from tiny_models import make_tiny
@@ -18,8 +20,12 @@ from tiny_models import make_tiny
 from mlx_finetune.config import make_config
 from mlx_finetune.engines import open_engine
 from mlx_finetune.engines.adapter import Target, choose_targets
-from mlx_finetune.engines.experts import EXPERTS, Pair, expert_deltas, from_peft, pairs_of, stored_at, to_peft
+from mlx_finetune.engines.experts import EXPERTS, MISREAD, Pair, expert_deltas, from_peft, pairs_of, stored_at, to_peft
+from mlx_finetune.engines.supported import COMPILERS
 from mlx_finetune.errors import UserError
+from mlx_finetune.export.backends import in_transformers
+from mlx_finetune.export.fuse import fuse
+from mlx_finetune.files import read_json
 from mlx_finetune.models.weights import tensor_headers
 from mlx_finetune.training.remarks import experts_left_alone
 from mlx_finetune.training.run import execute, moved, plan_resume
@@ -60,6 +66,37 @@ def test_a_run_that_adapts_experts_is_resumed_bit_identical(engine_name: str, mi
     execute(plan_resume(resumed, {}), lambda done, steps, note: None)
     expected, found = tensors_of(whole), tensors_of(resumed)
     assert expected.keys() == found.keys() and all(np.array_equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.long
+def test_experts_cut_over_two_processes_train_what_one_trains(mixture: Path, data: Path, tmp_path: Path) -> None:
+    more = {"gradient_accumulation": 3, "batch_size": 1, "grad_checkpoint": 1, **BOTH}
+    for name, launcher in (("one", False), ("two", True)):
+        cut = {"fsdp": "true"} if launcher else {}
+        _, err = finished(start(command(settings(mixture, data, tmp_path / name, "torch", **more | cut)), "torch", launcher))
+        assert (tmp_path / name / "latest").exists(), err
+    for split in ("train", "valid"):
+        np.testing.assert_allclose(losses(tmp_path / "two", split), losses(tmp_path / "one", split), atol=SAME)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="needs a C++ compiler")
+def test_compiled_experts_train_as_those_that_are_not(tmp_path: Path) -> None:
+    model, told = make_tiny("qwen3_moe", tmp_path / "model", tokenizer=False, changes={"num_hidden_layers": 1}), []
+    for compiled in (False, True):
+        engine = open_engine(config("torch", torch_compile=compiled, **BOTH), model)
+        spread(engine)
+        told.append([engine.step([random_batch(i)], 1e-3, seed=i) for i in range(3)])
+    for plain, other in zip(*told, strict=True):
+        assert other.loss == pytest.approx(plain.loss, abs=1e-5) and other.grad_norm == pytest.approx(plain.grad_norm, rel=3e-5)
+
+
+def test_layers_beside_experts_are_fused_although_peft_is_told_their_weights(mixture: Path, data: Path, tmp_path: Path) -> None:
+    checkpoint = (run(settings(mixture, data, tmp_path / "run", "mlx", steps=2)) / "latest").resolve()
+    assert "model.layers.0.mlp.up_proj.weight" in read_json(checkpoint / "adapter_config.json")["target_parameters"]
+    fuse(mixture, checkpoint, tmp_path / "fused")
+    found = in_transformers(mixture, checkpoint, tmp_path / "fused", [[5, 9, 17, 4]], {})
+    assert found.fused.largest < 1e-4 < 1e-3 < found.base.largest
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -123,7 +160,7 @@ def test_the_deltas_of_a_checkpoint_added_to_the_original_weights_are_the_tuned_
     folder = saved(engine, model, tmp_path / "checkpoint")
     weights, shapes = load_file(model / "model.safetensors"), {n: t.shape for n, t in tensor_headers(model).items()}
     stored = {n.removeprefix("base_model.model."): a for n, a in load_file(folder / "adapter_model.safetensors").items()}
-    pairs, patched = pairs_of(stored, peft_config_of(folder)), 0
+    pairs, patched = pairs_of(stored, read_json(folder / "adapter_config.json")), 0
     for parameter, pair in pairs.items():
         for expert in range(4):
             for name, delta in expert_deltas(parameter, stored[pair.a], stored[pair.b], pair, expert).items():
@@ -137,12 +174,6 @@ def test_the_deltas_of_a_checkpoint_added_to_the_original_weights_are_the_tuned_
     with torch.no_grad():
         fused = loss_sum(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), batch).item()
     assert engine.loss_sum(batch) == pytest.approx(fused, rel=1e-6)
-
-
-def peft_config_of(folder: Path) -> Any:
-    import json
-
-    return json.loads((folder / "adapter_config.json").read_text())
 
 
 def test_what_is_stored_is_read_again_as_it_was() -> None:
@@ -163,6 +194,11 @@ def test_what_is_stored_is_read_again_as_it_was() -> None:
     assert again.keys() == arrays.keys() and all(np.array_equal(again[name], arrays[name]) for name in arrays)
     with pytest.raises(UserError, match="target_parameters does not say what it changes"):
         from_peft(stored, told | {"target_parameters": parameters[:2]})
+    for broken in (told | {"lora_alpha": "x"}, told | {"rank_pattern": {"(": 1}}, {"target_parameters": parameters}):
+        with pytest.raises(UserError, match=r"rank and alpha of .* are no numbers"):
+            from_peft(stored, broken)
+    with pytest.raises(UserError, match="target_parameters does not say"):
+        from_peft(stored, [])  # type: ignore[arg-type]
     with pytest.raises(UserError, match="are not those of experts of rank 3"):
         from_peft(stored, told | {"r": 3})
     with pytest.raises(UserError, match="no expert 4, it has 4"):
@@ -219,6 +255,15 @@ def test_gate_without_up_and_dora_are_refused_by_name(engine_name: str, mixture:
     assert error.value.hint == "use lora, or leave the experts out"
 
 
+def test_layers_that_peft_takes_for_experts_are_refused_with_dora(engine_name: str, mixture: Path) -> None:
+    from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+
+    with pytest.raises(UserError, match=r"qwen3_moe: peft would read .* on model\.layers\.0\.mlp\.down_proj"):
+        open_engine(config(engine_name, fine_tune_type="dora"), mixture)
+    open_engine(config(engine_name, fine_tune_type="dora", num_layers=3), mixture)  # without the dense layer
+    assert all("gate_proj" in _MOE_TARGET_MODULE_MAPPING[_MODEL_TO_CONVERSION_PATTERN[kind]] for kind in MISREAD)
+
+
 def test_experts_of_another_kind_and_dora_beside_experts_are_refused(tmp_path: Path) -> None:
     other = made("gpt_oss", tmp_path / "other", TRAINED["gpt_oss"])
     with pytest.raises(UserError, match="has no experts that can be adapted"):
@@ -229,7 +274,9 @@ def test_experts_of_another_kind_and_dora_beside_experts_are_refused(tmp_path: P
 
 
 def test_the_remark_says_how_experts_are_named(mixture: Path) -> None:
-    assert "all-linear,experts in target_modules" in (experts_left_alone(mixture, make_config({}, "test")) or "")
+    assert "name experts in target_modules to adapt them: all-linear,experts" in (
+        experts_left_alone(mixture, make_config({}, "test")) or ""
+    )
     assert experts_left_alone(mixture, make_config({"target_modules": "experts.down_proj"}, "test")) is None
 
 
@@ -237,7 +284,6 @@ def test_quantised_experts_are_trained_with_the_gradient_of_what_they_stand_for(
     from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
 
     from mlx_finetune.engines.mlx.load import load_model
-    from mlx_finetune.files import read_json
 
     model = make_tiny("qwen3_moe", tmp_path / "model", tokenizer=False, changes={"moe_intermediate_size": 64})
     made, told = quantize_model(load_model(model, "float32"), read_json(model / "config.json"), group_size=32, bits=4)

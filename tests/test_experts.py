@@ -1,5 +1,7 @@
 """Experts of a mixture are adapted alike on both engines, as peft reads it, and only where they are asked for."""
 
+import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,13 @@ import pytest
 from peft_oracle import loss_sum
 from safetensors.numpy import save_file
 from test_engines import config, random_batch, spread
-from test_parity import ADAPTER, FALLING, LOSS, NORM
-from test_torch_architectures import made
+from test_parity import ADAPTER, FALLING, LOSS, NORM, check_parity
+from test_torch_architectures import SMALL, made
 from tiny_models import make_tiny
 
 from mlx_finetune.engines import Engine, open_engine
 from mlx_finetune.engines.adapter import peft_config, peft_tensors
+from mlx_finetune.engines.optimizers import rule_of, slots_of, update
 from mlx_finetune.files import write_json
 from mlx_finetune.training.schedule import learning_rate
 
@@ -74,9 +77,11 @@ def check_alike(model: Path, settings: dict[str, Any]) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_experts_are_trained_alike_on_either_engine(model_type: str, tmp_path: Path) -> None:
-    state = check_alike(make_tiny(model_type, tmp_path / "model", tokenizer=False), {})
-    assert state["adapter/model.layers.0.mlp.experts.up_proj.lora_B.weight"].shape[0] == 4
-    assert not any(router in name for name in state for router in (".gate.", ".router."))
+    model = make_tiny(model_type, tmp_path / "model", tokenizer=False)
+    check_parity(model, BOTH)
+    trained = open_engine(config("mlx", **BOTH), model).trained
+    assert trained["model.layers.0.mlp.experts.up_proj.lora_B.weight"][0] == 4
+    assert not any(router in name for name in trained for router in (".gate.", ".router."))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -241,6 +246,54 @@ def _mlx_ways(weights: Any, arrays: Any, x: Any, chosen: Any, counts: Any, scale
         made = of_own | {"x": of_x, "y": output(own, given)}
         found.append({name: np.array(array) for name, array in made.items()})
     return found
+
+
+@pytest.mark.parametrize("rule", ["adafactor", "muon"])
+@pytest.mark.parametrize("shape", [(3, 4, 9), (3, 9, 4)])
+def test_each_expert_steps_as_a_matrix_of_its_own(rule: str, shape: tuple[int, ...], engine_name: str) -> None:
+    random, name = np.random.default_rng(0), "model.layers.0.mlp.experts.up_proj.lora_A.weight"
+    array_of: Any = importlib.import_module("mlx.core").array if engine_name == "mlx" else importlib.import_module("torch").tensor
+    how = config(engine_name, optimizer=rule)
+    parameter, gradients = random.normal(size=shape), [random.normal(size=shape) * [[[1.0]], [[9.0]], [[0.1]]] for _ in range(2)]
+
+    def stepped(parameter: np.ndarray, gradients: list[np.ndarray]) -> np.ndarray:
+        own = rule_of(how, name, parameter.shape)
+        now = array_of(parameter.astype(np.float32))
+        slots = {slot: array_of(np.zeros(size, np.float32)) for slot, size in slots_of(own, parameter.shape).items()}
+        for step, gradient in enumerate(gradients, 1):
+            now, slots = update(own, now, array_of(gradient.astype(np.float32)), slots, step, 0.1, 0.01)
+            assert {slot: tuple(array.shape) for slot, array in slots.items()} == slots_of(own, parameter.shape)
+        return np.array(now)
+
+    alone = [stepped(parameter[i], [gradient[i] for gradient in gradients]) for i in range(len(parameter))]
+    np.testing.assert_allclose(stepped(parameter, gradients), alone, atol=1e-6)
+
+
+CALLED: dict[str, dict[str, Any]] = {
+    "granitemoe": {"num_local_experts": 4},
+    "phimoe": {"num_local_experts": 4},
+    "qwen2_moe": MORE["qwen2_moe"],
+    "glm4_moe": MORE["glm4_moe"],
+}
+
+
+@pytest.mark.parametrize("model_type", CALLED)
+def test_experts_of_mlx_lm_are_found_by_the_names_that_transformers_has_for_them(model_type: str) -> None:
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from mlx_finetune.engines.mlx.experts import expert_targets as found_in_mlx
+    from mlx_finetune.engines.torch.experts import expert_targets as found_in_torch
+
+    how = CONFIG_MAPPING[model_type](**SMALL | CALLED[model_type])
+    with torch.device("meta"):
+        expected = found_in_torch(AutoModelForCausalLM.from_config(how))
+    module = importlib.import_module(f"mlx_lm.models.{model_type}")
+    told = how.to_dict() | {"rope_theta": 1e4, "rope_scaling": None, "partial_rotary_factor": 1.0}
+    told["num_experts"] = told.get("num_experts") or told.get("num_local_experts")
+    known = inspect.signature(module.ModelArgs).parameters
+    model = module.Model(module.ModelArgs(**{name: value for name, value in told.items() if name in known}))
+    assert found_in_mlx(model) == expected and expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -62,7 +62,8 @@ def choose_targets(modules: Mapping[str, Target], config: RunConfig) -> dict[str
     last = last_layers(in_layers, config)
     outside = [name for name in modules if not LAYER.search(name)]
     of_experts = [name for name in in_layers if modules[name].kind == "experts"]
-    chosen = _meant([name for name in in_layers if name not in set(of_experts)], outside, of_experts, config.target_modules)
+    layers = [name for name in in_layers if modules[name].kind != "experts"]
+    chosen = _meant(layers, outside, of_experts, config.target_modules)
     kept = {n: modules[n] for n in chosen if not (found := LAYER.search(n)) or int(found[1]) in last}
     return check_some(kept, config)
 

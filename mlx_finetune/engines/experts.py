@@ -30,6 +30,12 @@ OF_PEFT = re.compile(rf"(.*\b{EXPERTS})(\.base_layer)?\.lora_A\.weight")
 PATTERN = rf"{EXPERTS}\.{GATE_UP}"  # of rank_pattern and alpha_pattern: a regular expression for the end of a path
 OLD_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # of mixtral's kind
 
+# Model types whose other layers called gate_proj and the like peft 0.21 takes for the experts', of those that mlx-lm has.
+MISREAD = frozenset(
+    {"afmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "glm4_moe_lite"}
+    | {"longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next"}
+)
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -77,6 +83,13 @@ def check_whole(paths: Iterable[str]) -> None:
             raise UserError(what, hint="name both")
 
 
+def check_dora(model_type: str, beside: Iterable[str]) -> None:
+    """Raises UserError where peft would take DoRA of linear layers beside experts for theirs; LoRA is saved otherwise."""
+    if model_type in MISREAD and (names := sorted(beside)):
+        hint = "use lora, or adapt its attention: --set target_modules=q_proj,k_proj,v_proj,o_proj, or as they are called there"
+        raise UserError(f"{model_type}: peft would read an adapter with DoRA on {names[0]} as one of the experts'", hint=hint)
+
+
 def parameters_of(paths: Iterable[str]) -> list[str]:
     """`target_parameters` of peft for paths of projections."""
     whole = {name: parameter for parameter, names in PARTS.items() for name in names}
@@ -116,18 +129,18 @@ def pairs_of(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str, Pai
     Raises:
         UserError: a pair of which `target_parameters` does not tell what it changes.
     """
-    known = set(names)
-    targets = [str(name) for name in settings.get("target_parameters") or ()]
+    known, told = set(names), settings.get("target_parameters") if isinstance(settings, Mapping) else None
+    targets = [str(name) for name in told] if isinstance(told, list) else []
     pairs = {}
     for name in sorted(known):
         if not (match := OF_PEFT.fullmatch(name)):
             continue
         path = match[1]
-        told = [p for p in PARTS if any(f".{path}.{p}".endswith(f".{target}") for target in targets)]
+        named = [p for p in PARTS if any(f".{path}.{p}".endswith(f".{target}") for target in targets)]
         nested = path + ".base_layer" + SIDES[0] in known
-        means = [GATE_UP if match[2] else DOWN] if nested else told
+        means = [GATE_UP if match[2] else DOWN] if nested else named
         b = name.removesuffix(SIDES[0]) + SIDES[1]
-        if len(means) != 1 or means[0] not in told or b not in known:
+        if len(means) != 1 or means[0] not in named or b not in known:
             hint = "save the adapter again with peft"
             raise UserError(f"{name}: target_parameters does not say what it changes, or B of it is missing", hint=hint)
         parameter = f"{path}.{means[0]}"
@@ -161,14 +174,22 @@ def from_peft(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) ->
 
 
 def rank_and_scale(module: str, settings: Mapping[str, Any]) -> tuple[int, float]:
-    """Of a module or a parameter, from adapter_config.json; its patterns are matched as peft does."""
+    """Of a module or a parameter, from adapter_config.json; its patterns are matched as peft does.
+
+    Raises:
+        UserError: they are no numbers.
+    """
 
     def of(patterns: Mapping[str, Any] | None, otherwise: Any) -> Any:
         return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
 
-    rank = int(of(settings.get("rank_pattern"), settings["r"]))
-    alpha = float(of(settings.get("alpha_pattern"), settings["lora_alpha"]))
-    return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    try:
+        rank = int(of(settings.get("rank_pattern"), settings["r"]))
+        alpha = float(of(settings.get("alpha_pattern"), settings["lora_alpha"]))
+        return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
+        said = f"adapter_config.json: rank and alpha of {module} are no numbers ({type(error).__name__}: {error})"
+        raise UserError(said, hint="use a checkpoint folder of a finished save") from error
 
 
 def expert_deltas(parameter: str, a: np.ndarray, b: np.ndarray, pair: Pair, expert: int) -> dict[str, np.ndarray]:

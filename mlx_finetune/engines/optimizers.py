@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from mlx_finetune.config import RunConfig
-from mlx_finetune.engines.adapter import HEAD, LORA_B
+from mlx_finetune.engines.adapter import HEAD, LORA_A, LORA_B
 
 Array = Any
 Slots = dict[str, Array]
@@ -24,7 +24,9 @@ DECAY_OF_BETA, SMALLEST = -0.8, 1e-30  # of Adafactor
 
 
 def rule_of(config: RunConfig, name: str, shape: tuple[int, ...]) -> str:
-    """adamw, adafactor or muon: Muon is for matrices of layers alone."""
+    """adamw, adafactor or muon: Muon is for matrices of layers alone. `each`: of a stack of matrices, one of each expert."""
+    if len(shape) == 3 and name.endswith((LORA_A, LORA_B)) and config.optimizer in ("adafactor", "muon"):
+        return f"{config.optimizer} each"
     if config.optimizer == "muon":
         return "muon" if len(shape) == 2 and "embed" not in name and not name.startswith(HEAD) else "adamw"
     return "adafactor" if config.optimizer == "adafactor" else "adamw"
@@ -32,8 +34,10 @@ def rule_of(config: RunConfig, name: str, shape: tuple[int, ...]) -> str:
 
 def slots_of(rule: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """The slots of a parameter, and their shapes."""
-    if rule == "muon":
+    if rule in ("muon", "muon each"):
         return {"m": shape}
+    if rule == "adafactor each":
+        return {"row": shape[:-1], "column": (*shape[:-2], shape[-1])}
     if rule == "adafactor":
         return {"row": shape[:1], "column": shape[1:]} if len(shape) == 2 else {"v": shape}
     return {"m": shape, "v": shape}
@@ -77,35 +81,40 @@ def _adafactor(p: Array, g: Array, slots: Slots, step: int, rate: float, decay: 
     beta = 1 - step**DECAY_OF_BETA
     square = g * g + SMALLEST
     if "row" in slots:
-        row = beta * slots["row"] + (1 - beta) * square.mean(1)
-        column = beta * slots["column"] + (1 - beta) * square.mean(0)
+        row = beta * slots["row"] + (1 - beta) * square.mean(-1)
+        column = beta * slots["column"] + (1 - beta) * square.mean(-2)
         slots = {"row": row, "column": column}
-        direction = g * ((row / row.mean()) ** -0.5)[:, None] * (column**-0.5)[None]
+        direction = g * ((row / row.mean(-1, True)) ** -0.5)[..., None] * (column**-0.5)[..., None, :]
     else:
         slots = {"v": beta * slots["v"] + (1 - beta) * square}
         direction = g * slots["v"] ** -0.5
-    rms = (direction * direction).mean() ** 0.5
+    rms = (direction * direction).mean(*_each(g if "row" in slots else None)) ** 0.5
     return p * (1 - rate * decay) - rate * direction / (0.5 * (rms + 1 + (rms - 1).abs())), slots
 
 
 def _muon(p: Array, g: Array, slots: Slots, step: int, rate: float, decay: float) -> tuple[Array, Slots]:
     """Momentum made orthogonal by Newton and Schulz (Jordan 2024), as torch.optim.Muon has it with `match_rms_adamw`."""
     m = MOMENTUM * slots["m"] + (1 - MOMENTUM) * g
-    rows, columns = p.shape
+    rows, columns = p.shape[-2:]
     size = RMS * max(rows, columns) ** 0.5
     return p * (1 - rate * decay) - (rate * size) * _orthogonal(MOMENTUM * m + (1 - MOMENTUM) * g), {"m": m}
 
 
 def _orthogonal(x: Array) -> Array:
-    """The nearest matrix whose singular values are about 1."""
-    rows, columns = x.shape
-    x = x.T if rows > columns else x
-    x = x / ((x * x).sum() ** 0.5 + 1e-7)
+    """The nearest matrix whose singular values are about 1, or of a stack each."""
+    rows, columns = x.shape[-2:]
+    x = x.swapaxes(-1, -2) if rows > columns else x
+    x = x / ((x * x).sum(*_each(x)) ** 0.5 + 1e-7)
     a, b, c = QUINTIC
     for _ in range(ITERATIONS):
-        square = x @ x.T
+        square = x @ x.swapaxes(-1, -2)
         x = a * x + (b * square + c * (square @ square)) @ x
-    return x.T if rows > columns else x
+    return x.swapaxes(-1, -2) if rows > columns else x
 
 
-RULES = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}
+def _each(x: Array) -> tuple[Any, ...]:
+    """What `sum` and `mean` take so that they are over each matrix of a stack; of anything else over all."""
+    return ((-2, -1), True) if x is not None and x.ndim == 3 else ()
+
+
+RULES = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon, "adafactor each": _adafactor, "muon each": _muon}

@@ -63,7 +63,7 @@ def experts_left_alone(model: Path, config: RunConfig) -> str | None:
     found |= found.get("text_config") or {}
     if config.fine_tune_type == "full" or not any(map(found.get, EXPERTS)) or speaks_of_experts(config.target_modules):
         return None
-    hint = "" if config.fine_tune_type == "dora" else " (all-linear,experts in target_modules adapts them)"
+    hint = "" if config.fine_tune_type == "dora" else " (name experts in target_modules to adapt them: all-linear,experts)"
     return f"a mixture of experts: the experts are not adapted{hint}, nor is what chooses among them"
 
 

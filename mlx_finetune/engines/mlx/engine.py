@@ -15,6 +15,7 @@ from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
 from mlx_finetune.engines import TRUNK, Arrays, StepResult, process_peak
 from mlx_finetune.engines.adapter import HEAD, LAYER, Target, check_targets, choose_targets, initial_adapter, is_bypassed, scale_of
+from mlx_finetune.engines.experts import check_dora
 from mlx_finetune.engines.full import choose_weights, read_weights
 from mlx_finetune.engines.mlx.attention import follows_layout, install
 from mlx_finetune.engines.mlx.experts import adapt_experts, expert_targets
@@ -92,6 +93,8 @@ class MlxEngine:
         self.targets = choose_targets(known | expert_targets(self.model, self._names), config)
         check_targets(self.targets, self._tied, config)
         scale, dora = scale_of(config), config.fine_tune_type == "dora"
+        if dora:
+            check_dora(self.model.model_type, (name for name, target in self.targets.items() if target.beside_experts))
         for path, target in self.targets.items():
             module, shape = modules.get(path), (target.rows, target.columns)
             if target.kind == "linear":

@@ -14,6 +14,7 @@ BYTES = 16  # rows that torch's grouped product takes are so long, or a multiple
 CAPABLE = (8, 0)  # of CUDA, for that product
 UNLIKE = ("is_transposed", "has_bias", "has_post_expert_norm")  # what the experts of some architectures have
 LIKE = ("has_gate", "is_concatenated")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # not in fewer bits, with scales beside them
 
 
 class Sorted:
@@ -88,7 +89,8 @@ def experts_of(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in model.named_modules():
         shapes = [getattr(getattr(module, name, None), "shape", ()) for name in (GATE_UP, DOWN)]
         like = all(getattr(module, name, False) for name in LIKE) and not any(getattr(module, name, True) for name in UNLIKE)
-        if path.rpartition(".")[2] == EXPERTS and like and all(len(shape) == 3 for shape in shapes):
+        like = like and path.rpartition(".")[2] == EXPERTS and all(len(shape) == 3 for shape in shapes)
+        if like and module.gate_up_proj.dtype in DTYPES:
             yield path, module
 
 
