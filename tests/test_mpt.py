@@ -328,8 +328,8 @@ def test_more_tokens_than_the_model_takes_are_refused(converted: Path, data: Pat
         model(mx.array(tokens(3)), cache=make_prompt_cache(model, max_kv_size=16))
     short = tmp_path / "short"
     shutil.copytree(converted, short)
-    (short / "config.json").write_text(json.dumps({**CONFIG, "max_seq_len": 8}))
-    with pytest.raises(UserError, match=r"takes 8 \(its max_seq_len\)"):
+    (short / "config.json").write_text(json.dumps({**CONFIG, "max_seq_len": 40}))
+    with pytest.raises(UserError, match=r"an example of \d+ tokens; .* takes 40 \(its max_seq_len\)"):
         check_length(short, Dataset.open(data))
-    with pytest.raises(UserError, match=r"takes 8 \(its max_seq_len\)"):
+    with pytest.raises(UserError, match=r"an example of \d+ tokens; .* takes 40 \(its max_seq_len\)"):
         run(settings(short, data, tmp_path / "run", "torch"))

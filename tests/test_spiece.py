@@ -198,6 +198,7 @@ def test_prepare_renders_every_answer_exactly_once(converted: Path, tmp_path: Pa
         ({"model_type": "bpe"}, "BPE and not Unigram"),
         ({"model_type": "char"}, "character and not Unigram"),
         ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "symbols of the user's that its rules change"),  # a tab becomes a blank
     ],
 )
 def test_what_tokenizers_would_do_otherwise_is_refused_by_name(changes: dict[str, Any], said: str, tmp_path: Path) -> None:

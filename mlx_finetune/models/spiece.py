@@ -78,10 +78,19 @@ def _check(model: SentencePieceModel, file: Path) -> None:
         "bytes without byte_fallback": bool(model.ids(BYTE)) and not model.byte_fallback,
         "a piece twice": len({piece.text for piece in model.pieces}) < len(model.pieces),
         "no pieces of text": not model.ids(NORMAL),
+        "symbols of the user's that its rules change": any(_changed(model, number) for number in model.ids(USER_DEFINED)),
         "scores above 0": any(model.pieces[number].score > 0 for number in model.ids(NORMAL)),
     }
     for what in (what for what, found in refused.items() if found):
         raise UserError(f"{file}: a SentencePiece model with {what} is not read here", hint=OTHER)
+
+
+def _changed(model: SentencePieceModel, number: int) -> bool:
+    """Whether the rules of normalisation, from which sentencepiece keeps symbols of the user's, would change one."""
+    from tokenizers.normalizers import Precompiled
+
+    text = model.pieces[number].text
+    return bool(model.charsmap) and str(Precompiled(model.charsmap).normalize_str(text)) != text
 
 
 def _object(path: Path) -> dict[str, Any]:
