@@ -161,7 +161,7 @@ def from_peft(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) ->
     """
     arrays = dict(tensors)
     for parameter, pair in pairs_of(tensors, settings).items():
-        a, b = _unfolded(arrays.pop(pair.a), arrays.pop(pair.b), pair.rank, parameter)
+        a, b = unfolded(arrays.pop(pair.a), arrays.pop(pair.b), pair.rank, parameter)
         path, _, leaf = parameter.rpartition(".")
         names = PARTS[leaf]
         halves = [(a, half) for half in np.split(b, len(names), axis=1)]
@@ -200,7 +200,7 @@ def expert_deltas(parameter: str, a: np.ndarray, b: np.ndarray, pair: Pair, expe
     Raises:
         UserError: they have other shapes than `pair` says, or there is no such expert.
     """
-    every_a, every_b = _unfolded(a, b, pair.rank, parameter)
+    every_a, every_b = unfolded(a, b, pair.rank, parameter)
     if not 0 <= expert < len(every_a):
         raise UserError(f"{parameter}: no expert {expert}, it has {len(every_a)}", hint="give the model it was trained on")
     names = PARTS[parameter.rpartition(".")[2]]
@@ -265,7 +265,7 @@ def _is_block(b: np.ndarray) -> bool:
     return not rank % 2 and not b[:, :rows, middle:].any() and not b[:, rows:, :middle].any()
 
 
-def _unfolded(a: np.ndarray, b: np.ndarray, rank: int, parameter: str) -> tuple[np.ndarray, np.ndarray]:
+def unfolded(a: np.ndarray, b: np.ndarray, rank: int, parameter: str) -> tuple[np.ndarray, np.ndarray]:
     """A [experts, R, in] and B [experts, out, R] of what a checkpoint has."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] % rank or a.shape[0] != b.shape[1] or b.shape[0] % len(_parts(parameter)):
         said = f"{parameter}: A {list(a.shape)} and B {list(b.shape)} are not those of experts of rank {rank}"

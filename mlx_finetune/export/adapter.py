@@ -3,11 +3,12 @@
 LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024), and LoRA on embeddings, which peft writes transposed.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from mlx_finetune.engines import experts
 from mlx_finetune.engines.adapter import EMBEDDING_A, EMBEDDING_B, LORA_A, LORA_B, MAGNITUDE, PEFT_PREFIX
 from mlx_finetune.engines.peft_settings import beyond
 from mlx_finetune.errors import UserError
@@ -15,6 +16,8 @@ from mlx_finetune.files import read_json
 from mlx_finetune.models.weights import ITEM_BYTES, TensorLocation, file_headers
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+RANKS, ALPHAS = "rank_pattern", "alpha_pattern"
+PATTERNS = frozenset({RANKS, ALPHAS, "target_parameters"})
 KINDS = "only LoRA, rsLoRA and DoRA can be fused"
 FINISHED = "use a checkpoint folder of a finished save"
 
@@ -28,6 +31,7 @@ class Pair:
 
     a: TensorLocation
     b: TensorLocation
+    scale: float  # B @ A is multiplied by it
     magnitude: TensorLocation | None = None
     on_embeddings: bool = False
 
@@ -38,11 +42,21 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A and B of one parameter of all experts, laid out as engines/experts.py says; `pair` has rank and scale."""
+
+    a: TensorLocation
+    b: TensorLocation
+    pair: experts.Pair
+
+
+@dataclass(frozen=True)
 class Adapter:
-    """Pairs by module, not read yet; `scale` is what B @ A is multiplied by."""
+    """Pairs by module, and those of experts by parameter, not read yet; `scale`: of all that no pattern speaks of."""
 
     scale: float
     pairs: dict[str, Pair]
+    of_experts: dict[str, Experts]
 
 
 def read_adapter(checkpoint: Path) -> Adapter:
@@ -51,37 +65,58 @@ def read_adapter(checkpoint: Path) -> Adapter:
     Raises:
         UserError: a missing or broken file, an adapter of another kind, a matrix without its other half.
     """
-    rank, scale, is_dora = _settings(checkpoint / CONFIG)
-    path = checkpoint / TENSORS
+    config = _settings(checkpoint / CONFIG)
+    path, is_dora = checkpoint / TENSORS, bool(config.get("use_dora"))
+    tensors = {_without_prefix(name, path): location for name, location in file_headers(path).items()}
+    of_experts = {
+        parameter: Experts(tensors.pop(pair.a), tensors.pop(pair.b), pair)
+        for parameter, pair in experts.pairs_of(tensors, config).items()
+    }
     suffixes = [LORA_A, LORA_B, EMBEDDING_A, EMBEDDING_B, *([MAGNITUDE] if is_dora else [])]
     modules: dict[str, dict[str, TensorLocation]] = {}
-    for name, location in file_headers(path).items():
+    for name, location in tensors.items():
         suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), None)
-        if suffix is None or not name.startswith(PEFT_PREFIX):
+        if suffix is None:
             raise UserError(f"{path}: tensor {name} is no LoRA matrix of a linear layer or of embeddings", hint=KINDS)
-        modules.setdefault(name.removeprefix(PEFT_PREFIX).removesuffix(suffix), {})[suffix] = location
-    if not modules:
+        modules.setdefault(name.removesuffix(suffix), {})[suffix] = location
+    if not modules and not of_experts:
         raise UserError(f"{path}: no LoRA tensors", hint=FINISHED)
-    pairs = {module: _pair(f"{path}: {module}", parts, is_dora) for module, parts in modules.items()}
-    for module, pair in pairs.items():
-        _check(f"{path}: {module}", pair, rank)
-    return Adapter(scale, pairs)
+    pairs = {}
+    for module, parts in modules.items():
+        rank, scale = experts.rank_and_scale(module, config)
+        pairs[module] = _pair(f"{path}: {module}", parts, scale, is_dora)
+        _check(f"{path}: {module}", pairs[module], rank)
+    return Adapter(experts.rank_and_scale("", config)[1], pairs, of_experts)
 
 
-def _settings(path: Path) -> tuple[int, float, bool]:
-    """Rank, scale, and whether it is DoRA."""
+def _without_prefix(name: str, path: Path) -> str:
+    if not name.startswith(PEFT_PREFIX):
+        raise UserError(f"{path}: tensor {name} is no LoRA matrix of a linear layer or of embeddings", hint=KINDS)
+    return name.removeprefix(PEFT_PREFIX)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """adapter_config.json, of which rank and alpha are numbers."""
     config = read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is not LORA", hint=KINDS)
-    for key, value in beyond(config).items():
+    for key, value in beyond(config, also=PATTERNS).items():
         raise UserError(f"{path}: {key} is {value!r}, which cannot be fused yet", hint=KINDS)
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise UserError(f"{path}: r {rank!r} and lora_alpha {alpha!r} are not a whole number and a number", hint=FINISHED)
-    return rank, float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank), bool(config.get("use_dora"))
+    ranks, alphas = ([config.get(key), *_values(config, pattern)] for key, pattern in (("r", RANKS), ("lora_alpha", ALPHAS)))
+    for rank in ranks:
+        for alpha in alphas:
+            if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+                what = f"{path}: r {rank!r} and lora_alpha {alpha!r} are not a whole number and a number"
+                raise UserError(what, hint=FINISHED)
+    return config
 
 
-def _pair(where: str, parts: Mapping[str, TensorLocation], is_dora: bool) -> Pair:
+def _values(config: Mapping[str, Any], pattern: str) -> list[Any]:
+    found = config.get(pattern) or {}
+    return list(found.values()) if isinstance(found, dict) else [found]
+
+
+def _pair(where: str, parts: Mapping[str, TensorLocation], scale: float, is_dora: bool) -> Pair:
     on_embeddings = EMBEDDING_A in parts or EMBEDDING_B in parts
     sides = (EMBEDDING_A, EMBEDDING_B) if on_embeddings else (LORA_A, LORA_B)
     if on_embeddings and is_dora:
@@ -91,7 +126,7 @@ def _pair(where: str, parts: Mapping[str, TensorLocation], is_dora: bool) -> Pai
         raise UserError(f"{where} has only one of {names}", hint=FINISHED)
     if is_dora and MAGNITUDE not in parts:
         raise UserError(f"{where} has no {MAGNITUDE[1:]}, which use_dora asks for", hint=FINISHED)
-    return Pair(parts[sides[0]], parts[sides[1]], parts.get(MAGNITUDE), on_embeddings)
+    return Pair(parts[sides[0]], parts[sides[1]], scale, parts.get(MAGNITUDE), on_embeddings)
 
 
 def _check(where: str, pair: Pair, rank: int) -> None:

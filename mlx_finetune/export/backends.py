@@ -13,8 +13,9 @@ import numpy as np
 
 from mlx_finetune.engines.adapter import EMBEDDING_A, EMBEDDING_B, LORA_A, LORA_B, MAGNITUDE, PEFT_PREFIX
 from mlx_finetune.export.adapter import CONFIG, TENSORS
-from mlx_finetune.export.changes import HEAD_WEIGHT, is_full
+from mlx_finetune.export.changes import is_full
 from mlx_finetune.export.distance import Distance, Distances, VerificationError, distance, largest
+from mlx_finetune.export.rows import HEAD_WEIGHT
 from mlx_finetune.files import read_json
 from mlx_finetune.models.weights import SINGLE, tensor_headers
 

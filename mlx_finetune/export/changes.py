@@ -4,9 +4,6 @@ LoRA: W + scale * B @ A; of embeddings W + scale * (B @ A)^T. DoRA: each row of 
 says. Full fine-tuning: the trained tensor itself. A weight that embeddings and head share changes once.
 """
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,37 +12,16 @@ import numpy as np
 from mlx_finetune.engines.adapter import HEAD
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.adapter import TENSORS, Adapter, Pair, read_adapter
-from mlx_finetune.files import read_json
-from mlx_finetune.models.mlx_config import text_config
-from mlx_finetune.models.weights import ITEM_BYTES, SINGLE, TensorLocation, file_headers, read_float32, tensor_headers, to_float32
-
-# (number of the first row, stored rows [n, columns] float32) -> what they become, float32
-Rows = Callable[[int, np.ndarray], np.ndarray]
-Headers = dict[str, TensorLocation]
+from mlx_finetune.export.expert_changes import expert_changes
+from mlx_finetune.export.from_mlx import is_mlx_adapter, mlx_changes
+from mlx_finetune.export.rows import BASE, DIVERGED, HEAD_WEIGHT, Change, Headers, Rows, factored, fitting, original, tensor_of
+from mlx_finetune.models.weights import ITEM_BYTES, SINGLE, TensorLocation, file_headers, read_float32, to_float32
 
 PROGRESS = "progress.json"
 EMBEDDINGS = "embed_tokens"
-HEAD_WEIGHT = f"{HEAD}.weight"
 # Embeddings and heads of models that call them otherwise: which of them share a weight is not known here.
 OTHER_NAMES = ("embed_in", "embed_out", "wte")
-BASE = "give the model it was trained on"
-IN_FILES = (
-    (r"^", ""),
-    (r"^model\.language_model\.", "language_model.model."),
-    (r"^model\.", "model.language_model."),
-    (r"^", "language_model."),
-)
-ORIGINAL = "fuse into the original, unquantised model"
-DIVERGED = "the training diverged: take an earlier checkpoint"
 BOTH = "train embed_tokens, which adapts the head alike"
-
-
-@dataclass(frozen=True)
-class Change:
-    """A tensor of the original checkpoint; `open_rows` reads what its change takes."""
-
-    location: TensorLocation
-    open_rows: Callable[[], Rows]
 
 
 def is_full(checkpoint: Path) -> bool:
@@ -64,8 +40,6 @@ def read_changes(model: Path, checkpoint: Path) -> dict[str, Change]:
 
 
 def _changes(model: Path, checkpoint: Path) -> dict[str, Change]:
-    from mlx_finetune.export.from_mlx import is_mlx_adapter, mlx_changes  # which imports this file
-
     if is_mlx_adapter(checkpoint):
         return mlx_changes(model, checkpoint)
     return _full_changes(model, checkpoint) if is_full(checkpoint) else _lora_changes(model, read_adapter(checkpoint))
@@ -95,41 +69,6 @@ def base_weights(model: Path, adapter: Adapter) -> dict[str, tuple[str, TensorLo
     return found
 
 
-def tensor_of(module: str, headers: Mapping[str, object]) -> str:
-    """The weight of a module by its name in the files, where models that see call their text model otherwise than transformers."""
-    names = [re.sub(pattern, name, f"{module}.weight") for pattern, name in IN_FILES]
-    return next((name for name in names if name in headers), f"{module}.weight")
-
-
-def original(model: Path) -> tuple[Headers, bool]:
-    """The tensors of the model, and whether its head is its embeddings."""
-    config = read_json(model / "config.json")
-    how = config.get("quantization") or config.get("quantization_config") if isinstance(config, dict) else "unknown"
-    # mxfp4 is of experts alone; whoever changes one of those is refused by its dtype
-    if how and not (isinstance(how, dict) and how.get("quant_method") == "mxfp4"):
-        raise UserError(f"{model}: quantised weights cannot be changed", hint=ORIGINAL)
-    headers = tensor_headers(model)
-    has_head = any(name.endswith(HEAD_WEIGHT) for name in headers)
-    return headers, bool(text_config(config).get("tie_word_embeddings")) or not has_head
-
-
-def fitting(model: Path, headers: Headers, name: str, shape: tuple[int, ...], by: str) -> TensorLocation:
-    """Where the tensor lies; `by`: who changes it.
-
-    Raises:
-        UserError: the model has none of that name and shape, or stores it in a form that cannot be added to.
-    """
-    location = headers.get(name)
-    if location is None:
-        raise UserError(f"{by} {list(shape)}, {model} has no tensor {name}", hint=BASE)
-    if location.shape != shape:
-        raise UserError(f"{by} {list(shape)}, {model} has {list(location.shape)}", hint=BASE)
-    if location.dtype not in ITEM_BYTES:
-        what = f"is stored as {location.dtype}, not as one of {', '.join(ITEM_BYTES)}"
-        raise UserError(f"{model}: {name} {what}", hint=ORIGINAL)
-    return location
-
-
 def _alias(model: Path, adapter: Adapter, headers: Headers) -> str:
     """Of adapted embeddings and head that share a weight, the one under whose name it is not stored; else nothing.
 
@@ -154,25 +93,13 @@ def _is_alike(embeddings: Pair, head: Pair) -> bool:
 
 def _lora_changes(model: Path, adapter: Adapter) -> dict[str, Change]:
     weights = base_weights(model, adapter)
-    return {tensor: Change(at, partial(_lora_rows, adapter, module)) for module, (tensor, at) in weights.items()}
+    headers, _ = original(model)
+    of_experts = expert_changes(model, headers, adapter.of_experts)
+    return of_experts | {tensor: Change(at, partial(_lora_rows, adapter, module)) for module, (tensor, at) in weights.items()}
 
 
 def _lora_rows(adapter: Adapter, module: str) -> Rows:
     return factored(*_read_factors(adapter, module))
-
-
-def factored(left: np.ndarray, right: np.ndarray, magnitude: np.ndarray | None) -> Rows:
-    """W + `left` @ `right`; with `magnitude` each row of it made so long. [rows, r], [r, columns], [rows]."""
-
-    def rows(first: int, before: np.ndarray) -> np.ndarray:
-        here = slice(first, first + len(before))
-        after: np.ndarray = before + left[here] @ right
-        if magnitude is None:
-            return after
-        with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is refused where it is written
-            return after * (magnitude[here] / np.linalg.norm(after, axis=1))[:, None]
-
-    return rows
 
 
 def _read_factors(adapter: Adapter, module: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -189,7 +116,7 @@ def _read_factors(adapter: Adapter, module: str) -> tuple[np.ndarray, np.ndarray
     if not all(np.isfinite(array).all() for array in (a, b, magnitude) if array is not None):
         raise UserError(f"{pair.a.file}: {module} has numbers that are not finite", hint=DIVERGED)
     left, right = (np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)) if pair.on_embeddings else (b, a)
-    return np.float32(adapter.scale) * left, right, magnitude
+    return np.float32(pair.scale) * left, right, magnitude
 
 
 def _full_changes(model: Path, checkpoint: Path) -> dict[str, Change]:

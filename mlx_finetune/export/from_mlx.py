@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlx_finetune.errors import UserError
-from mlx_finetune.export.changes import BASE, DIVERGED, HEAD_WEIGHT, Change, Headers, Rows, factored, fitting, original
+from mlx_finetune.export.rows import BASE, DIVERGED, HEAD_WEIGHT, Change, Headers, Rows, factored, fitting, original
 from mlx_finetune.files import read_json
 from mlx_finetune.models.weights import TensorLocation, file_headers, read_float32
 

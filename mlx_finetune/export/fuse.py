@@ -17,7 +17,8 @@ from typing import IO, Any
 import numpy as np
 
 from mlx_finetune.errors import UserError
-from mlx_finetune.export.changes import Change, Rows, read_changes
+from mlx_finetune.export.changes import read_changes
+from mlx_finetune.export.rows import Change, Rows
 from mlx_finetune.files import atomic_folder, read_json, write_json
 from mlx_finetune.models.weights import ITEM_BYTES, from_float32, to_float32, weight_files
 

@@ -14,9 +14,10 @@ import numpy as np
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.backends import in_mlx, in_transformers
-from mlx_finetune.export.changes import EMBEDDINGS, Change, read_changes
+from mlx_finetune.export.changes import EMBEDDINGS, read_changes
 from mlx_finetune.export.distance import Distances, VerificationError
 from mlx_finetune.export.fuse import Fused, Progress, fuse_into, write_template
+from mlx_finetune.export.rows import Change
 from mlx_finetune.files import atomic_folder
 
 Backend = Literal["transformers", "mlx"]

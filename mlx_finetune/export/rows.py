@@ -1,0 +1,92 @@
+"""What becomes of a tensor of the original checkpoint, a few rows at a time."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlx_finetune.engines.adapter import HEAD
+from mlx_finetune.errors import UserError
+from mlx_finetune.files import read_json
+from mlx_finetune.models.mlx_config import text_config
+from mlx_finetune.models.weights import ITEM_BYTES, TensorLocation, tensor_headers
+
+# (number of the first row, stored rows [n, columns] float32) -> what they become, float32
+Rows = Callable[[int, np.ndarray], np.ndarray]
+Headers = dict[str, TensorLocation]
+
+HEAD_WEIGHT = f"{HEAD}.weight"
+# What transformers' class calls its modules, and what the files of models that see call them.
+IN_FILES = (
+    (r"^", ""),
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^model\.", "model.language_model."),
+    (r"^", "language_model."),
+)
+BASE = "give the model it was trained on"
+ORIGINAL = "fuse into the original, unquantised model"
+DIVERGED = "the training diverged: take an earlier checkpoint"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A tensor of the original checkpoint; `open_rows` reads what its change takes."""
+
+    location: TensorLocation
+    open_rows: Callable[[], Rows]
+
+
+def factored(left: np.ndarray, right: np.ndarray, magnitude: np.ndarray | None) -> Rows:
+    """W + `left` @ `right`; with `magnitude` each row of it made so long. [rows, r], [r, columns], [rows]."""
+
+    def rows(first: int, before: np.ndarray) -> np.ndarray:
+        here = slice(first, first + len(before))
+        after: np.ndarray = before + left[here] @ right
+        if magnitude is None:
+            return after
+        with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is refused where it is written
+            return after * (magnitude[here] / np.linalg.norm(after, axis=1))[:, None]
+
+    return rows
+
+
+def original(model: Path) -> tuple[Headers, bool]:
+    """The tensors of the model, and whether its head is its embeddings."""
+    config = read_json(model / "config.json")
+    how = config.get("quantization") or config.get("quantization_config") if isinstance(config, dict) else "unknown"
+    # mxfp4 is of experts alone; whoever changes one of those is refused by its dtype
+    if how and not (isinstance(how, dict) and how.get("quant_method") == "mxfp4"):
+        raise UserError(f"{model}: quantised weights cannot be changed", hint=ORIGINAL)
+    headers = tensor_headers(model)
+    has_head = any(name.endswith(HEAD_WEIGHT) for name in headers)
+    return headers, bool(text_config(config).get("tie_word_embeddings")) or not has_head
+
+
+def fitting(model: Path, headers: Headers, name: str, shape: tuple[int, ...], by: str) -> TensorLocation:
+    """Where the tensor lies; `by`: who changes it.
+
+    Raises:
+        UserError: the model has none of that name and shape, or stores it in a form that cannot be added to.
+    """
+    location = headers.get(name)
+    if location is None:
+        raise UserError(f"{by} {list(shape)}, {model} has no tensor {name}", hint=BASE)
+    if location.shape != shape:
+        raise UserError(f"{by} {list(shape)}, {model} has {list(location.shape)}", hint=BASE)
+    if location.dtype not in ITEM_BYTES:
+        what = f"is stored as {location.dtype}, not as one of {', '.join(ITEM_BYTES)}"
+        raise UserError(f"{model}: {name} {what}", hint=ORIGINAL)
+    return location
+
+
+def tensor_of(module: str, headers: Mapping[str, object]) -> str:
+    """The weight of a module by its name in the files; the first way of calling it, where none of them is there."""
+    names = [f"{name}.weight" for name in names_in_files(module)]
+    return next((name for name in names if name in headers), names[0])
+
+
+def names_in_files(module: str) -> list[str]:
+    """What files may call a module."""
+    return [re.sub(pattern, name, module) for pattern, name in IN_FILES]
