@@ -180,16 +180,16 @@ def test_prepare_renders_every_answer_exactly_once(converted: Path, tmp_path: Pa
     from mlx_finetune.data.dataset import Dataset
     from mlx_finetune.data.prepare import prepare
 
-    chats = [Conversation(CHAT, "gptme", f"log-{i}", "MIT", {"i": i}) for i in range(4)]
+    last = [(Message("user", f"and {i}?"), Message("assistant", f"I {i}.")) for i in range(4)]
+    chats = [Conversation((*CHAT, *turns), "gptme", f"log-{i}", "MIT") for i, turns in enumerate(last)]
     write_conversations(tmp_path / "c.jsonl", chats)
     template = ChatTemplate.load(converted)
     prepare([tmp_path / "c.jsonl"], template, make_config({}, "test"), tmp_path / "data", {})
     dataset = Dataset.open(tmp_path / "data")
-    for store in (dataset.train, dataset.valid):
-        for index in range(len(store)):
-            example = store[index]
-            learned = example.tokens[example.weights > 0].tolist()
-            assert template.special.decode(learned, skip_special_tokens=False).count("<|endoftext|>") == 4
+    examples = [store[index] for store in (dataset.train, dataset.valid) for index in range(len(store))]
+    learned = [template.special.decode(one.tokens[one.weights > 0].tolist(), skip_special_tokens=False) for one in examples]
+    answers = "".join(f"{message.content}<|endoftext|>" for message in CHAT if message.role == "assistant")
+    assert sorted(learned) == sorted(f"{answers}I {i}.<|endoftext|>" for i in range(4))
 
 
 @pytest.mark.parametrize(
