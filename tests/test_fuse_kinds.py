@@ -234,7 +234,7 @@ def only(part: str) -> Callable[[dict[str, np.ndarray]], Any]:
         ("embeddings and head", {}, without("lora_embedding_A"), "has only one of lora_embedding_A and lora_embedding_B"),
         ("embeddings and head", {}, rename("model.embed_tokens", "model.layers.0.mlp.up_proj"), "matrices are those of embeddings"),
         ("embeddings and head", {}, rename(HEAD, "model.layers.0.embed_tokens"), "matrices are those of a linear layer"),
-        ("embeddings and head", {"target_parameters": ["mlp.experts.gate_up_proj"]}, None, "target_parameters is"),
+        ("embeddings and head", {"target_parameters": ["mlp.experts.gate_up_proj"]}, None, "target_parameters names"),
         ("embeddings and head", {}, rename("mlp.down_proj", "mlp.experts.0.down_proj"), r"adapter on .*experts\.0.*: .*no tensor"),
         ("shared weight", {}, without(HEAD), r"adapter on model\.embed_tokens alone: .*one tensor"),
         ("shared weight", {}, without("embed_tokens"), "adapter on lm_head alone: .*one tensor"),

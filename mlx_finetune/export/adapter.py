@@ -86,6 +86,10 @@ def read_adapter(checkpoint: Path) -> Adapter:
         rank, scale = experts.rank_and_scale(module, config)
         pairs[module] = _pair(f"{path}: {module}", parts, scale, is_dora)
         _check(f"{path}: {module}", pairs[module], rank)
+    changed = [*of_experts, *(f"{module}.weight" for module in pairs)]
+    for name in config.get("target_parameters") or ():
+        if not any(f".{parameter}".endswith(f".{name}") for parameter in changed):
+            raise UserError(f"{path}: target_parameters names {name}, of which there are no tensors", hint=FINISHED)
     return Adapter(experts.rank_and_scale("", config)[1], pairs, of_experts)
 
 
