@@ -313,7 +313,7 @@ def test_rslora_scales_by_the_root_of_the_rank(llama, tmp_path):
         ({"use_dora": True}, "has no lora_magnitude_vector"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
-        ({"rank_pattern": {"q_proj": 8}}, "are not .8, in."),
+        ({"rank_pattern": {"q_proj": 8}}, r"are not \[8, in\]"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"peft_type": "IA3"}, "peft_type is not LORA"),
