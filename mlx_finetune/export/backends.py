@@ -14,34 +14,65 @@ import numpy as np
 from mlx_finetune.engines.adapter import EMBEDDING_A, EMBEDDING_B, LORA_A, LORA_B, MAGNITUDE, PEFT_PREFIX
 from mlx_finetune.export.adapter import CONFIG, TENSORS
 from mlx_finetune.export.changes import HEAD_WEIGHT, is_full
-from mlx_finetune.export.distance import Distance, Distances, VerificationError, distance, largest
+from mlx_finetune.export.distance import Distance, Distances, Measured, VerificationError, distance, largest
 from mlx_finetune.files import read_json
 from mlx_finetune.models.weights import SINGLE, tensor_headers
 
 Tokens = Sequence[Sequence[int]]
+Rows = list[list[int]]
 Stored = Mapping[str, str]  # tensor -> dtype, of the changed tensors that are stored in less than float32
 
 
-def in_transformers(model: Path, checkpoint: Path, fused: Path, tokens: Tokens, stored: Stored) -> Distances:
-    """Base + checkpoint: the adapter opened and merged by peft, or the trained weights put in by torch."""
+def in_transformers(model: Path, checkpoint: Path, fused: Path, tokens: Tokens, stored: Stored, answers: Sequence[int]) -> Measured:
+    """Base + checkpoint: the adapter opened and merged by peft, or the trained weights put in by torch.
+
+    `answers`: how many greedy tokens of the tuned model follow each row of `tokens`.
+    """
     network, base_keys = _load_transformers(model)
     tune = _train_transformers if is_full(checkpoint) else _open_in_peft
-    network, reference, from_base = tune(network, checkpoint, tokens)
+    network, rows, reference, from_base = tune(network, checkpoint, tokens, answers)
     _round_torch(network, stored)
-    rounded = list(_transformers_logits(network, tokens))
+    rounded = list(_transformers_logits(network, rows))
     del network
     gc.collect()  # one model in memory at a time
     loaded, keys = _load_transformers(fused)
-    found = list(_transformers_logits(loaded, tokens))
+    found = list(_transformers_logits(loaded, rows))
+    return Measured(_distances(tokens, reference, rounded, found, from_base, _lost(keys, base_keys)), rows, reference, found)
+
+
+def _distances(
+    tokens: Tokens,
+    reference: list[np.ndarray],
+    rounded: list[np.ndarray],
+    found: list[np.ndarray],
+    from_base: Distance,
+    lost: tuple[list[str], list[str]],
+) -> Distances:
+    """Over the texts themselves; the answers behind them are for greedy tokens."""
+    reference, rounded, found = (_beginnings(logits, tokens) for logits in (reference, rounded, found))
     return Distances(
         base=from_base,
         rounded=distance(reference, rounded),
         fused=distance(reference, found),
         fused_to_rounded=distance(rounded, found),
         largest_logit=largest(reference),
-        missing=sorted(keys["missing_keys"] - base_keys["missing_keys"]),
-        unexpected=sorted(keys["unexpected_keys"] - base_keys["unexpected_keys"]),
+        missing=lost[0],
+        unexpected=lost[1],
     )
+
+
+def _beginnings(logits: list[np.ndarray], of: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
+    """As many places of each as `of` has: a causal model's are the same whatever follows."""
+    return [rows[: len(other)] for rows, other in zip(logits, of, strict=True)]
+
+
+def _lost(keys: Mapping[str, set[str]], base: Mapping[str, set[str]]) -> tuple[list[str], list[str]]:
+    """Tensors that were not there, or not of the right shape, so that transformers drew them anew; and those too many.
+
+    Without those of the base, which are the same whatever was trained.
+    """
+    fresh = (keys["missing_keys"] | keys["mismatched_keys"]) - base["missing_keys"] - base["mismatched_keys"]
+    return sorted(fresh), sorted(keys["unexpected_keys"] - base["unexpected_keys"])
 
 
 def _load_transformers(folder: Path) -> tuple[Any, dict[str, set[str]]]:
@@ -53,7 +84,8 @@ def _load_transformers(folder: Path) -> tuple[Any, dict[str, set[str]]]:
     model, keys = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
     )
-    return model.eval(), {kind: {str(name) for name in names} for kind, names in keys.items()}
+    named = {kind: {str(name[0] if isinstance(name, tuple) else name) for name in names} for kind, names in keys.items()}
+    return model.eval(), {"mismatched_keys": set[str]()} | named
 
 
 def _transformers_logits(model: Any, tokens: Tokens) -> Iterator[np.ndarray]:
@@ -64,18 +96,37 @@ def _transformers_logits(model: Any, tokens: Tokens) -> Iterator[np.ndarray]:
             yield model(torch.tensor([row])).logits[0].float().numpy()
 
 
-def _open_in_peft(network: Any, checkpoint: Path, tokens: Tokens) -> tuple[Any, list[np.ndarray], Distance]:
-    """The merged network, the logits before it was merged, and their distance to the base's."""
+def _answer_transformers(network: Any, tokens: Tokens, answers: Sequence[int]) -> Rows:
+    """Each row and the greedy tokens behind it."""
+    import torch
+
+    rows = [list(row) for row in tokens]
+    for row, count in zip(rows, answers, strict=True):
+        cache, fresh = None, row
+        for _ in range(count):
+            with torch.inference_mode():
+                answer = network(torch.tensor([fresh]), past_key_values=cache, use_cache=True)
+            row.append(int(answer.logits[0, -1].argmax()))
+            cache = getattr(answer, "past_key_values", None)
+            fresh = row if cache is None else row[-1:]
+    return rows
+
+
+def _open_in_peft(
+    network: Any, checkpoint: Path, tokens: Tokens, answers: Sequence[int]
+) -> tuple[Any, Rows, list[np.ndarray], Distance]:
+    """The merged network, `tokens` with their answers, the logits before it was merged, and their distance to the base's."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for names that it is about to change
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # see `_merge`
         tuned = PeftModel.from_pretrained(network, checkpoint).eval()
-        reference = list(_transformers_logits(tuned, tokens))
+        rows = _answer_transformers(tuned, tokens, answers)
+        reference = list(_transformers_logits(tuned, rows))
         with tuned.disable_adapter():
-            from_base = distance(reference, _transformers_logits(tuned, tokens))
-        return _merge(tuned), reference, from_base
+            from_base = distance(_beginnings(reference, tokens), _transformers_logits(tuned, tokens))
+        return _merge(tuned), rows, reference, from_base
 
 
 def _merge(tuned: Any) -> Any:
@@ -87,16 +138,19 @@ def _merge(tuned: Any) -> Any:
     return tuned.merge_and_unload()
 
 
-def _train_transformers(network: Any, checkpoint: Path, tokens: Tokens) -> tuple[Any, list[np.ndarray], Distance]:
-    """The network with the trained weights in it, its logits, and their distance to the base's."""
+def _train_transformers(
+    network: Any, checkpoint: Path, tokens: Tokens, answers: Sequence[int]
+) -> tuple[Any, Rows, list[np.ndarray], Distance]:
+    """The network with the trained weights in it, as `_open_in_peft`; the base is looked at without the answers."""
     from safetensors import safe_open
 
     base = list(_transformers_logits(network, tokens))
     with safe_open(checkpoint / SINGLE, "pt") as file:
         for name in sorted(file.keys()):
             _torch_weight(network, name).copy_(file.get_tensor(name))
-    reference = list(_transformers_logits(network, tokens))
-    return network, reference, distance(reference, base)
+    rows = _answer_transformers(network, tokens, answers)
+    reference = list(_transformers_logits(network, rows))
+    return network, rows, reference, distance(_beginnings(reference, tokens), base)
 
 
 def _round_torch(network: Any, stored: Stored) -> None:
@@ -115,29 +169,38 @@ def _torch_weight(network: Any, name: str) -> Any:
     return weights[name].data
 
 
-def in_mlx(model: Path, checkpoint: Path, fused: Path, tokens: Tokens, stored: Stored) -> Distances:
+def in_mlx(model: Path, checkpoint: Path, fused: Path, tokens: Tokens, stored: Stored, answers: Sequence[int]) -> Measured:
     """Base + checkpoint: the adapter added to, or the trained weights put among, the weights that MLX loaded."""
     from mlx_finetune.engines.mlx.load import load_model
 
     network = load_model(model, "float32")
     base = list(_mlx_logits(network, tokens))
     (_train_mlx if is_full(checkpoint) else _add_to_mlx)(network, checkpoint)
-    reference = list(_mlx_logits(network, tokens))
+    rows = _answer_mlx(network, tokens, answers)
+    reference = list(_mlx_logits(network, rows))
     _round_mlx(network, stored)
-    rounded = list(_mlx_logits(network, tokens))
+    rounded = list(_mlx_logits(network, rows))
     del network
     gc.collect()  # one model in memory at a time
-    found = list(_mlx_logits(load_model(fused, "float32"), tokens))
+    found = list(_mlx_logits(load_model(fused, "float32"), rows))
     names = [set(tensor_headers(folder)) for folder in (model, fused)]
-    return Distances(
-        base=distance(reference, base),
-        rounded=distance(reference, rounded),
-        fused=distance(reference, found),
-        fused_to_rounded=distance(rounded, found),
-        largest_logit=largest(reference),
-        missing=sorted(names[0] - names[1]),
-        unexpected=sorted(names[1] - names[0]),
-    )
+    lost = sorted(names[0] - names[1]), sorted(names[1] - names[0])
+    from_base = distance(_beginnings(reference, tokens), base)
+    return Measured(_distances(tokens, reference, rounded, found, from_base, lost), rows, reference, found)
+
+
+def _answer_mlx(network: Any, tokens: Tokens, answers: Sequence[int]) -> Rows:
+    """Each row and the greedy tokens behind it."""
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    rows = [list(row) for row in tokens]
+    for row, count in zip(rows, answers, strict=True):
+        cache, fresh = make_prompt_cache(network), row
+        for _ in range(count):
+            row.append(int(np.array(network(mx.array([fresh]), cache=cache)[0, -1].astype(mx.float32)).argmax()))
+            fresh = row[-1:]
+    return rows
 
 
 def _mlx_logits(network: Any, tokens: Tokens) -> Iterator[np.ndarray]:

@@ -20,6 +20,23 @@ class Distance:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """Greedy tokens of two models behind the same text: how many were looked at, are the same, or are tied.
+
+    A tie: both models hold the two tokens so near to each other that what the logits may differ by decides between them.
+    """
+
+    tokens: int = 0
+    same: int = 0
+    tied: int = 0
+
+    @property
+    def different(self) -> int:
+        """How many are neither."""
+        return self.tokens - self.same - self.tied
+
+
+@dataclass(frozen=True)
 class Distances:
     """From the tuned model (base + checkpoint) to the base alone, to its weights rounded as stored, and to the fused folder.
 
@@ -35,6 +52,17 @@ class Distances:
     unexpected: list[str]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """`rows`: the tokens of each text and what the tuned model answers it; `reference`: its logits [T, V] there; `found`: the
+    fused model's."""
+
+    distances: Distances
+    rows: list[list[int]]
+    reference: list[np.ndarray]
+    found: list[np.ndarray]
+
+
 def distance(reference: Sequence[np.ndarray], other: Iterable[np.ndarray]) -> Distance:
     """Over logits [T, V] of each text; NaN anywhere makes it NaN, which passes no comparison."""
     largest, squares, numbers, divergence, positions = 0.0, 0.0, 0, 0.0, 0
@@ -46,6 +74,21 @@ def distance(reference: Sequence[np.ndarray], other: Iterable[np.ndarray]) -> Di
         divergence += sum(_kl(*rows) for rows in zip(expected, found, strict=True))
         positions += len(expected)
     return Distance(largest, (squares / numbers) ** 0.5, divergence / positions)
+
+
+def choices(reference: Sequence[np.ndarray], other: Iterable[np.ndarray], first: Sequence[int], tolerance: float) -> Choices:
+    """Of logits [T, V] of each text, from the place `first` of it on: the places whose greedy tokens answer it.
+
+    Where no logit differs by more than `tolerance`, two greedy tokens differ only if each model holds them within twice that.
+    """
+    tokens, same, tied = 0, 0, 0
+    for expected, found, start in zip(reference, other, first, strict=True):
+        for here, there in zip(expected[start:-1], found[start:-1], strict=True):
+            a, b = int(here.argmax()), int(there.argmax())
+            tokens += 1
+            same += a == b
+            tied += a != b and bool(max(here[a] - here[b], there[b] - there[a]) <= 2 * tolerance)
+    return Choices(tokens, same, tied)
 
 
 def largest(logits: Sequence[np.ndarray]) -> float:
