@@ -28,15 +28,15 @@ def in_transformers(model: Path, checkpoint: Path, fused: Path, tokens: Tokens, 
 
     `answers`: how many greedy tokens of the tuned model follow each row of `tokens`.
     """
-    network, base_keys = _load_transformers(model)
+    network, base_keys = load_transformers(model)
     tune = _train_transformers if is_full(checkpoint) else _open_in_peft
     network, rows, reference, from_base = tune(network, checkpoint, tokens, answers)
     _round_torch(network, stored)
-    rounded = list(_transformers_logits(network, rows))
+    rounded = list(transformers_logits(network, rows))
     del network
     gc.collect()  # one model in memory at a time
-    loaded, keys = _load_transformers(fused)
-    found = list(_transformers_logits(loaded, rows))
+    loaded, keys = load_transformers(fused)
+    found = list(transformers_logits(loaded, rows))
     return Measured(_distances(tokens, reference, rounded, found, from_base, _lost(keys, base_keys)), rows, reference, found)
 
 
@@ -75,7 +75,8 @@ def _lost(keys: Mapping[str, set[str]], base: Mapping[str, set[str]]) -> tuple[l
     return sorted(fresh), sorted(keys["unexpected_keys"] - base["unexpected_keys"])
 
 
-def _load_transformers(folder: Path) -> tuple[Any, dict[str, set[str]]]:
+def load_transformers(folder: Path) -> tuple[Any, dict[str, set[str]]]:
+    """The model in float32, and names of tensors by what was wrong with them: missing_keys and others of transformers."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -88,7 +89,8 @@ def _load_transformers(folder: Path) -> tuple[Any, dict[str, set[str]]]:
     return model.eval(), {"mismatched_keys": set[str]()} | named
 
 
-def _transformers_logits(model: Any, tokens: Tokens) -> Iterator[np.ndarray]:
+def transformers_logits(model: Any, tokens: Tokens) -> Iterator[np.ndarray]:
+    """float32 [T, V] of each row."""
     import torch
 
     for row in tokens:
@@ -123,9 +125,9 @@ def _open_in_peft(
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # see `_merge`
         tuned = PeftModel.from_pretrained(network, checkpoint).eval()
         rows = _answer_transformers(tuned, tokens, answers)
-        reference = list(_transformers_logits(tuned, rows))
+        reference = list(transformers_logits(tuned, rows))
         with tuned.disable_adapter():
-            from_base = distance(_beginnings(reference, tokens), _transformers_logits(tuned, tokens))
+            from_base = distance(_beginnings(reference, tokens), transformers_logits(tuned, tokens))
         return _merge(tuned), rows, reference, from_base
 
 
@@ -144,12 +146,12 @@ def _train_transformers(
     """The network with the trained weights in it, as `_open_in_peft`; the base is looked at without the answers."""
     from safetensors import safe_open
 
-    base = list(_transformers_logits(network, tokens))
+    base = list(transformers_logits(network, tokens))
     with safe_open(checkpoint / SINGLE, "pt") as file:
         for name in sorted(file.keys()):
             _torch_weight(network, name).copy_(file.get_tensor(name))
     rows = _answer_transformers(network, tokens, answers)
-    reference = list(_transformers_logits(network, rows))
+    reference = list(transformers_logits(network, rows))
     return network, rows, reference, distance(_beginnings(reference, tokens), base)
 
 
@@ -174,15 +176,15 @@ def in_mlx(model: Path, checkpoint: Path, fused: Path, tokens: Tokens, stored: S
     from mlx_finetune.engines.mlx.load import load_model
 
     network = load_model(model, "float32")
-    base = list(_mlx_logits(network, tokens))
+    base = list(mlx_logits(network, tokens))
     (_train_mlx if is_full(checkpoint) else _add_to_mlx)(network, checkpoint)
     rows = _answer_mlx(network, tokens, answers)
-    reference = list(_mlx_logits(network, rows))
+    reference = list(mlx_logits(network, rows))
     _round_mlx(network, stored)
-    rounded = list(_mlx_logits(network, rows))
+    rounded = list(mlx_logits(network, rows))
     del network
     gc.collect()  # one model in memory at a time
-    found = list(_mlx_logits(load_model(fused, "float32"), rows))
+    found = list(mlx_logits(load_model(fused, "float32"), rows))
     names = [set(tensor_headers(folder)) for folder in (model, fused)]
     lost = sorted(names[0] - names[1]), sorted(names[1] - names[0])
     from_base = distance(_beginnings(reference, tokens), base)
@@ -203,7 +205,8 @@ def _answer_mlx(network: Any, tokens: Tokens, answers: Sequence[int]) -> Rows:
     return rows
 
 
-def _mlx_logits(network: Any, tokens: Tokens) -> Iterator[np.ndarray]:
+def mlx_logits(network: Any, tokens: Tokens) -> Iterator[np.ndarray]:
+    """float32 [T, V] of each row."""
     import mlx.core as mx
 
     for row in tokens:

@@ -76,14 +76,14 @@ def distance(reference: Sequence[np.ndarray], other: Iterable[np.ndarray]) -> Di
     return Distance(largest, (squares / numbers) ** 0.5, divergence / positions)
 
 
-def choices(reference: Sequence[np.ndarray], other: Iterable[np.ndarray], first: Sequence[int], tolerance: float) -> Choices:
-    """Of logits [T, V] of each text, from the place `first` of it on: the places whose greedy tokens answer it.
+def choices(reference: Sequence[np.ndarray], other: Iterable[np.ndarray], tolerance: float) -> Choices:
+    """Of logits [T, V] of each text: the greedy tokens at all places.
 
     Where no logit differs by more than `tolerance`, two greedy tokens differ only if each model holds them within twice that.
     """
     tokens, same, tied = 0, 0, 0
-    for expected, found, start in zip(reference, other, first, strict=True):
-        for here, there in zip(expected[start:-1], found[start:-1], strict=True):
+    for expected, found in zip(reference, other, strict=True):
+        for here, there in zip(expected, found, strict=True):
             a, b = int(here.argmax()), int(there.argmax())
             tokens += 1
             same += a == b

@@ -33,6 +33,11 @@ def trained_with(checkpoint: Path) -> str | None:
     return config.engine if config and config.engine in ("mlx", "torch") and find_spec(config.engine) else None
 
 
+def any_engine(checkpoint: Path) -> str:
+    """The engine that trained the checkpoint, or the other one where that is not installed."""
+    return trained_with(checkpoint) or ("mlx" if find_spec("mlx") else "torch")
+
+
 def exact_length(model: Path, engine: str) -> int | None:
     """The longest row that the engine computes as transformers does; None: any."""
     return max_exact_length(read_json(model / "config.json")) if engine == "mlx" else None

@@ -6,7 +6,7 @@ asked too, where it is installed, and what must not change is compared byte for 
 """
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,29 +17,23 @@ import numpy as np
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.backends import in_mlx, in_transformers
 from mlx_finetune.export.card import write_card
-from mlx_finetune.export.changes import EMBEDDINGS, Change, read_changes
+from mlx_finetune.export.changes import EMBEDDINGS, read_changes
 from mlx_finetune.export.distance import Choices, Distances, Measured, VerificationError, choices, distance
 from mlx_finetune.export.facts import Facts
 from mlx_finetune.export.folder_checks import FolderChecks, check_folder
 from mlx_finetune.export.fuse import Fused, Progress, fuse_into, write_template
 from mlx_finetune.export.in_engine import exact_length, logits_of, trained_with
+from mlx_finetune.export.probes import ANSWER, PROBE_TEXTS, bounded, spread, tokens_of
 from mlx_finetune.export.report import write_report
-from mlx_finetune.files import atomic_folder, read_json
+from mlx_finetune.files import atomic_folder
+
+__all__ = ["PROBE_TEXTS", "InEngine", "VerificationError", "Verified", "fuse_and_verify", "verify"]
 
 Backend = Literal["transformers", "mlx"]
 
 TOLERANCE = 1e-3  # between two float32 sums of the same numbers in another order, many layers deep
 NOISE = 1e-5  # of the largest logit: below this float32 cannot say which of two models is nearer
 TIES = 0.1  # of the rounding's own effect: two float32 sums now and then round to either side of a tie
-# What a tuned model is compared on: prose, a gptme turn, code.
-PROBE_TEXTS = (
-    "The capital of France is Paris, and the river that runs through it is called the Seine.",
-    "Let me see what fails first.\n\n```shell\npytest -q 2>&1 | tail -40\n```",
-    "def add(a: int, b: int) -> int:\n    return a + b\n\nassert add(2, 3) == 5\n",
-)
-LONGEST = 256  # tokens of a text that are compared
-ANSWER = 24  # greedy tokens that follow each text
-MOST_LOGITS = 1 << 26  # kept at once of one model: 256 MiB of float32
 # Two engines sum the same numbers in another order and by other kernels: of the largest logit, beside TOLERANCE.
 ENGINES = 1e-3
 
@@ -133,12 +127,13 @@ def verify(model: Path, checkpoint: Path, fused: Path, texts: Sequence[str], tem
     Of each text the first 256 tokens are compared, and 24 that the tuned model answers.
     """
     changes = read_changes(model, checkpoint)
-    tokens, spread = _bounded(model, _tokens(model, texts), _spread(changes))
+    rows = (change.location.shape[0] for name, change in changes.items() if name.endswith(f"{EMBEDDINGS}.weight"))
+    tokens, others = bounded(model, tokens_of(model, texts), spread(rows))
     backend: Backend = "transformers" if find_spec("torch") and find_spec("peft") else "mlx"
     measure = {"transformers": in_transformers, "mlx": in_mlx}[backend]
     stored = {name: change.location.dtype for name, change in changes.items() if change.location.dtype != "F32"}
-    answers = [ANSWER] * len(tokens) + [0] * len(spread)
-    measured = measure(model, checkpoint, fused, [*tokens, *spread], stored, answers)
+    answers = [ANSWER] * len(tokens) + [0] * len(others)
+    measured = measure(model, checkpoint, fused, [*tokens, *others], stored, answers)
     found = _compare(backend, measured, answers, bool(stored), check_folder(model, fused, changes, template))
     return _with_engine(found, model, checkpoint, measured, answers)
 
@@ -173,13 +168,11 @@ def _nearer(found: Distances, rms: float) -> bool:
     return rms < found.base.rms or rms <= NOISE * found.largest_logit
 
 
-def _answered(
-    measured: Measured, other: list[np.ndarray], answers: Sequence[int]
-) -> tuple[list[np.ndarray], list[np.ndarray], list[int]]:
-    """Of both models what stands before each token of an answer, and the place behind the text: for `choices`."""
-    rows = [i for i, count in enumerate(answers) if count and len(other[i]) == len(measured.reference[i])]
-    first = [len(measured.reference[i]) - answers[i] - 1 for i in rows]
-    return [measured.reference[i] for i in rows], [other[i] for i in rows], first
+def _answered(measured: Measured, other: list[np.ndarray], answers: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Of both models the logits before each token of an answer; rows that are not whole in `other` are left out."""
+    whole = [i for i, count in enumerate(answers) if count and len(other[i]) == len(measured.reference[i])]
+    reference, found = ([logits[i][-answers[i] - 1 : -1] for i in whole] for logits in (measured.reference, other))
+    return reference, found
 
 
 def _with_engine(found: Verified, model: Path, checkpoint: Path, measured: Measured, answers: Sequence[int]) -> Verified:
@@ -198,27 +191,3 @@ def _with_engine(found: Verified, model: Path, checkpoint: Path, measured: Measu
     passed = passed and (_nearer(measured.distances, apart.rms) or apart.rms <= ENGINES * TIES * found.largest_logit)
     said = InEngine(engine, apart.largest, fused.largest, apart.kl, tolerance, chosen, passed)
     return replace(found, engine=asdict(said), passed=passed)
-
-
-def _bounded(model: Path, tokens: list[list[int]], spread: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-    """Rows cut so that no more than MOST_LOGITS logits are kept of a model; of a spread row every so many-th token stays."""
-    config = read_json(model / "config.json")
-    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 1 << 18
-    most = max(8, min(LONGEST, MOST_LOGITS // int(size) // (len(tokens) + len(spread)) - ANSWER))
-    thinned = [[row[int(i)] for i in np.linspace(0, len(row) - 1, min(most, len(row)))] for row in spread]
-    return [row[:most] for row in tokens], thinned
-
-
-def _tokens(model: Path, texts: Sequence[str]) -> list[list[int]]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    tokens = [list(tokenizer(text)["input_ids"])[:LONGEST] for text in texts]
-    assert any(tokens), "nothing to compare"
-    return [row for row in tokens if row]
-
-
-def _spread(changes: Mapping[str, Change]) -> list[list[int]]:
-    """A row of tokens from the whole vocabulary where embeddings change: a wrong row of them shows only when it is read."""
-    rows = [change.location.shape[0] for name, change in changes.items() if name.endswith(f"{EMBEDDINGS}.weight")]
-    return [np.linspace(0, count - 1, LONGEST, dtype=int).tolist() for count in rows]
