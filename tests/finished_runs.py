@@ -33,15 +33,21 @@ def make_data(model: Path, folder: Path) -> Path:
     return folder / "dataset"
 
 
-def make_run(root: Path, engine: str, model_type: str = "llama", model: dict[str, Any] | None = None, **values: Any) -> Path:
-    """The folder root/run, of four steps that change the model visibly; the model is root/base."""
-    base = make_tiny(model_type, root / "base", tokenizer=True, **(model or {}))
+def make_base(root: Path, model_type: str = "llama", **how: Any) -> Path:
+    """The model root/base with a card and a licence, and root/dataset for it."""
+    base = make_tiny(model_type, root / "base", tokenizer=True, **how)
     (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [en]\n---\n# Base\n\nWhat its makers say.\n")
     (base / "LICENSE").write_text("Apache License 2.0")
-    told = {"model": str(base), "data": str(make_data(base, root)), "out": str(root / "run"), "engine": engine}
+    make_data(base, root)
+    return base
+
+
+def make_run(root: Path, engine: str, out: str = "run", **values: Any) -> Path:
+    """The folder root/out, of four steps that change root/base visibly."""
+    told: dict[str, Any] = {"model": str(root / "base"), "data": str(root / "dataset"), "out": str(root / out), "engine": engine}
     told |= {"steps": 4, "batch_size": 2, "gradient_accumulation": 1, "learning_rate": 1e-2, "eval_every": 2, "save_every": 2}
     if values.get("fine_tune_type") != "full":
         told |= {"rank": 4, "alpha": 8}
     plan = plan_run(make_config(told | values, "test"))
     execute(plan, lambda done, steps, note: None)
-    return root / "run"
+    return plan.run

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from finished_runs import WORDS, make_run
+from finished_runs import WORDS, make_base, make_run
 from safetensors.numpy import load_file, save_file
 
 from mlx_finetune.config import make_config
@@ -42,7 +42,9 @@ MAKES = {"lora": "mlx", "dora": "torch", "rslora": "torch", "last two layers": "
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One run of each kind, never written to."""
-    return {kind: make_run(tmp_path_factory.mktemp("run"), MAKES[kind], **values) for kind, values in KINDS.items()}
+    root = tmp_path_factory.mktemp("runs")
+    make_base(root)
+    return {kind: make_run(root, MAKES[kind], kind, **values) for kind, values in KINDS.items()}
 
 
 @dataclass(frozen=True)
@@ -195,8 +197,8 @@ def test_an_adapter_that_a_library_would_read_otherwise_never_appears(library, r
 
 
 def test_embeddings_that_are_the_head_are_for_mlx_lm_alone(tmp_path):
-    targets = {"target_modules": ("q_proj", "embed_tokens")}
-    run = make_run(tmp_path, "mlx", "qwen2", {"changes": {"tie_word_embeddings": True}}, **targets)
+    make_base(tmp_path, "qwen2", changes={"tie_word_embeddings": True})
+    run = make_run(tmp_path, "mlx", target_modules=("q_proj", "embed_tokens"))
     with pytest.raises(UserError, match="peft cannot have it: on embeddings that are the head too"):
         export(run, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
@@ -208,7 +210,8 @@ def test_embeddings_that_are_the_head_are_for_mlx_lm_alone(tmp_path):
 
 
 def test_an_architecture_that_mlx_does_not_have_is_for_peft_alone(tmp_path):
-    run = make_run(tmp_path, "torch", "starcoder2", target_modules=("q_proj", "c_fc"))
+    make_base(tmp_path, "starcoder2")
+    run = make_run(tmp_path, "torch", target_modules=("q_proj", "c_fc"))
     with pytest.raises(UserError, match="mlx-lm cannot have it: architecture 'starcoder2'"):
         export(run, tmp_path / "adapter", "mlx-lm")
     exported, opened = export(run, tmp_path / "adapter")
@@ -216,8 +219,8 @@ def test_an_architecture_that_mlx_does_not_have_is_for_peft_alone(tmp_path):
     assert "lora_parameters" not in json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
 
 
-def test_weights_that_were_trained_are_no_adapter(tmp_path):
-    run = make_run(tmp_path, "torch", fine_tune_type="full", learning_rate=1e-3)
+def test_weights_that_were_trained_are_no_adapter(runs, tmp_path):
+    run = make_run(runs["lora"].parent, "torch", "full", fine_tune_type="full", learning_rate=1e-3)
     with pytest.raises(UserError, match="the weights themselves were trained"):
         export(run, tmp_path / "adapter")
 

@@ -1,7 +1,9 @@
 """What goes to the Hub and what never does, and the talk with it: huggingface_hub itself, against a small server in its place."""
 
+import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_models import make_tiny
 
 from mlx_finetune.errors import UserError
@@ -33,8 +36,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(model: Path, tmp_path: Path) -> Path:
     """A copy that the test may spoil."""
-    import shutil
-
     return Path(shutil.copytree(model, tmp_path / "folder"))
 
 
@@ -90,8 +91,6 @@ def spoil_vocabulary(folder: Path) -> None:
 
 
 def spoil_weights(folder: Path) -> None:
-    from safetensors.numpy import load_file, save_file
-
     save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"made in": f"{HOME}/run"})
 
 
@@ -135,7 +134,9 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server: Any = self.server
         if server.private is None:
-            self._answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+            self._answer(
+                {"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found"
+            )
         else:
             self._answer({"id": "kim/tuned", "private": server.private, "siblings": [], "tags": []})
 
@@ -152,7 +153,9 @@ class Hub(BaseHTTPRequestHandler):
             files = json.loads(raw)["files"]
             self._answer({"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]})
         elif path.endswith("/commit/main"):
-            self._answer({"commitUrl": "https://hub/kim/tuned/commit/1", "commitOid": "1", "pullRequestUrl": None})
+            self._answer(
+                {"commitUrl": f"http://{self.headers['Host']}/kim/tuned/commit/1", "commitOid": "1", "pullRequestUrl": None}
+            )
         else:
             self._answer({})
 
@@ -185,8 +188,6 @@ def run_push(hub: Any, *arguments: object, **environment: str) -> subprocess.Com
 
 def committed(hub: Any) -> dict[str, bytes]:
     """The files of the commit."""
-    import base64
-
     (body,) = (raw for path, _, raw in hub.asked if path.endswith("/commit/main"))
     lines = [json.loads(line) for line in body.splitlines()]
     return {one["value"]["path"]: base64.b64decode(one["value"]["content"]) for one in lines if one["key"] == "file"}
@@ -197,7 +198,7 @@ def test_the_files_arrive_as_they_are_in_a_private_repository(hub, folder):
     done = run_push(hub, folder, "kim/tuned", "--yes", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["url"] == "https://hub/kim/tuned/commit/1" and result["left_out"] == ["metrics.jsonl"]
+    assert result["url"].endswith("/kim/tuned/commit/1") and result["left_out"] == ["metrics.jsonl"]
     assert committed(hub) == {name: (folder / name).read_bytes() for name in result["files"]}
     (created,) = (json.loads(raw) for path, _, raw in hub.asked if path == "/api/repos/create")
     assert created.get("private") is True or created.get("visibility") == "private"
@@ -217,6 +218,13 @@ def test_without_a_terminal_and_a_yes_nothing_is_sent(hub, folder):
     assert done.returncode == 2 and "hint: --yes" in done.stderr and not hub.asked
     done = run_push(hub, folder, "kim/tuned", "--dry-run")
     assert done.returncode == 0 and "model.safetensors" in done.stdout and not hub.asked
+
+
+def test_a_hub_that_is_not_reached_is_one_line(hub, folder):
+    offline = run_push(hub, folder, "kim/tuned", "--yes", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 2 and "HF_HUB_OFFLINE is set" in offline.stderr
+    away = run_push(hub, folder, "kim/tuned", "--yes", HF_ENDPOINT="http://127.0.0.1:9")
+    assert away.returncode == 2 and "kim/tuned: the Hub was not reached" in away.stderr and not hub.asked
 
 
 def test_where_the_hub_does_not_let_one_write_that_is_one_line(hub, folder):

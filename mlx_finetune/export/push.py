@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -178,25 +179,49 @@ def push(api: Any, folder: Path, repo: str, files: Sequence[str], public: bool) 
     Makes the repository where there is none, private unless `public`.
 
     Raises:
-        UserError: the repository is public and `public` was not asked for; the Hub does not have it so.
+        UserError: the repository is public and `public` was not asked for; the Hub does not have it so, or is not reached.
     """
     from huggingface_hub import CommitOperationAdd
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    with hub_errors(repo):
-        try:
-            try:
-                if not public and not api.repo_info(repo).private:
-                    raise UserError(f"{repo}: is there already, and public", hint="--public pushes to it; or choose another name")
-            except GatedRepoError:
-                raise
-            except RepositoryNotFoundError:
-                api.create_repo(repo, private=not public)
-            operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(folder / name)) for name in files]
-            done = api.create_commit(repo, operations, commit_message="Upload by mlx-finetune")
-        except HfHubHTTPError as error:
-            if getattr(error.response, "status_code", None) in (401, 403):
-                hint = "hf auth login, with a token that may write; the owner is to be you or a group of yours"
-                raise UserError(f"{repo}: the Hub does not let you write there", hint=hint) from error
-            raise
+    with hub_errors(repo), _refusals(repo):
+        is_private = _privacy(api, repo)
+        if is_private is None:
+            api.create_repo(repo, private=not public)
+        elif not (is_private or public):
+            raise UserError(f"{repo}: is there already, and public", hint="--public pushes to it; or choose another name")
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(folder / name)) for name in files]
+        done = api.create_commit(repo, operations, commit_message="Upload by mlx-finetune")
     return str(done.commit_url)
+
+
+def _privacy(api: Any, repo: str) -> bool | None:
+    """Whether the repository is private; None where there is none."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        return bool(api.repo_info(repo).private)
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        return None
+
+
+@contextmanager
+def _refusals(repo: str) -> Iterator[None]:
+    """What the Hub says to one who writes, where it is another thing than it says to one who reads."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if getattr(error.response, "status_code", None) in (401, 403):
+            hint = "hf auth login, with a token that may write; the owner is to be you or a group of yours"
+            raise UserError(f"{repo}: the Hub does not let you write there", hint=hint) from error
+        raise
+    except OfflineModeIsEnabled as error:
+        raise UserError(f"{repo}: HF_HUB_OFFLINE is set, so there is no way to the Hub", hint="HF_HUB_OFFLINE=0") from error
+    except HTTPError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{repo}: the Hub was not reached: {reason}", hint="run it again: files that arrived whole are kept"
+        ) from error
