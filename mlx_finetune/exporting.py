@@ -180,7 +180,7 @@ def _describe(folder: Path, fused: Path, facts: Facts, report: dict[str, Any]) -
 
 
 def _write_gguf(options: ExportOptions, model: Path, folder: Path, base: str, advance: Callable[..., None]) -> Path:
-    from mlx_finetune.export.gguf_write import write_gguf
+    from mlx_finetune.export.gguf_write import write_gguf  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
     file = folder / f"{base.rpartition('/')[2]}-{options.quantisation}.gguf"
     write_gguf(model, file, options.quantisation, advance)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from mlx_finetune.export.adapter_folder import Exported, export_adapter, plain_t
 from mlx_finetune.export.distance import VerificationError
 from mlx_finetune.export.facts import read_facts
 from mlx_finetune.export.in_engine import logits_of
+from mlx_finetune.export.push import choose_files, find_private
 from mlx_finetune.models.mlx_config import mlx_overlay
 from mlx_finetune.models.weights import tensor_headers
 from mlx_finetune.training.start import begin, started
@@ -174,6 +177,7 @@ def test_nothing_of_a_person_stands_in_the_folder(kind, handed):
         data = path.read_bytes()
         assert place.encode() not in data and not any(word.encode() in data for word in WORDS.split()), path.name
     assert handed[kind].settings["base_model_name_or_path"] == "base"
+    assert find_private(handed[kind].folder, list(choose_files(handed[kind].folder).files), Path("/home/jo.nasim")) == []
 
 
 @pytest.mark.parametrize("library", ["peft", "mlx-lm"])
@@ -217,6 +221,23 @@ def test_an_architecture_that_mlx_does_not_have_is_for_peft_alone(tmp_path):
     exported, opened = export(run, tmp_path / "adapter")
     assert exported.formats == ["peft"] and list(opened.readers) == ["peft"]
     assert "lora_parameters" not in json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+
+
+def test_without_torch_the_folder_is_proven_by_mlx_lm_alone_and_says_so(runs, handed, tmp_path):
+    program = (
+        "import sys; sys.modules['torch'] = sys.modules['peft'] = None\n"  # as on a machine without them
+        "from pathlib import Path\n"
+        "from mlx_finetune.evaluation.compare import open_run\n"
+        "from mlx_finetune.export.adapter_folder import export_adapter\n"
+        "_, model, checkpoint = open_run(Path(sys.argv[1]), 'best')\n"
+        "exported, opened = export_adapter(model, checkpoint, Path(sys.argv[2]), 'peft')\n"
+        "print(exported.formats, list(opened.readers), opened.not_asked, opened.engine)\n"
+    )
+    arguments = [str(runs["dora"]), str(tmp_path / "adapter")]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "['peft', 'mlx-lm'] ['mlx-lm'] ['peft'] mlx\n"  # which torch trained
+    assert close(list(in_peft(handed["dora"].model, tmp_path / "adapter")), handed["dora"].expected)
 
 
 def test_weights_that_were_trained_are_no_adapter(runs, tmp_path):
