@@ -12,8 +12,12 @@ def export(
     run: Annotated[Path, typer.Argument(help="Folder that train made; for gguf and ollama also a model folder that fuse made.")],
     to: Annotated[str, typer.Option("--to", help="peft or mlx-lm (one folder for both), gguf, ollama.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to make; must not exist.")],
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="best, latest, or a name such as step-000100.")] = "best",
-    quantisation: Annotated[str, typer.Option("--quantisation", help="gguf, ollama: f16, bf16, q8_0, q4_k_m and others.")] = "q8_0",
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", help="best, latest, or a name such as step-000100. Default: best.")
+    ] = "",
+    quantisation: Annotated[
+        str, typer.Option("--quantisation", help="gguf, ollama: f16, bf16, q8_0, q4_k_m and others. Default: q8_0.")
+    ] = "",
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="gguf: only the adapter, for llama.cpp's --lora beside a GGUF of the base.")
     ] = False,

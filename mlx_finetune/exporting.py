@@ -18,6 +18,7 @@ from mlx_finetune.models.hub import HUB_ID, check_model_folder
 from mlx_finetune.terminal import finish, progress, say, table
 
 ADAPTERS, MODELS = ("peft", "mlx-lm"), ("gguf", "ollama")
+CHECKPOINT, QUANTISATION = "best", "q8_0"  # where none is named
 # Ways of a fused model folder into the new one; gives back the file that was written.
 Write = Callable[[Path, Path, Callable[..., None]], Path]
 
@@ -67,10 +68,17 @@ def _check(options: ExportOptions) -> None:
         raise UserError(f"--to {options.to}: not a format that is known", hint=hint)
     if options.adapter_only and options.to != "gguf":
         raise UserError(
-            f"--adapter-only is for --to gguf, not {options.to}", hint="leave it out: peft and mlx-lm are adapters alone"
+            f"--adapter-only is for --to gguf, not {options.to}", hint="peft and mlx-lm take adapters alone; Ollama takes models"
         )
     if options.base and not HUB_ID.fullmatch(options.base):
         raise UserError(f"--base {options.base}: no id of the Hub", hint="write it as org/name, or leave it out")
+    is_file = options.to in MODELS and not options.adapter_only
+    if options.quantisation and not is_file:
+        raise UserError(f"--quantisation {options.quantisation}: an adapter is not quantised", hint="leave it out")
+    is_run = (options.run / "config.yaml").is_file()
+    for name, value in (("checkpoint", options.checkpoint), ("base", options.base)):
+        if value and is_file and not is_run:
+            raise UserError(f"--{name} {value}: {options.run} is no run", hint="leave it out for a model folder")
     refuse_existing(options.out)
 
 
@@ -78,7 +86,7 @@ def _open(options: ExportOptions) -> tuple[RunConfig, Path, Path, Facts]:
     """Config, model, checkpoint and facts of the run."""
     from mlx_finetune.evaluation.compare import open_run
 
-    config, model, checkpoint = open_run(options.run, options.checkpoint)
+    config, model, checkpoint = open_run(options.run, options.checkpoint or CHECKPOINT)
     return config, model, checkpoint, read_facts(options.run, checkpoint, model, config, options.base)
 
 
@@ -117,7 +125,8 @@ def _export_gguf_adapter(options: ExportOptions) -> None:
     with atomic_folder(options.out) as folder:
         name = f"{facts.base.rpartition('/')[2]}-lora.gguf"
         write_gguf_adapter(checkpoint, model, folder / name)
-        write_card(folder, facts, {"verified": {}, "versions": versions()}, "adapter")
+        write_card(folder, facts, {"verified": {}, "versions": versions()}, "gguf adapter")
+    say("what llama.cpp makes of it was not compared with the engine that trained it")
     following = f"llama-server -m BASE.gguf --lora {options.out / name}"
     finish({"file": str(options.out / name), "out": str(options.out)}, options.as_json, lambda: None, options.out, following)
 
@@ -132,8 +141,9 @@ def _export_model(options: ExportOptions) -> None:
         check_model_folder(options.run)
     from mlx_finetune.export.gguf_kinds import check_kind  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-    check_kind(options.quantisation)
-    say(f"writing {options.run} as {options.to} ({options.quantisation}) into {options.out}")
+    kind = options.quantisation or QUANTISATION
+    check_kind(kind)
+    say(f"writing {options.run} as {options.to} ({kind}) into {options.out}")
     with (
         atomic_folder(options.out) as folder,
         tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{options.out.name}.") as beside,
@@ -182,16 +192,19 @@ def _describe(folder: Path, fused: Path, facts: Facts, report: dict[str, Any]) -
 def _write_gguf(options: ExportOptions, model: Path, folder: Path, base: str, advance: Callable[..., None]) -> Path:
     from mlx_finetune.export.gguf_write import write_gguf  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-    file = folder / f"{base.rpartition('/')[2]}-{options.quantisation}.gguf"
-    write_gguf(model, file, options.quantisation, advance)
+    kind = options.quantisation or QUANTISATION
+    file = folder / f"{base.rpartition('/')[2]}-{kind}.gguf"
+    write_gguf(model, file, kind, advance)
     return file
 
 
 def _write_ollama(options: ExportOptions, model: Path, folder: Path, base: str, advance: Callable[..., None]) -> Path:
-    from mlx_finetune.export.ollama import write_ollama  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    from mlx_finetune.export.ollama import OllamaSettings, write_ollama  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    from mlx_finetune.training.checkpoint import trained_template
 
     file = _write_gguf(options, model, folder, base, advance)
-    write_ollama(folder, model, file.name)
+    for remark in write_ollama(folder, model, OllamaSettings(gguf=file.name, template=trained_template(options.run))):
+        say(remark)
     return file
 
 

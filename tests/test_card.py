@@ -81,7 +81,7 @@ def test_the_numbers_are_those_of_the_data_and_the_run(facts, run):
     table, of_data = rows(text), rows(text[text.index("## Data") : text.index("## Method")])
     for name, source in (
         ("gptme conversations", "gptme"),
-        ("[OpenAssistant](https://huggingface.co/datasets/OpenAssistant/oasst1)", "openassistant"),
+        ("[OpenAssistant](https://huggingface.co/OpenAssistant)", "openassistant"),
     ):
         learned = info["train"]["learned_tokens_by_source"][source]
         assert of_data[name][:2] == [str(info["train"]["conversations"][source]), f"{learned:,}"]
@@ -157,9 +157,10 @@ def test_what_the_base_says_of_itself_cannot_break_out_of_the_front_matter(facts
 def test_the_card_says_how_gptme_reaches_it(facts):
     assert "gptme -m local/DIR --tool-format" in card(facts, REPORT) and "mlx_lm.server --model DIR" in card(facts, REPORT)
     assert "--adapter-path DIR" in card(facts, REPORT, "adapter") and "11434" in card(facts, REPORT, "gguf")
+    assert "--lora DIR/FILE.gguf" in card(facts, REPORT, "gguf adapter")
 
 
 def test_no_word_of_a_conversation_stands_in_it(facts, run):
-    for kind in ("model", "adapter", "gguf"):
+    for kind in ("model", "adapter", "gguf", "gguf adapter"):
         text = card(facts, REPORT, kind)
         assert not any(word in text for word in (*WORDS.split(), "log-1", str(run.parent)))

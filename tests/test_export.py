@@ -213,6 +213,20 @@ def test_embeddings_that_are_the_head_are_for_mlx_lm_alone(tmp_path):
     assert close(list(in_mlx_lm(tmp_path / "base", tmp_path / "adapter")), trained(run)[0])
 
 
+def test_a_base_that_mlx_quantised_is_for_mlx_lm_alone(tmp_path):
+    from mlx_lm import convert
+
+    make_base(tmp_path)
+    (tmp_path / "base").rename(tmp_path / "whole")
+    convert(str(tmp_path / "whole"), str(tmp_path / "base"), quantize=True, q_group_size=32, q_bits=4)
+    run = make_run(tmp_path, "mlx", target_modules=("q_proj", "lm_head"))
+    with pytest.raises(UserError, match="peft cannot have it: base is quantised") as caught:
+        export(run, tmp_path / "adapter")
+    assert caught.value.hint == "--to mlx-lm"
+    exported, opened = export(run, tmp_path / "adapter", "mlx-lm")
+    assert exported.formats == ["mlx-lm"] and opened.readers["mlx-lm"].base > 0.1
+
+
 def test_an_architecture_that_mlx_does_not_have_is_for_peft_alone(tmp_path):
     make_base(tmp_path, "starcoder2")
     run = make_run(tmp_path, "torch", target_modules=("q_proj", "c_fc"))
@@ -247,7 +261,7 @@ def test_weights_that_were_trained_are_no_adapter(runs, tmp_path):
 
 
 def test_the_command_says_what_it_made_and_refuses_what_it_cannot(runs, cli, tmp_path):
-    run = shutil.copytree(runs["lora"], tmp_path / "run", symlinks=True)
+    run, base = shutil.copytree(runs["lora"], tmp_path / "run", symlinks=True), runs["lora"].parent / "base"
     status, out, err = cli("export", run, "--to", "mlx-lm", "--out", "adapter", "--base", "org/base", "--json")
     assert status == 0, err
     result = json.loads(out)
@@ -259,12 +273,33 @@ def test_the_command_says_what_it_made_and_refuses_what_it_cannot(runs, cli, tmp
         ((tmp_path, "--to", "peft", "--out", "x"), "not a run", "mlx-finetune train"),
         ((tmp_path, "--to", "gguf", "--out", "x"), "neither a run nor a model folder", "mlx-finetune"),
         ((run, "--to", "peft", "--out", "x", "--checkpoint", "step-7"), "no checkpoint 'step-7'", "step-000002"),
-        ((run, "--to", "peft", "--out", "x", "--adapter-only"), "--adapter-only is for --to gguf", "leave it out"),
+        ((run, "--to", "peft", "--out", "x", "--adapter-only"), "--adapter-only is for --to gguf", "Ollama takes models"),
         ((run, "--to", "peft", "--out", "x", "--base", "nowhere"), "--base nowhere", "org/name"),
+        ((run, "--to", "peft", "--out", "x", "--quantisation", "f16"), "an adapter is not quantised", "leave it out"),
+        ((base, "--to", "gguf", "--out", "x", "--base", "org/name"), "is no run", "leave it out"),
+        ((base, "--to", "gguf", "--out", "x", "--checkpoint", "best"), "is no run", "leave it out"),
     ):
         status, out, err = cli("export", *arguments)
         assert (status, out) == (2, "") and message in err and hint in err and "Traceback" not in err
         assert not Path("x").exists()
+
+
+def test_a_run_becomes_a_gguf_file_and_the_fused_folder_beside_it_goes(runs, cli, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("mlx_finetune.export.gguf_write")
+    status, out, err = cli("export", runs["lora"], "--to", "gguf", "--out", "made", "--quantisation", "f16", "--json")
+    assert status == 0, err
+    result = json.loads(out)
+    assert result["verified"]["verified"]["passed"] and result["bytes"] == Path(result["file"]).stat().st_size
+    assert sorted(path.name for path in Path("made").iterdir()) == ["LICENSE", "README.md", "base-f16.gguf", "verification.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]
+    assert "token_embd.weight" in {tensor.name for tensor in gguf.GGUFReader("made/base-f16.gguf").tensors}
+    status, out, err = cli("export", runs["lora"], "--to", "gguf", "--out", "lora", "--adapter-only")
+    assert status == 0 and (tmp_path / "lora" / "base-lora.gguf").is_file(), err
+    status, out, err = cli("export", runs["lora"], "--to", "ollama", "--out", "other", "--quantisation", "q9")
+    assert status == 2 and "q9" in err and not Path("other").exists()
+    status, out, err = cli("export", runs["lora"].parent / "base", "--to", "ollama", "--out", "other", "--quantisation", "f16")
+    assert status == 0 and (tmp_path / "other" / "Modelfile").read_text().startswith("FROM ./base-f16.gguf\n"), err
 
 
 def test_the_best_checkpoint_is_exported_unless_another_is_named(runs, tmp_path):

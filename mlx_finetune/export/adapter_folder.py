@@ -64,7 +64,8 @@ def export_adapter(
         base_weights(model, adapter)
     lacking = {"peft": _not_for_peft(model, adapter, tied, quantised), "mlx-lm": _not_for_mlx_lm(config)}
     if lacking[to]:
-        raise UserError(f"{checkpoint}: {to} cannot have it: {lacking[to]}", hint=FUSE)
+        other = next((name for name in FORMATS if not lacking[name]), None)
+        raise UserError(f"{checkpoint}: {to} cannot have it: {lacking[to]}", hint=f"--to {other}" if other else FUSE)
     formats = [name for name in FORMATS if not lacking[name]]
     remarks = [f"not for {name}: {reason}" for name, reason in lacking.items() if reason]
     if "mlx-lm" in formats and config.get("rope_parameters"):

@@ -13,14 +13,20 @@ import yaml
 from mlx_finetune.export.facts import LICENSES, Facts
 from mlx_finetune.files import atomic_file
 
-Kind = Literal["model", "adapter", "gguf"]
+Kind = Literal["model", "adapter", "gguf", "gguf adapter"]
 
 FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-RELATION: Mapping[Kind, str] = {"model": "finetune", "adapter": "adapter", "gguf": "quantized"}
-LIBRARY: Mapping[Kind, str] = {"model": "transformers", "adapter": "peft", "gguf": "gguf"}
+LIBRARY: Mapping[Kind, str] = {"model": "transformers", "adapter": "peft", "gguf": "gguf", "gguf adapter": "gguf"}
+RELATION: Mapping[Kind, str] = {"model": "finetune", "adapter": "adapter", "gguf": "finetune", "gguf adapter": "adapter"}
+WHAT: Mapping[Kind, str] = {
+    "model": "fine-tuned",
+    "adapter": "with an adapter, to be loaded beside it,",
+    "gguf": "fine-tuned, as GGUF,",
+    "gguf adapter": "with an adapter as GGUF, to be loaded beside a GGUF of it,",
+}
 CARRIED = ("license", "license_name", "license_link", "language")  # of the base's card
 SHARE_ALIKE = re.compile(r"cc-by(?:-nc)?-sa|a?gpl|lgpl|odbl|osl|mpl|eupl|cecill", re.IGNORECASE)
-PUBLIC_DATA = {"openassistant": "[OpenAssistant](https://huggingface.co/datasets/OpenAssistant/oasst1)"}
+PUBLIC_DATA = {"openassistant": "[OpenAssistant](https://huggingface.co/OpenAssistant)"}
 SOURCE_NAMES = {"gptme": "gptme conversations", "openassistant": "OpenAssistant", "chat": "chat files"}
 MOST = 1 << 20  # characters of the base's card that are kept
 
@@ -35,7 +41,7 @@ def card(facts: Facts, report: Mapping[str, Any], kind: Kind = "model") -> str:
     """The text of the card; `kind`: a whole model, an adapter, or a GGUF file."""
     of_base, below = split_card(facts.base_card)
     sections = [_about(facts, kind), _data(facts), _method(facts), _results(facts), _serving(facts, kind)]
-    sections += [_verification(report["verified"]), _licence(facts, of_base), _versions(facts, report["versions"])]
+    sections += [_verification(report["verified"], kind), _licence(facts, of_base), _versions(facts, report["versions"])]
     text = front_matter(facts, of_base, kind) + "\n" + "\n\n".join(filter(None, sections)) + "\n"
     return text + (
         f"\n---\n\nThe card of the base model, {_code(facts.base)}:\n\n{below[:MOST].strip()}\n" if below.strip() else ""
@@ -73,8 +79,7 @@ def _is_plain(value: Any) -> bool:
 
 def _about(facts: Facts, kind: Kind) -> str:
     base = f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.on_hub else _code(facts.base)
-    what = {"model": "fine-tuned", "adapter": "with an adapter, to be loaded beside it,", "gguf": "fine-tuned, as GGUF,"}[kind]
-    return f"# {_plain(facts.base.rpartition('/')[2])}, tuned on gptme conversations\n\n{base} {what} by mlx-finetune."
+    return f"# {_plain(facts.base.rpartition('/')[2])}, tuned on gptme conversations\n\n{base} {WHAT[kind]} by mlx-finetune."
 
 
 def _data(facts: Facts) -> str:
@@ -84,7 +89,7 @@ def _data(facts: Facts) -> str:
     table = _table(("source", "conversations", "learned tokens", "licence"), rows)
     counts = ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in facts.counts.items())
     policy = f"\n\nRoles: {_plain(facts.role_policy)}." if facts.role_policy else ""
-    return f"## Data\n\n{table}\n\nFor training: {counts}. Secrets were replaced by placeholders unless told otherwise.{policy}"
+    return f"## Data\n\n{table}\n\nFor training: {counts}.{policy}"
 
 
 def _source(name: str) -> str:
@@ -114,10 +119,11 @@ def _serving(facts: Facts, kind: Kind) -> str:
     commands = {
         "model": ("transformers serve DIR --port 8000", "mlx_lm.server --model DIR --port 8000 --max-tokens 8192"),
         "adapter": (f"mlx_lm.server --model {base} --adapter-path DIR --port 8000 --max-tokens 8192",),
-        "gguf": ("ollama create NAME -f DIR/Modelfile && ollama serve",),
+        "gguf": ("llama-server -m DIR/FILE.gguf --port 8000 --jinja",),
+        "gguf adapter": ("llama-server -m BASE.gguf --lora DIR/FILE.gguf --port 8000 --jinja",),
     }[kind]
-    port, name = ("11434", "NAME") if kind == "gguf" else ("8000", "DIR" if kind == "model" else base)
-    ask = f"OPENAI_BASE_URL=http://127.0.0.1:{port}/v1 OPENAI_API_KEY=none gptme -m local/{name} --tool-format markdown"
+    name = {"model": "DIR", "adapter": base, "gguf": "FILE", "gguf adapter": "FILE"}[kind]
+    ask = f"OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=none gptme -m local/{name} --tool-format markdown"
     lines = "\n".join(["# one of these, where DIR is this folder" if len(commands) > 1 else "# DIR is this folder", *commands, ask])
     note = "`--tool-format` is to be the one of the conversations that it learned from: markdown, tool or xml."
     peft = (
@@ -125,14 +131,20 @@ def _serving(facts: Facts, kind: Kind) -> str:
         if kind == "adapter"
         else ""
     )
+    if kind == "gguf":
+        note += "\n\nWhere a Modelfile stands beside it: `ollama create NAME -f DIR/Modelfile`, and port 11434, `local/NAME`."
     return f"## Serving it for gptme\n\n```shell\n{lines}\n```\n\n{note}{peft}"
 
 
-def _verification(verified: Mapping[str, Any]) -> str:
-    """The numbers of verification.json that are one number, as a table."""
+def _verification(verified: Mapping[str, Any], kind: Kind) -> str:
+    """What stands in verification.json, as a table."""
+    if not verified:
+        return "## Verification\n\nNone."
     flat = _flat(verified)
     rows = [(key, _code(f"{value:.3g}" if isinstance(value, float) else str(value))) for key, value in flat.items()]
-    what = "Made before this folder appeared; all of it is in `verification.json`."
+    of = "Of the weights before they were written as GGUF; " if kind == "gguf" else ""
+    what = f"{of}made before this folder appeared; all of it is in `verification.json`."
+    what = what[0].upper() + what[1:]
     return f"## Verification\n\n{what}\n\n{_table(('what', 'found'), rows)}"
 
 

@@ -106,6 +106,8 @@ def _method(config: RunConfig) -> dict[str, Any]:
     method = {name: values[name] for name in names if values[name] not in (None, "none", 0) or name in ALWAYS}
     if config.steps:
         method.pop("epochs")
+    if config.loraplus_lr_ratio == 1:
+        method.pop("loraplus_lr_ratio", None)
     return method
 
 
