@@ -12,13 +12,11 @@ import numpy as np
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.backends import load_transformers, mlx_logits, transformers_logits
-from mlx_finetune.export.distance import VerificationError, choices, distance, largest
-from mlx_finetune.export.in_engine import any_engine, exact_length, logits_of
+from mlx_finetune.export.distance import ENGINES, TOLERANCE, VerificationError, choices, distance, largest
+from mlx_finetune.export.in_engine import any_engine, exact_length, logits_of, on_cpu
 from mlx_finetune.export.probes import PROBE_TEXTS, bounded, spread_of, tokens_of
 
-# Two libraries sum the same numbers in another order: 1e-3, and as much of the largest logit.
-TOLERANCE = 1e-3
-NOISE = 1e-4  # of the largest logit: below this nobody can say which of two models is nearer
+NOISE = 3e-5  # of the largest logit: below this nobody can say which of two models is nearer
 Rows = Sequence[Sequence[int]]
 Read = Callable[[Path, Path, Rows], tuple[list[np.ndarray], list[np.ndarray]]]
 
@@ -81,7 +79,7 @@ def _engines(formats: Sequence[str]) -> list[str]:
 
 
 def _reading(reference: list[np.ndarray], base: list[np.ndarray], found: list[np.ndarray], highest: float) -> Reading:
-    tolerance = TOLERANCE * (1 + highest)
+    tolerance = TOLERANCE + ENGINES * highest
     apart = distance(reference, found)
     chosen = choices(reference, found, tolerance)
     of_base = distance(reference, base).rms
@@ -116,15 +114,16 @@ def _read_mlx_lm(model: Path, folder: Path, rows: Rows) -> tuple[list[np.ndarray
 
     from mlx_finetune.engines.mlx.load import load_model
 
-    network: Any = load_model(model, "float32")
-    base = list(mlx_logits(network, rows))
-    try:
-        network = load_adapters(network, str(folder))
-    except (KeyError, ValueError) as error:
-        raise VerificationError(f"mlx-lm does not open the adapter: {' '.join(str(error).split())[:300]}") from error
-    network.eval()
-    found = list(mlx_logits(network, rows))
-    del network
+    with on_cpu():
+        network: Any = load_model(model, "float32")
+        base = list(mlx_logits(network, rows))
+        try:
+            network = load_adapters(network, str(folder))
+        except (KeyError, ValueError) as error:
+            raise VerificationError(f"mlx-lm does not open the adapter: {' '.join(str(error).split())[:300]}") from error
+        network.eval()
+        found = list(mlx_logits(network, rows))
+        del network
     gc.collect()
     return base, found
 

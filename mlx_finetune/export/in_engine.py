@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def exact_length(model: Path, engine: str) -> int | None:
 def logits_of(model: Path, checkpoint: Path, engine: str, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
     """Of base + checkpoint in `engine`: float32 [T, V] of each row.
 
-    On the CPU with torch, where peft computes too; the frozen weights as they are stored, not quantised.
+    On the CPU, where peft computes too; the frozen weights as they are stored, and not quantised by torch.
 
     Raises:
         UserError: the engine does not have this model.
@@ -54,14 +55,28 @@ def logits_of(model: Path, checkpoint: Path, engine: str, rows: Sequence[Sequenc
     """
     config = config_of(checkpoint)
     assert config is not None
-    opened = _open(model, checkpoint, config, engine)
-    for row in rows:
-        tokens = np.array([*row, 0], np.int32)
-        weights = np.ones(len(tokens), np.float32)
-        weights[0] = 0
-        yield opened.logits(Batch.of([Example(tokens, weights, "", "", ())]))
-    del opened
+    with on_cpu() if engine == "mlx" else nullcontext():
+        opened = _open(model, checkpoint, config, engine)
+        for row in rows:
+            tokens = np.array([*row, 0], np.int32)
+            weights = np.ones(len(tokens), np.float32)
+            weights[0] = 0
+            yield opened.logits(Batch.of([Example(tokens, weights, "", "", ())]))
+        del opened
     gc.collect()  # one model in memory at a time
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Inside, MLX computes on the CPU: some GPUs multiply float32 in fewer bits."""
+    import mlx.core as mx
+
+    usual = mx.default_device()
+    mx.set_default_device(mx.Device(mx.cpu))
+    try:
+        yield
+    finally:
+        mx.set_default_device(usual)
 
 
 def _open(model: Path, checkpoint: Path, config: RunConfig, engine: str) -> Engine:

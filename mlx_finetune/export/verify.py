@@ -18,7 +18,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.export.backends import in_mlx, in_transformers
 from mlx_finetune.export.card import write_card
 from mlx_finetune.export.changes import EMBEDDINGS, read_changes
-from mlx_finetune.export.distance import Choices, Distances, Measured, VerificationError, choices, distance
+from mlx_finetune.export.distance import ENGINES, TOLERANCE, Choices, Distances, Measured, VerificationError, choices, distance
 from mlx_finetune.export.facts import Facts
 from mlx_finetune.export.folder_checks import FolderChecks, check_folder
 from mlx_finetune.export.fuse import Fused, Progress, fuse_into, write_template
@@ -31,18 +31,15 @@ __all__ = ["PROBE_TEXTS", "InEngine", "VerificationError", "Verified", "fuse_and
 
 Backend = Literal["transformers", "mlx"]
 
-TOLERANCE = 1e-3  # between two float32 sums of the same numbers in another order, many layers deep
 NOISE = 1e-5  # of the largest logit: below this float32 cannot say which of two models is nearer
 TIES = 0.1  # of the rounding's own effect: two float32 sums now and then round to either side of a tie
-# Two engines sum the same numbers in another order and by other kernels: of the largest logit, beside TOLERANCE.
-ENGINES = 1e-3
 
 
 @dataclass(frozen=True)
 class InEngine:
     """How far the logits of base + checkpoint in the engine that trained it lie from those of the tuned model, and the fused one.
 
-    tolerance: 1e-3, and as much of the largest logit; the fused model may besides differ by what its own tolerance allows.
+    tolerance: 1e-3 and 3e-4 of the largest logit; the fused model may besides differ by what its own tolerance allows.
     """
 
     name: str
