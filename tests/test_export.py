@@ -34,12 +34,11 @@ LAYERS = 4
 # What is adapted and how, by name: settings of the run.
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "dora": {"fine_tune_type": "dora"},
-    "rslora": {"use_rslora": True, "target_modules": ("q_proj", "down_proj")},
-    "last two layers": {"num_layers": 2},
-    "embeddings and head": {"target_modules": ("q_proj", "embed_tokens", "lm_head")},
+    "dora in the last two layers": {"fine_tune_type": "dora", "num_layers": 2},
+    "rslora of embeddings and head": {"use_rslora": True, "target_modules": ("q_proj", "down_proj", "embed_tokens", "lm_head")},
 }
-MAKES = {"lora": "mlx", "dora": "torch", "rslora": "torch", "last two layers": "mlx", "embeddings and head": "torch"}
+DORA, RSLORA = "dora in the last two layers", "rslora of embeddings and head"
+MAKES = {"lora": "mlx", DORA: "torch", RSLORA: "torch"}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +151,7 @@ def test_a_run_started_from_the_exported_folder_begins_with_the_same_logits(kind
 
 
 def test_names_are_plain_where_every_module_of_the_name_is_adapted_and_paths_where_not(handed):
-    every, last = (handed[kind].settings for kind in ("lora", "last two layers"))
+    every, last = (handed[kind].settings for kind in ("lora", DORA))
     assert every["target_modules"] == "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj".split()
     assert len(last["target_modules"]) == 14 and all(".2." in name or ".3." in name for name in last["target_modules"])
     assert (every["num_layers"], last["num_layers"]) == (4, 2)
@@ -165,7 +164,7 @@ def test_names_are_plain_where_every_module_of_the_name_is_adapted_and_paths_whe
 
 
 def test_mlx_lm_is_given_the_scale_of_rslora_itself(handed):
-    settings = handed["rslora"].settings
+    settings = handed[RSLORA].settings
     assert settings["use_rslora"] and settings["lora_alpha"] == 8
     assert settings["lora_parameters"]["scale"] == 8 / 4**0.5
 
@@ -247,11 +246,11 @@ def test_without_torch_the_folder_is_proven_by_mlx_lm_alone_and_says_so(runs, ha
         "exported, opened = export_adapter(model, checkpoint, Path(sys.argv[2]), 'peft')\n"
         "print(exported.formats, list(opened.readers), opened.not_asked, opened.engine)\n"
     )
-    arguments = [str(runs["dora"]), str(tmp_path / "adapter")]
+    arguments = [str(runs[DORA]), str(tmp_path / "adapter")]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "['peft', 'mlx-lm'] ['mlx-lm'] ['peft'] mlx\n"  # which torch trained
-    assert close(list(in_peft(handed["dora"].model, tmp_path / "adapter")), handed["dora"].expected)
+    assert close(list(in_peft(handed[DORA].model, tmp_path / "adapter")), handed[DORA].expected)
 
 
 def test_weights_that_were_trained_are_no_adapter(runs, tmp_path):

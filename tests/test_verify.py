@@ -16,10 +16,12 @@ from mlx_finetune.export.card import split_card
 from mlx_finetune.export.distance import Choices, choices
 from mlx_finetune.export.facts import read_facts
 from mlx_finetune.export.folder_checks import check_folder
+from mlx_finetune.export.fuse import write_template
 from mlx_finetune.export.in_engine import logits_of, trained_with
 from mlx_finetune.export.probes import ANSWER, MOST_LOGITS, PROBE_TEXTS, bounded
 from mlx_finetune.export.push import choose_files, find_private
 from mlx_finetune.export.verify import Verified, fuse_and_verify, verify
+from mlx_finetune.models.weights import tensor_headers
 from mlx_finetune.training.checkpoint import trained_template
 
 # Settings of the run, and of the base.
@@ -33,7 +35,7 @@ CASES = [
     ("lora", "mlx", "llama"),
     ("dora on bfloat16", "torch", "qwen3"),
     ("full", "mlx", "qwen2"),
-    ("tied embeddings", "torch", "gemma3_text"),
+    pytest.param("tied embeddings", "torch", "gemma3_text", marks=pytest.mark.long),
 ]
 
 
@@ -168,12 +170,21 @@ def test_a_folder_with_a_problem_does_not_pass(spoiled, run):
     assert not found.passed and found.largest_difference < 1e-4 and len(found.folder["problems"]) == 1
 
 
-def test_the_template_of_the_run_may_differ_from_the_bases(run, tmp_path):
-    _, model, checkpoint = open_run(run, "best")
+def test_the_template_of_the_run_may_differ_from_the_bases(spoiled, run):
+    _, model, _ = open_run(run, "best")
     template = CHATML + "{# of the run #}"
-    _, found = fuse_and_verify(model, checkpoint, tmp_path / "fused", PROBE_TEXTS, template=template)
-    assert found.passed and found.folder["template"]["as_trained"]
-    assert (tmp_path / "fused" / "chat_template.jinja").read_text() == template
+    write_template(spoiled, template)
+    found = check_folder(model, spoiled, tensor_headers(model), template)
+    assert not found.problems and found.template["as_trained"]
+    assert (spoiled / "chat_template.jinja").read_text() == template
+
+
+def test_a_token_beyond_the_vocabulary_of_the_base_itself_is_no_fault_of_the_folder(spoiled, tmp_path):
+    for folder in (base := Path(shutil.copytree(spoiled, tmp_path / "base")), spoiled):
+        edit(folder / "generation_config.json", eos_token_id=[2, 900])
+    found = check_folder(base, spoiled, ())
+    assert not found.problems and found.remarks == ["end of turn 900 is not in the vocabulary of 320"]
+    assert found.special_tokens["end of turn"] == [2, 900]
 
 
 def test_a_tie_within_float_noise_is_no_other_answer_and_a_real_one_is():

@@ -50,6 +50,8 @@ def export_adapter(
 ) -> tuple[Exported, Opened]:
     """Writes the folder `out` for `to`, and for the other library too where that can have this adapter.
 
+    `checkpoint`: of a run, whose engine is asked. `template`: the chat template that was trained. `facts`: for a model card.
+
     Raises:
         UserError: `out` exists; the checkpoint does not fit the model, or `to` cannot represent what it holds.
         VerificationError: a library makes other logits of the folder than the engine that trained; nothing is left.

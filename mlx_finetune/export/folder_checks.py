@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_finetune.data.policies import policy_of
+from mlx_finetune.export.probes import vocabulary_of
 from mlx_finetune.files import read_json
 from mlx_finetune.models.weights import TensorLocation, tensor_headers
 
@@ -23,9 +24,9 @@ class FolderChecks:
     """What was compared and what was found wrong.
 
     changed, unchanged: tensors that were to change, and those whose bytes are the base's.
-    tokenizer_files: those that are the base's byte for byte. special_tokens: ids by role, all of them in the vocabulary.
+    tokenizer_files: those that are the base's byte for byte. special_tokens: ids by role, the base's.
     template: sha256 of the chat template, whether it is the one that was trained, and what it does to roles.
-    problems: a line each; none where all is as it must be.
+    remarks: what is odd, and is so with the base. problems: a line each; none where all is as it must be.
     """
 
     changed: int
@@ -33,6 +34,7 @@ class FolderChecks:
     tokenizer_files: list[str]
     special_tokens: dict[str, list[int]]
     template: dict[str, str | bool]
+    remarks: list[str]
     problems: list[str]
 
 
@@ -45,8 +47,8 @@ def check_folder(model: Path, fused: Path, changed: Collection[str], template: s
     problems += [f"{name} is not the base's" for name in wrong]
     if _read(model / GENERATION) != _read(fused / GENERATION):
         problems.append(f"{GENERATION} is not the base's")
-    tokens, beyond = _special_tokens(model, fused)
-    problems += beyond
+    tokens, other, remarks = _special_tokens(model, fused)
+    problems += other
     own, expected = own_template(fused), template or own_template(model)
     if own != expected:
         problems.append("the chat template is not the one that was trained")
@@ -55,7 +57,7 @@ def check_folder(model: Path, fused: Path, changed: Collection[str], template: s
         "as_trained": own == expected,
         "role_policy": policy_of(own) or "as the model's own template has them",
     }
-    return FolderChecks(len(changed), same, files, tokens, about, problems)
+    return FolderChecks(len(changed), same, files, tokens, about, remarks, problems)
 
 
 def own_template(folder: Path) -> str:
@@ -120,15 +122,13 @@ def _read(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
-def _special_tokens(model: Path, fused: Path) -> tuple[dict[str, list[int]], list[str]]:
-    """Ids of the end of a turn and of padding, and what is wrong with them."""
-    before, after = _ids(model), _ids(fused)
+def _special_tokens(model: Path, fused: Path) -> tuple[dict[str, list[int]], list[str], list[str]]:
+    """Ids of the end of a turn and of padding, what is wrong with them, and what is so with the base too."""
+    before, after, size = _ids(model), _ids(fused), vocabulary_of(fused)
     problems = [f"{name} {after[name]} is not the base's {before[name]}" for name in after if after[name] != before[name]]
-    config = read_json(fused / "config.json")
-    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    if isinstance(size, int):
-        problems += [f"{n} {i} is not in the vocabulary of {size}" for n, ids in after.items() for i in ids if not 0 <= i < size]
-    return after, problems
+    beyond = {(name, i): f"{name} {i} is not in the vocabulary of {size}" for name in after for i in after[name] if i >= size}
+    problems += [text for (name, i), text in beyond.items() if i not in before[name]]
+    return after, problems, [text for (name, i), text in beyond.items() if i in before[name]]
 
 
 def _ids(folder: Path) -> dict[str, list[int]]:

@@ -18,6 +18,7 @@ from mlx_finetune.export.distance import VerificationError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.mlx_config import max_exact_length
 from mlx_finetune.training.checkpoint import load_checkpoint
+from mlx_finetune.training.memory_watch import loading
 
 
 def config_of(checkpoint: Path) -> RunConfig | None:
@@ -82,7 +83,8 @@ def on_cpu() -> Iterator[None]:
 def _open(model: Path, checkpoint: Path, config: RunConfig, engine: str) -> Engine:
     plain: dict[str, Any] = {"engine": engine, "dtype": "auto" if is_full(checkpoint) else "float32", "quantization": "none"}
     plain |= {"device": "cpu"} if engine == "torch" else {}
-    opened = open_engine(for_a_look(config, engine).model_copy(update=plain), model)
+    with loading(model):
+        opened = open_engine(for_a_look(config, engine).model_copy(update=plain), model)
     state, progress = load_checkpoint(checkpoint)
     own = {name: state.get(name) for name in (f"adapter/{name}" for name in opened.trained)}
     for name, array in own.items():
