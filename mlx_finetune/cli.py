@@ -9,6 +9,7 @@ import typer
 from typer.exceptions import TyperException
 
 from mlx_finetune.cli_collect import collect
+from mlx_finetune.cli_export import export, push
 from mlx_finetune.config import FIELDS, RunConfig, default
 from mlx_finetune.errors import UserError
 from mlx_finetune.launched import rank_of
@@ -169,6 +170,10 @@ def fuse(
     from mlx_finetune.commands import fuse_command
 
     fuse_command(run, out, checkpoint, as_json)
+
+
+app.command()(export)
+app.command()(push)
 
 
 @app.command()

@@ -52,6 +52,9 @@ class Engine(Protocol):
     def loss_sum(self, batch: Batch) -> float:
         """Sum of weight times cross entropy (nats); leaves training untouched."""
 
+    def logits(self, batch: Batch) -> np.ndarray:
+        """float32 [n, V] at the n places of the batch that count, row by row, computed as for the loss."""
+
     def generate(self, prompt: Sequence[int], limit: int, stop: frozenset[int]) -> Iterator[int]:
         """Greedy answer, at most `limit` tokens, ending before a token of `stop`."""
 

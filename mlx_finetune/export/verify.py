@@ -1,48 +1,71 @@
 """Proof that the fused folder is the base with what was trained: both are run, and their logits compared.
 
 Base + checkpoint comes from the checkpoint folder, not from the fused file: an adapter is opened by peft where torch is
-installed, else added to the weights that MLX loaded; trained weights are put into the loaded base.
+installed, else added to the weights that MLX loaded; trained weights are put into the loaded base. The engine that trained is
+asked too, where it is installed, and what must not change is compared byte for byte.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import gc
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from mlx_finetune.errors import UserError
-from mlx_finetune.export.backends import in_mlx, in_transformers
+from mlx_finetune.export.backends import in_transformers
+from mlx_finetune.export.card import write_card
 from mlx_finetune.export.changes import EMBEDDINGS, read_changes
-from mlx_finetune.export.distance import Distances, VerificationError
+from mlx_finetune.export.distance import ENGINES, TOLERANCE, Choices, Distances, Measured, VerificationError, choices, distance
+from mlx_finetune.export.facts import Facts
+from mlx_finetune.export.folder_checks import FolderChecks, check_folder
+from mlx_finetune.export.from_mlx import is_mlx_adapter
 from mlx_finetune.export.fuse import Fused, Progress, fuse_into, write_template
-from mlx_finetune.export.rows import Change
+from mlx_finetune.export.in_engine import exact_length, logits_of, trained_with
+from mlx_finetune.export.mlx_backend import in_mlx
+from mlx_finetune.export.probes import ANSWER, PROBE_TEXTS, bounded, spread, tokens_of
+from mlx_finetune.export.report import write_report
 from mlx_finetune.files import atomic_folder
+
+__all__ = ["PROBE_TEXTS", "InEngine", "VerificationError", "Verified", "fuse_and_verify", "verify"]
 
 Backend = Literal["transformers", "mlx"]
 
-TOLERANCE = 1e-3  # between two float32 sums of the same numbers in another order, many layers deep
 NOISE = 1e-5  # of the largest logit: below this float32 cannot say which of two models is nearer
 TIES = 0.1  # of the rounding's own effect: two float32 sums now and then round to either side of a tie
-# What a tuned model is compared on: prose, a gptme turn, code.
-PROBE_TEXTS = (
-    "The capital of France is Paris, and the river that runs through it is called the Seine.",
-    "Let me see what fails first.\n\n```shell\npytest -q 2>&1 | tail -40\n```",
-    "def add(a: int, b: int) -> int:\n    return a + b\n\nassert add(2, 3) == 5\n",
-)
-LONGEST = 256  # tokens of a text that are compared, so that the logits fit in memory
+
+
+@dataclass(frozen=True)
+class InEngine:
+    """How far the logits of base + checkpoint in the engine that trained it lie from those of the tuned model, and the fused one.
+
+    tolerance: 1e-3 and 3e-4 of the largest logit; the fused model may besides differ by what its own tolerance allows.
+    """
+
+    name: str
+    largest_difference: float
+    fused_difference: float
+    kl: float
+    tolerance: float
+    choices: Choices
+    passed: bool
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What the comparison of the fused model with the tuned one (base + checkpoint) found, over every position of the texts.
+    """What the comparison of the fused model with the tuned one (base + checkpoint) found, over all `positions` of the texts.
 
-    missing, unexpected: tensors that the fused folder lacks or has too many, those left out that the base has alike.
+    missing, unexpected: tensors that the fused folder lacks (or would have drawn anew) or has too many, those left out that the
+    base has alike.
     largest_difference, largest_logit: absolute, of single logits; largest_logit is of the tuned model.
     kl: mean over the positions of KL(tuned || fused), nats.
     tolerance: 1e-3 for float32; for BF16 and F16 besides what rounding the same weights costs, measured (see `_compare`).
     outweighed: it is what it has to be, but rounding leaves the trained weights no nearer to the tuned model than the base is.
+    choices: greedy tokens of the fused model behind each text and the tuned model's answer.
+    engine: the engine that trained, None where it is not installed or not known.
+    folder: what must not have changed.
     """
 
     backend: Backend
@@ -54,12 +77,24 @@ class Verified:
     tolerance: float
     passed: bool
     outweighed: bool = False
+    positions: int = 0
+    choices: dict[str, int] = field(default_factory=dict)
+    engine: dict[str, Any] | None = None
+    folder: dict[str, Any] = field(default_factory=dict)
 
 
 def fuse_and_verify(
-    model: Path, checkpoint: Path, out: Path, texts: Sequence[str], progress: Progress | None = None, template: str = ""
+    model: Path,
+    checkpoint: Path,
+    out: Path,
+    texts: Sequence[str],
+    progress: Progress | None = None,
+    template: str = "",
+    facts: Facts | None = None,
 ) -> tuple[Fused, Verified]:
-    """`fuse`, then `verify`; `out` appears only if the fused model passed. `template`: the chat template that was trained.
+    """`fuse`, then `verify`; `out` appears only if the fused model passed, with verification.json in it.
+
+    `template`: the chat template that was trained. `facts`: of the run, for a model card above the base's own.
 
     Raises:
         UserError: as `fuse`; or rounding outweighs what was trained, so that nothing of it could be handed back.
@@ -69,37 +104,49 @@ def fuse_and_verify(
         fused = fuse_into(model, checkpoint, folder, progress)
         if template:
             write_template(folder, template)
-        verified = verify(model, checkpoint, folder, texts)
+        verified = verify(model, checkpoint, folder, texts, template)
         if verified.outweighed:
             what = "it changes the weights by less than their stored precision rounds away"
             raise UserError(f"{checkpoint}: {what}; {out} was not written", hint="train longer, or with a higher learning_rate")
         if not verified.passed:
             raise VerificationError(f"{out} was not written: the fused model is not base + what was trained: {verified}")
+        report = write_report(folder, asdict(verified))
+        if facts is not None:
+            write_card(folder, facts, report)
     return fused, verified
 
 
-def verify(model: Path, checkpoint: Path, fused: Path, texts: Sequence[str]) -> Verified:
+def verify(model: Path, checkpoint: Path, fused: Path, texts: Sequence[str], template: str = "") -> Verified:
     """Compares the folder `fused` with `model` + what `checkpoint` trained, in float32, one model at a time.
 
     Runs in transformers and peft where torch and peft are installed, else in MLX; the result says which. Passes when no
     key is missing or unexpected, the largest difference is within the tolerance, the fused model differs from the tuned one
-    by no more than the rounding of the stored weights, and is nearer to it than the base is.
-    Of each text the first 256 tokens are compared.
+    by no more than the rounding of the stored weights, and is nearer to it than the base is; when its greedy answers are the
+    same but for ties; when the engine that trained says the same; and when nothing else changed (`check_folder`).
+    Of each text the first 256 tokens are compared, and 24 that the tuned model answers.
     """
     changes = read_changes(model, checkpoint)
-    tokens = [*_tokens(model, texts), *_spread(changes)]
-    backend: Backend = "transformers" if find_spec("torch") and find_spec("peft") else "mlx"
+    rows = (change.location.shape[0] for name, change in changes.items() if name.endswith((f"{EMBEDDINGS}.weight", "wte.weight")))
+    tokens, others = bounded(model, tokens_of(model, texts), spread(rows))
+    by_peft = find_spec("torch") and find_spec("peft") and not is_mlx_adapter(checkpoint)
+    backend: Backend = "transformers" if by_peft else "mlx"
     measure = {"transformers": in_transformers, "mlx": in_mlx}[backend]
     stored = {name: change.location.dtype for name, change in changes.items() if change.location.dtype != "F32"}
-    return _compare(backend, measure(model, checkpoint, fused, tokens, stored), bool(stored))
+    answers = [ANSWER] * len(tokens) + [0] * len(others)
+    measured = measure(model, checkpoint, fused, [*tokens, *others], stored, answers)
+    found = _compare(backend, measured, answers, bool(stored), check_folder(model, fused, changes, template))
+    return _with_engine(found, model, checkpoint, measured, answers)
 
 
-def _compare(backend: Backend, found: Distances, is_rounded: bool) -> Verified:
+def _compare(backend: Backend, measured: Measured, answers: Sequence[int], is_rounded: bool, folder: FolderChecks) -> Verified:
     """A fused model within 1e-3 of the rounded weights lies within 1e-3 + the rounding of the tuned model: the tolerance."""
+    found = measured.distances
     tolerance = TOLERANCE + (found.rounded.largest if is_rounded else 0.0)
     only_rounded = found.fused_to_rounded.rms <= TIES * found.rounded.rms + NOISE * found.largest_logit
-    nearer = found.fused.rms < found.base.rms or found.fused.rms <= NOISE * found.largest_logit
-    right = not (found.missing or found.unexpected) and found.fused.largest <= tolerance and only_rounded
+    nearer = _nearer(found, found.fused.rms)
+    chosen = choices(*_answered(measured, measured.found, answers), tolerance)
+    right = not (found.missing or found.unexpected or folder.problems) and found.fused.largest <= tolerance and only_rounded
+    right = right and not chosen.different
     return Verified(
         backend=backend,
         missing=found.missing,
@@ -110,20 +157,37 @@ def _compare(backend: Backend, found: Distances, is_rounded: bool) -> Verified:
         tolerance=tolerance,
         passed=right and nearer,
         outweighed=right and not nearer and found.rounded.rms >= found.base.rms,
+        positions=sum(map(len, measured.rows)) - sum(answers),
+        choices=asdict(chosen),
+        folder=asdict(folder),
     )
 
 
-def _tokens(model: Path, texts: Sequence[str]) -> list[list[int]]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    tokens = [list(tokenizer(text)["input_ids"])[:LONGEST] for text in texts]
-    assert any(tokens), "nothing to compare"
-    return [row for row in tokens if row]
+def _nearer(found: Distances, rms: float) -> bool:
+    """Whether logits so far from the tuned model's are nearer to them than the base's are, as far as float32 can say."""
+    return rms < found.base.rms or rms <= NOISE * found.largest_logit
 
 
-def _spread(changes: Mapping[str, Change]) -> list[list[int]]:
-    """A row of tokens from the whole vocabulary where embeddings change: a wrong row of them shows only when it is read."""
-    ends = (f"{EMBEDDINGS}.weight", "wte.weight")
-    rows = [change.location.shape[0] for name, change in changes.items() if name.endswith(ends)]
-    return [np.linspace(0, count - 1, LONGEST, dtype=int).tolist() for count in rows]
+def _answered(measured: Measured, other: list[np.ndarray], answers: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Of both models the logits before each token of an answer; rows that are not whole in `other` are left out."""
+    whole = [i for i, count in enumerate(answers) if count and len(other[i]) == len(measured.reference[i])]
+    reference, found = ([logits[i][-answers[i] - 1 : -1] for i in whole] for logits in (measured.reference, other))
+    return reference, found
+
+
+def _with_engine(found: Verified, model: Path, checkpoint: Path, measured: Measured, answers: Sequence[int]) -> Verified:
+    """`found`, and what the engine that trained computes; as it is where that engine is not installed or not known."""
+    engine = trained_with(checkpoint)
+    if engine is None or not found.passed:
+        return found
+    gc.collect()  # one model in memory at a time
+    most = exact_length(model, engine)
+    logits = list(logits_of(model, checkpoint, engine, [row[:most] for row in measured.rows]))
+    reference = [rows[:most] for rows in measured.reference]
+    tolerance = TOLERANCE + ENGINES * found.largest_logit
+    apart, fused = distance(reference, logits), distance(logits, [rows[:most] for rows in measured.found])
+    chosen = choices(*_answered(measured, logits, answers), tolerance)
+    passed = apart.largest <= tolerance and fused.largest <= tolerance + found.tolerance and not chosen.different
+    passed = passed and (_nearer(measured.distances, apart.rms) or apart.rms <= ENGINES * TIES * found.largest_logit)
+    said = InEngine(engine, apart.largest, fused.largest, apart.kl, tolerance, chosen, passed)
+    return replace(found, engine=asdict(said), passed=passed)

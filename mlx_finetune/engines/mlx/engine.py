@@ -176,6 +176,11 @@ class MlxEngine:
         mx.eval(hidden)
         return value_of(self._head, hidden, work.targets, work.weights)
 
+    def logits(self, batch: Batch) -> np.ndarray:
+        """See `Engine.logits`."""
+        work = self._input(Work.of_rows(batch))
+        return np.array(self._head(self._hidden(work)).astype(mx.float32))
+
     def _input(self, work: Work, drawn: tuple[int, int] | None = None) -> Input:
         """`drawn`: step's seed and number of the micro-batch, by which noise is drawn where some is asked for."""
         noise = None

@@ -45,7 +45,7 @@ class LoRASwitch(nn.Module):
 
 def expert_targets(model: nn.Module, names: Names) -> dict[str, Target]:
     """Each projection of each layer's experts that can be adapted, by the path that PEFT gives it."""
-    return {path: target for path, _, target in _projections(model, names)}
+    return {path: target for path, _, target in projections(model, names)}
 
 
 def adapt_experts(
@@ -53,14 +53,14 @@ def adapt_experts(
 ) -> tuple[dict[str, LoRASwitch], dict[str, str]]:
     """Adapters of the experts among `targets`, not put in yet, and what PEFT calls them; both by the path in the model."""
     modules, adapted, called = dict(model.named_modules()), dict[str, LoRASwitch](), dict[str, str]()
-    for path, own, target in _projections(model, names):
+    for path, own, target in projections(model, names):
         if path in targets:
             adapted[own] = LoRASwitch(modules[own], target, config.rank, scale_of(config), config.dropout)
             called[own] = path
     return adapted, called
 
 
-def _projections(model: nn.Module, names: Names) -> Iterator[tuple[str, str, Target]]:
+def projections(model: nn.Module, names: Names) -> Iterator[tuple[str, str, Target]]:
     """PEFT's path, that in the model, and what it is."""
     for path, module in model.named_modules():
         if not isinstance(module, SwitchGLU):

@@ -118,6 +118,14 @@ class TorchEngine:
             return self._loss(Work.of_rows(batch)).item()
 
     @torch.no_grad()
+    def logits(self, batch: Batch) -> np.ndarray:
+        """See `Engine.logits`."""
+        work = Work.of_rows(batch)
+        inputs, places = self._moved(work.inputs, work.places)
+        with gathering(), self._multiplying():
+            return to_numpy(self._head(self._hidden(inputs, places)))
+
+    @torch.no_grad()
     def generate(self, prompt: Sequence[int], limit: int, stop: frozenset[int]) -> Iterator[int]:
         """See `Engine.generate`."""
         tokens, cache, backbone = torch.tensor([list(prompt)], device=self.device), None, self.model.get_submodule(self._backbone)
@@ -255,10 +263,14 @@ class TorchEngine:
             (where,) = self._moved(work.tree.positions)
             positions = {"position_ids": where[None].long()}
         with self._multiplying():
-            layers = self.model.get_submodule(self._backbone)
-            states = layers(inputs.long(), use_cache=False, **positions).last_hidden_state
-            hidden = states.reshape(-1, states.shape[-1])[places.long()]
+            hidden = self._hidden(inputs, places, **positions)
             return loss_sum(self._head, self._vocabulary, hidden, targets.long(), weights, self._of_head)
+
+    def _hidden(self, inputs: torch.Tensor, places: torch.Tensor, **positions: Any) -> torch.Tensor:
+        """[n, D]: what the head is to make logits of."""
+        states = self.model.get_submodule(self._backbone)(inputs.long(), use_cache=False, **positions).last_hidden_state
+        hidden: torch.Tensor = states.reshape(-1, states.shape[-1])[places.long()]
+        return hidden
 
     def _hidden_and_head(self, tokens: torch.Tensor) -> torch.Tensor:
         """[1, T] -> logits [T, V], by the way of training."""

@@ -1,0 +1,136 @@
+"""What a model card says of a run: counts, settings and losses. No text, name or path of a person's conversations is read."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_finetune.config import RunConfig
+from mlx_finetune.data.sources import gptme, openassistant
+from mlx_finetune.files import read_json
+from mlx_finetune.models.hub import HUB_ID
+from mlx_finetune.training.checkpoint import read_progress
+from mlx_finetune.training.metrics import read_metrics
+
+CACHED = re.compile(r"models--([A-Za-z0-9][\w.-]*)--([A-Za-z0-9][\w.-]*)/snapshots/")  # as the Hub's cache names folders
+LICENSES = {openassistant.SOURCE: openassistant.LICENSE, gptme.SOURCE: "private"}
+COUNTS = ("examples", "tokens", "learned_tokens", "learned_turns")
+# Of the settings, those that say how it was trained; none of them is a place on a disk.
+METHOD = (
+    "fine_tune_type rank alpha use_rslora dropout num_layers learning_rate lr_schedule warmup_ratio weight_decay optimizer "
+    "batch_size gradient_accumulation max_length epochs seed dtype quantization neftune_noise_alpha loraplus_lr_ratio"
+).split()
+OF_ADAPTERS = {"rank", "alpha", "use_rslora", "dropout", "loraplus_lr_ratio"}
+ALWAYS = {"dropout", "seed"}  # said also where they are 0
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Mean nats a learned token of the base and of the tuned model; `by_source`: (base, tuned); tokens: None where not known."""
+
+    base: float
+    tuned: float
+    by_source: dict[str, tuple[float, float]]
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """base: the id on the Hub, or, where `on_hub` is false, the name of the model's folder.
+
+    sources: of the training data, conversations and learned tokens by source. counts: of all of it.
+    method: settings by name. targets: names of the adapted modules; none where the weights were trained.
+    """
+
+    base: str
+    on_hub: bool
+    base_card: str
+    sources: dict[str, tuple[int, int]]
+    counts: dict[str, int]
+    method: dict[str, Any]
+    targets: list[str]
+    step: int
+    engine: str
+    trained_with: dict[str, str]
+    held_out: HeldOut | None
+    role_policy: str
+
+
+def base_name(name: str, model: Path, said: str = "") -> tuple[str, bool]:
+    """What a base is called and whether that is its id on the Hub: `said` by the person, the name it was given, or its cache's.
+
+    Else the name of its folder: never a path, which would tell of a person's machine.
+    """
+    if said or (HUB_ID.fullmatch(name) and not Path(name).expanduser().is_dir()):
+        return said or name, True
+    if found := CACHED.search(f"{model.resolve().as_posix()}/"):
+        return f"{found[1]}/{found[2]}", True
+    return model.resolve().name, False
+
+
+def read_facts(run: Path, checkpoint: Path, model: Path, config: RunConfig, base: str = "") -> Facts:
+    """What is known of the checkpoint of a run; what the prepared data said is left out where it is no longer there."""
+    progress, info = read_progress(checkpoint), _dataset(Path(config.data), config)
+    train = info.get("train", {})
+    name, on_hub = base_name(config.model, model, base)
+    readme = model / "README.md"
+    return Facts(
+        base=name,
+        on_hub=on_hub,
+        base_card=readme.read_bytes().decode("utf-8", "replace") if readme.is_file() else "",
+        sources={
+            source: (int(count), int(train["learned_tokens_by_source"].get(source, 0)))
+            for source, count in train.get("conversations", {}).items()
+        },
+        counts={key: int(train[key]) for key in COUNTS if key in train},
+        method=_method(config),
+        targets=_targets(checkpoint),
+        step=int(progress["step"]),
+        engine=str(progress.get("engine", config.engine)),
+        trained_with={str(key): str(value) for key, value in (progress.get("versions") or {}).items()},
+        held_out=_held_out(run, checkpoint.name, int(progress["step"])),
+        role_policy=str((info.get("role_policy") or {}).get("what", "")),
+    )
+
+
+def _dataset(folder: Path, config: RunConfig) -> dict[str, Any]:
+    path = folder / "dataset.json"
+    info = read_json(path) if config.data and path.is_file() else {}
+    return info if isinstance(info, dict) else {}
+
+
+def _method(config: RunConfig) -> dict[str, Any]:
+    full, values = config.fine_tune_type == "full", config.to_dict()
+    names = [name for name in METHOD if not (full and name in OF_ADAPTERS)]
+    method = {name: values[name] for name in names if values[name] not in (None, "none", 0) or name in ALWAYS}
+    if config.steps:
+        method.pop("epochs")
+    if config.loraplus_lr_ratio == 1:
+        method.pop("loraplus_lr_ratio", None)
+    return method
+
+
+def _targets(checkpoint: Path) -> list[str]:
+    path = checkpoint / "adapter_config.json"
+    modules = read_json(path).get("target_modules") if path.is_file() else []
+    return sorted({str(module).rpartition(".")[2] for module in modules or []})
+
+
+def _held_out(run: Path, checkpoint: str, step: int) -> HeldOut | None:
+    """Of `evaluate` where it looked at this checkpoint, else of the run's own looks before the first step and at this one."""
+    path = run / "evaluation.json"
+    found = read_json(path) if path.is_file() else {}
+    if isinstance(found, Mapping) and found.get("checkpoint") == checkpoint:
+        return _losses(found["base"], found["tuned"], found["tuned"].get("tokens"))
+    if not (run / "metrics.jsonl").is_file():
+        return None
+    rows = {row["step"]: row for row in read_metrics(run / "metrics.jsonl") if row["split"] == "valid"}
+    return _losses(rows[0], rows[step], None) if 0 in rows and step in rows else None
+
+
+def _losses(base: Mapping[str, Any], tuned: Mapping[str, Any], tokens: int | None) -> HeldOut:
+    both = {
+        source: (loss, tuned["by_source"][source]) for source, loss in base["by_source"].items() if source in tuned["by_source"]
+    }
+    return HeldOut(float(base["loss"]), float(tuned["loss"]), both, tokens)

@@ -1,0 +1,254 @@
+"""What `export` and `push` do, from their arguments to the lines that a person reads."""
+
+import difflib
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from mlx_finetune.config import RunConfig
+from mlx_finetune.errors import UserError
+from mlx_finetune.export.facts import Facts, read_facts
+from mlx_finetune.files import atomic_folder, refuse_existing
+from mlx_finetune.models.hub import HUB_ID, check_model_folder
+from mlx_finetune.terminal import finish, progress, say, table
+
+ADAPTERS, MODELS = ("peft", "mlx-lm"), ("gguf", "ollama")
+CHECKPOINT, QUANTISATION = "best", "q8_0"  # where none is named
+# Ways of a fused model folder into the new one; gives back the file that was written.
+Write = Callable[[Path, Path, Callable[..., None]], Path]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """As cli_export.py has them."""
+
+    run: Path
+    to: str
+    out: Path
+    checkpoint: str
+    quantisation: str
+    adapter_only: bool
+    base: str
+    as_json: bool
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """As cli_export.py has them."""
+
+    folder: Path
+    repo: str
+    public: bool
+    allow: list[str] | None
+    yes: bool
+    dry_run: bool
+    as_json: bool
+
+
+def export_command(options: ExportOptions) -> None:
+    """`mlx-finetune export`."""
+    _check(options)
+    if options.to in ADAPTERS:
+        _export_adapter(options)
+    elif options.adapter_only:
+        _export_gguf_adapter(options)
+    else:
+        _export_model(options)
+
+
+def _check(options: ExportOptions) -> None:
+    if options.to not in ADAPTERS + MODELS:
+        near = difflib.get_close_matches(options.to, ADAPTERS + MODELS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(ADAPTERS + MODELS)}"
+        raise UserError(f"--to {options.to}: not a format that is known", hint=hint)
+    if options.adapter_only and options.to != "gguf":
+        raise UserError(
+            f"--adapter-only is for --to gguf, not {options.to}", hint="peft and mlx-lm take adapters alone; Ollama takes models"
+        )
+    if options.base and not HUB_ID.fullmatch(options.base):
+        raise UserError(f"--base {options.base}: no id of the Hub", hint="write it as org/name, or leave it out")
+    is_file = options.to in MODELS and not options.adapter_only
+    if options.quantisation and not is_file:
+        raise UserError(f"--quantisation {options.quantisation}: an adapter is not quantised", hint="leave it out")
+    is_run = (options.run / "config.yaml").is_file()
+    for name, value in (("checkpoint", options.checkpoint), ("base", options.base)):
+        if value and is_file and not is_run:
+            raise UserError(f"--{name} {value}: {options.run} is no run", hint="leave it out for a model folder")
+    refuse_existing(options.out)
+
+
+def _open(options: ExportOptions) -> tuple[RunConfig, Path, Path, Facts]:
+    """Config, model, checkpoint and facts of the run."""
+    from mlx_finetune.evaluation.compare import open_run
+
+    config, model, checkpoint = open_run(options.run, options.checkpoint or CHECKPOINT)
+    return config, model, checkpoint, read_facts(options.run, checkpoint, model, config, options.base)
+
+
+def _export_adapter(options: ExportOptions) -> None:
+    from mlx_finetune.export.adapter_folder import FORMATS, export_adapter
+    from mlx_finetune.training.checkpoint import trained_template
+
+    _, model, checkpoint, facts = _open(options)
+    (to,) = (name for name in FORMATS if name == options.to)
+    say(f"writing the adapter of {checkpoint} for {to} into {options.out}, and comparing it with the engine that trained it")
+    exported, opened = export_adapter(model, checkpoint, options.out, to, trained_template(options.run), facts)
+    for remark in exported.remarks:
+        say(remark)
+    if not facts.on_hub:
+        say(f"it names its base {facts.base}, a folder of this machine; --base org/name names one on the Hub")
+
+    def show() -> None:
+        print(f"{exported.modules} modules, {exported.bytes / 1e6:.1f} MB, for {' and '.join(exported.formats)}")
+        for name, reading in opened.readers.items():
+            difference = f"{reading.largest_difference:.1e}, allowed {reading.tolerance:.1e}"
+            print(f"opened by {name}: largest logit difference from the {opened.engine} engine {difference}")
+        for name in opened.not_asked:
+            print(f"not opened by {name}, which is not installed")
+
+    result = {"exported": asdict(exported), "verified": asdict(opened), "out": str(options.out)}
+    finish(result, options.as_json, show, options.out, f"mlx-finetune push {options.out} owner/name")
+
+
+def _export_gguf_adapter(options: ExportOptions) -> None:
+    from mlx_finetune.export.card import write_card
+    from mlx_finetune.export.gguf_adapter import write_gguf_adapter  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    from mlx_finetune.export.report import versions
+
+    _, model, checkpoint, facts = _open(options)
+    say(f"writing the adapter of {checkpoint} as GGUF into {options.out}")
+    with atomic_folder(options.out) as folder:
+        name = f"{facts.base.rpartition('/')[2]}-lora.gguf"
+        write_gguf_adapter(checkpoint, model, folder / name)
+        write_card(folder, facts, {"verified": {}, "versions": versions()}, "gguf adapter")
+    say("what llama.cpp makes of it was not compared with the engine that trained it")
+    following = f"llama-server -m BASE.gguf --lora {options.out / name}"
+    finish({"file": str(options.out / name), "out": str(options.out)}, options.as_json, lambda: None, options.out, following)
+
+
+def _export_model(options: ExportOptions) -> None:
+    """A run is fused and verified into a folder beside the new one, which goes when the GGUF is written."""
+    write = {"gguf": _write_gguf, "ollama": _write_ollama}[options.to]
+    is_run = (options.run / "config.yaml").is_file()
+    if not is_run:
+        if not (options.run / "config.json").is_file():
+            raise UserError(f"{options.run}: neither a run nor a model folder", hint="mlx-finetune train or fuse makes one")
+        check_model_folder(options.run)
+    from mlx_finetune.export.gguf_kinds import check_kind  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+    kind = options.quantisation or QUANTISATION
+    check_kind(kind)
+    say(f"writing {options.run} as {options.to} ({kind}) into {options.out}")
+    with (
+        atomic_folder(options.out) as folder,
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{options.out.name}.") as beside,
+    ):
+        fused, report, facts = (Path(beside) / "fused", None, None) if is_run else (options.run, None, None)
+        if is_run:
+            report, facts = _fuse(options, fused)
+        with progress(options.to) as advance:
+            file = write(options, fused, folder, facts.base if facts else fused.resolve().name, advance)
+        if report is not None and facts is not None:
+            _describe(folder, fused, facts, report)
+    size = (options.out / file.name).stat().st_size
+    following = (
+        f"ollama create NAME -f {options.out / 'Modelfile'}"
+        if options.to == "ollama"
+        else f"llama-server -m {options.out / file.name}"
+    )
+    result = {"file": str(options.out / file.name), "bytes": size, "verified": report, "out": str(options.out)}
+    finish(result, options.as_json, lambda: print(f"{file.name}, {size / 1e6:.1f} MB"), options.out, following)
+
+
+def _fuse(options: ExportOptions, fused: Path) -> tuple[dict[str, Any], Facts]:
+    from mlx_finetune.export.report import FILE
+    from mlx_finetune.export.verify import PROBE_TEXTS, fuse_and_verify
+    from mlx_finetune.files import read_json
+    from mlx_finetune.training.checkpoint import trained_template
+
+    _, model, checkpoint, facts = _open(options)
+    with progress("fuse") as advance:
+        fuse_and_verify(model, checkpoint, fused, PROBE_TEXTS, advance, trained_template(options.run))
+    return read_json(fused / FILE), facts
+
+
+def _describe(folder: Path, fused: Path, facts: Facts, report: dict[str, Any]) -> None:
+    """The card and the licence beside the GGUF file; verification.json speaks of the weights before they were quantised."""
+    import shutil
+
+    from mlx_finetune.export.card import write_card
+    from mlx_finetune.export.report import FILE
+
+    write_card(folder, facts, report, "gguf")
+    for path in (fused / FILE, *fused.glob("LICENSE*"), *fused.glob("NOTICE*")):
+        shutil.copyfile(path, folder / path.name)
+
+
+def _write_gguf(options: ExportOptions, model: Path, folder: Path, base: str, advance: Callable[..., None]) -> Path:
+    from mlx_finetune.export.gguf_write import write_gguf  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+    kind = options.quantisation or QUANTISATION
+    file = folder / f"{base.rpartition('/')[2]}-{kind}.gguf"
+    write_gguf(model, file, kind, advance)
+    return file
+
+
+def _write_ollama(options: ExportOptions, model: Path, folder: Path, base: str, advance: Callable[..., None]) -> Path:
+    from mlx_finetune.export.ollama import OllamaSettings, write_ollama  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    from mlx_finetune.training.checkpoint import trained_template
+
+    file = _write_gguf(options, model, folder, base, advance)
+    for remark in write_ollama(folder, model, OllamaSettings(gguf=file.name, template=trained_template(options.run))):
+        say(remark)
+    return file
+
+
+def push_command(options: PushOptions) -> None:
+    """`mlx-finetune push`."""
+    from mlx_finetune.data.redact import Rules
+    from mlx_finetune.export.push import check_repo, choose_files, find_private, open_api, push
+
+    check_repo(options.repo)
+    allow = tuple(options.allow or ())
+    Rules(allow=allow)  # refuses a pattern that is none
+    upload = choose_files(options.folder)
+    names = list(upload.files)
+    found = find_private(options.folder, names, Path.home(), allow)
+    if found:
+        for one in found:
+            say(f"{one.file}{f':{one.line}' if one.line else ''}: {one.kind}")
+        hint = "take it out, or --allow TEXT where it may be seen"
+        raise UserError(f"{options.folder}: {len(found)} places look private; nothing was uploaded", hint=hint)
+    _announce(options, upload.files, upload.left_out)
+    result: dict[str, Any] = {"repo": options.repo, "public": options.public, "files": upload.files, "left_out": upload.left_out}
+    if options.dry_run:
+        finish(result, options.as_json, lambda: None, None, "the same without --dry-run")
+        return
+    _ask(options)
+    url = push(open_api(), options.folder, options.repo, names, options.public)
+    finish(result | {"url": url}, options.as_json, lambda: print(url), None, "")
+
+
+def _announce(options: PushOptions, files: dict[str, int], left_out: list[str]) -> None:
+    say(
+        f"to https://huggingface.co/{options.repo}, {'PUBLIC' if options.public else 'private'}: {sum(files.values()) / 1e6:.1f} MB"
+    )
+    if left_out:
+        say(f"left out: {', '.join(left_out)}")
+    if not options.as_json:
+        table("files", [(name, f"{size:,}") for name, size in files.items()], ("name", "bytes"))
+
+
+def _ask(options: PushOptions) -> None:
+    if options.yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError(
+            "push asks before it uploads, and there is no terminal to ask on", hint="--yes, once --dry-run shows the right files"
+        )
+    typer.confirm("upload?", abort=True, err=True)
