@@ -9,6 +9,7 @@ import typer
 from typer.exceptions import TyperException
 
 from mlx_finetune.cli_collect import collect
+from mlx_finetune.cli_convert import convert
 from mlx_finetune.config import FIELDS, RunConfig, default
 from mlx_finetune.errors import UserError
 from mlx_finetune.launched import rank_of
@@ -54,6 +55,7 @@ def _options(
 
 
 app.command()(collect)
+app.command()(convert)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """A Hugging Face folder, or an MLX one, as an mlx-lm model that computes what transformers computes."""
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,20 +20,25 @@ def load_model(folder: Path, dtype: str | None) -> nn.Module:
     Raises:
         UserError: no config or weights, an architecture that is not proven, damaged weights, or those of another model.
     """
+    model, _ = open_model(folder)
+    if dtype:
+        _cast(model, DTYPES[dtype])
+    mx.eval(model.parameters())
+    return model
+
+
+def open_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model as it is stored, no parameter read yet, and its config as mlx-lm completes it; raises as `load_model`."""
     config = read_json(folder / "config.json")
     check_supported(config)
     _check_weight_files(folder)
     try:
-        model, _ = load_mlx_lm(folder, lazy=True, model_config=mlx_overlay(config), trust_remote_code=False)
+        return load_mlx_lm(folder, lazy=True, model_config=mlx_overlay(config), trust_remote_code=False)
     except (RuntimeError, TypeError, ValueError) as error:  # damaged file; key missing in config.json; other tensors
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{folder}: not loadable with MLX: {reason}", hint="is the download whole? if so: --engine torch"
         ) from error
-    if dtype:
-        _cast(model, DTYPES[dtype])
-    mx.eval(model.parameters())
-    return model
 
 
 def _check_weight_files(folder: Path) -> None:

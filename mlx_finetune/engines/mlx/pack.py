@@ -1,0 +1,160 @@
+"""A Hugging Face folder to the layout that mlx-lm stores, quantised where asked, one tensor in memory at a time.
+
+Everything is built as MLX's lazy graph first (names by the class's own `sanitize`, then a cast, then `mx.quantize`), so that the
+plan of the files is known; then each tensor is evaluated, written and let go.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_finetune.engines.mlx.load import DTYPES, open_model
+from mlx_finetune.errors import UserError
+from mlx_finetune.models.quantisation import Quantisation, favoured
+from mlx_finetune.models.shards import Planned, ShardWriter, cut_into_shards
+
+Arrays = dict[str, mx.array]
+Progress = Callable[[int, int], None]
+Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
+
+NAMES = {
+    mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint8: "U8", mx.uint16: "U16", mx.uint32: "U32", mx.uint64: "U64",
+    mx.int8: "I8", mx.int16: "I16", mx.int32: "I32", mx.int64: "I64", mx.bool_: "BOOL",
+}  # fmt: skip
+PART = 1 << 26  # bytes handed to the file at once
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What was written: `quantization` of config.json, the modules it left alone for their width, parameters and bytes."""
+
+    quantization: dict[str, Any]
+    left_alone: list[str]
+    parameters: int
+    bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of all weights, the scales and what is not quantised counted in."""
+        return 8 * self.bytes / self.parameters
+
+
+def pack(model: Path, folder: Path, how: Quantisation | None, dtype: str | None, shard_size: int, progress: Progress) -> Packed:
+    """Writes the weights of `model` into `folder` as `how` says. `progress(done, total)` counts bytes written.
+
+    `dtype`: of scales, biases and what is not quantised; weights are rounded to it before they are quantised, as mlx-lm does.
+    A checkpoint that is packed already, such as AWQ, stays as it is packed, and takes no `how`.
+
+    Raises:
+        UserError: an architecture that is not proven; tensors missing, too many or of another shape; nothing to quantise.
+    """
+    network, config = open_model(model)
+    quantization: dict[str, Any] | None = config.get("quantization")
+    assert not (how and quantization), "a packed model is not packed again"
+    layers: dict[str, dict[str, Any]] = {}
+    left_alone: list[str] = []
+    if how:
+        layers, quantization, left_alone = _layers(network, how, model)
+    parameters = _count(network)
+    weights = dict(tree_flatten(network.parameters()))
+    if dtype:
+        weights = _cast(network, weights, DTYPES[dtype])
+    network.update(tree_map(lambda _: mx.array([]), network.parameters()))  # else it would hold each tensor that was written
+    size = _write(_quantised(network, weights, layers), folder, shard_size, progress)
+    return Packed(quantization or {}, left_alone, parameters, size)
+
+
+def _count(network: nn.Module) -> int:
+    """Weights, however they are packed; scales and biases of groups are none."""
+    count = 0
+    for _, module in tree_flatten(network.leaf_modules(), is_leaf=nn.Module.is_module):
+        own = dict(tree_flatten(module.parameters()))
+        if "scales" in own:
+            count += own["weight"].size * 32 // module.bits + (own["bias"].size if "bias" in own else 0)
+        else:
+            count += sum(value.size for value in own.values())
+    return count
+
+
+def _cast(network: nn.Module, weights: Arrays, dtype: mx.Dtype) -> Arrays:
+    """Floating parameters in `dtype`, those left out that the class keeps as they are (`cast_predicate`)."""
+    may = getattr(network, "cast_predicate", lambda name: True)
+    return {n: v.astype(dtype) if mx.issubdtype(v.dtype, mx.floating) and may(n) else v for n, v in weights.items()}
+
+
+def _layers(network: nn.Module, how: Quantisation, model: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any], list[str]]:
+    """Settings by module; `quantization` as mlx-lm writes it, where only what differs is named; modules left for their width.
+
+    As mlx-lm: what has `to_quantized` and a width that the group size divides, unless the class's own predicate says otherwise.
+    """
+    predicate: Predicate = getattr(network, "quant_predicate", None) or (lambda path, module: True)
+    chosen: dict[str, dict[str, Any]] = {}
+    quantization: dict[str, Any] = dict(how.settings)
+    left_alone = []
+    for path, module in tree_flatten(network.leaf_modules(), is_leaf=nn.Module.is_module):
+        if not hasattr(module, "to_quantized"):
+            continue
+        own = predicate(path, module)
+        if own and module.weight.shape[-1] % how.group_size:
+            left_alone.append(path)
+        elif isinstance(own, dict):
+            _divides(path, module, own, model)
+            chosen[path] = quantization[path] = own
+        elif own:
+            bits = how.more_bits if favoured(path, len(network.layers)) else how.bits
+            chosen[path] = how.settings | {"bits": bits}
+            if how.recipe:
+                quantization[path] = chosen[path]
+    if not chosen:
+        raise UserError(f"{model}: no layer has a width that groups of {how.group_size} divide", hint="--group-size 32")
+    return chosen, quantization, left_alone
+
+
+def _divides(path: str, module: nn.Module, own: Mapping[str, Any], model: Path) -> None:
+    if module.weight.shape[-1] % own["group_size"]:
+        what = f"{path} is {module.weight.shape[-1]} wide, and its class asks for groups of {own['group_size']}"
+        raise UserError(f"{model}: {what}", hint="leave --bits out")
+
+
+def _quantised(network: nn.Module, weights: Arrays, layers: Mapping[str, Mapping[str, Any]]) -> Arrays:
+    """Each weight of `layers` as its module packs it: weight, scales, and biases where the mode has them; still lazy."""
+    modules = dict(tree_flatten(network.leaf_modules(), is_leaf=nn.Module.is_module))
+    packed: Arrays = {}
+    while weights:
+        name = next(iter(weights))
+        value, path = weights.pop(name), name.removesuffix(".weight")
+        if path in layers and name.endswith(".weight"):
+            modules[path].weight = value
+            made = dict(tree_flatten(modules[path].to_quantized(**layers[path]).parameters()))
+            modules[path].weight = mx.zeros(())
+            packed |= {f"{path}.{part}": array for part, array in made.items() if part != "bias"}
+        else:
+            packed[name] = value
+    return packed
+
+
+def _write(weights: Arrays, folder: Path, shard_size: int, progress: Progress) -> int:
+    """Evaluates, writes and lets go of one after another; gives back the bytes."""
+    planned = {name: Planned(NAMES[value.dtype], tuple(value.shape)) for name, value in weights.items()}
+    total, done = sum(tensor.bytes for tensor in planned.values()), 0
+    with ShardWriter(folder, cut_into_shards(planned, shard_size), {"format": "mlx"}) as writer:
+        for name, tensor in planned.items():
+            writer.write(name, _bytes(weights.pop(name)))
+            done += tensor.bytes
+            progress(done, total)
+    return total
+
+
+def _bytes(value: mx.array) -> Iterator[memoryview]:
+    """Row-major. What does not depend on anything that is still waiting is freed with it."""
+    flat = mx.contiguous(value).reshape(-1).view(mx.uint8)
+    mx.eval(flat)
+    whole = memoryview(np.asarray(flat))
+    for start in range(0, len(whole), PART):
+        yield whole[start : start + PART]
