@@ -13,6 +13,12 @@ from mlx_finetune.models.quantisation import quantisation_of
 from mlx_finetune.models.rewriting import DTYPES
 from mlx_finetune.terminal import finish, progress, say
 
+MEANING = {
+    "original_in_mlx": "the original weights in MLX",
+    "made_in_mlx": "the new folder in MLX",
+    "made_in_transformers": "the new folder in transformers",
+    "packed": "packed weights against the same unpacked",
+}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", re.IGNORECASE)
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
@@ -50,6 +56,8 @@ def convert_command(options: ConvertOptions) -> None:
     if made.unverified:
         what = "only the packing was compared" if made.verified else "nothing was compared"
         say(f"{what}: {made.unverified}")
+    if made.verified and not made.verified.read_by_mlx_lm:
+        say("mlx_lm.load alone does not compute the same from this folder: use it with mlx-finetune, which mends what differs")
     result = asdict(made) | {"out": str(options.out)}
     following = f"mlx-finetune prepare collected --model {options.out}"
     finish(result, options.as_json, lambda: show(made), options.out, following)
@@ -91,16 +99,8 @@ def show(made: Converted) -> None:
         return
     verified = made.verified
     for name, value in verified.differences.items():
-        print(f"{MEANING[name]}: equal to {value:.1e} of the largest logit (allowed {verified.tolerance:.0e})")
+        print(f"{MEANING[name]}: largest difference {value:.1e} of the largest logit (allowed {verified.tolerance:.0e})")
     if verified.relative_error is not None:
-        what = "quantised" if made.quantization else "converted"
+        what = "quantised" if made.quantization else "as stored"
         error = f"largest difference {verified.relative_error:.2%} of the largest logit, KL {verified.kl:.2g} nats"
         print(f"{what} against the original ({verified.reference}, {verified.positions} positions): {error}")
-
-
-MEANING = {
-    "mlx, original weights": "the original weights in MLX",
-    "mlx-lm": "the new folder in mlx-lm",
-    "transformers": "the new folder in transformers",
-    "packed": "packed weights against the same, unpacked",
-}

@@ -8,21 +8,24 @@ from typing import Any
 
 from mlx_finetune.models.mlx_config import LLAMA_CLASS, SLIDING, Config, mlx_overlay
 
-WINDOWS = ("layer_types", "sliding_window")
 CODE = "auto_map"  # names of a stranger's *.py, which are never copied
+# Said in the words of version 4 whatever was there; any other key of the overlay is added only where it is missing.
+SAID_AGAIN = frozenset(
+    ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq", "sliding_window", "sliding_window_pattern")
+)
 
 
 def plain_config(config: Config) -> dict[str, Any]:
     """`config` of a supported architecture with what both libraries need to read; nothing that transformers reads is lost."""
     plain = {key: value for key, value in config.items() if key != CODE}
-    overlay = {key: value for key, value in mlx_overlay(config).items() if key != "rope_parameters"}
+    overlay = mlx_overlay(config)
+    overlay.pop("rope_parameters", None)  # None there, lest mlx-lm's class reads them twice; transformers needs them
     if config["model_type"] in LLAMA_CLASS:
         # mlx-lm's class would apply windows by layer; transformers' mistral needs `sliding_window`, which mlx-lm then ignores
-        for key in WINDOWS:
-            del overlay[key]
+        overlay = {key: value for key, value in overlay.items() if key not in ("layer_types", "sliding_window")}
         if config["model_type"] != "smollm3" and SLIDING in (config.get("layer_types") or ()):
             del plain["layer_types"]
-    return plain | overlay
+    return plain | {key: value for key, value in overlay.items() if key in SAID_AGAIN or plain.get(key) is None}
 
 
 def dtype_of(config: Config) -> str | None:

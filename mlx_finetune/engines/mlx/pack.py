@@ -151,10 +151,10 @@ def _write(weights: Arrays, folder: Path, shard_size: int, progress: Progress) -
     return total
 
 
-def _bytes(value: mx.array) -> Iterator[memoryview]:
+def _bytes(value: mx.array) -> Iterator[np.ndarray]:
     """Row-major. What does not depend on anything that is still waiting is freed with it."""
     flat = mx.contiguous(value).reshape(-1).view(mx.uint8)
     mx.eval(flat)
-    whole = memoryview(np.asarray(flat))
+    whole: Any = np.asarray(flat)
     for start in range(0, len(whole), PART):
         yield whole[start : start + PART]

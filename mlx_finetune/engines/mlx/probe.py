@@ -17,23 +17,25 @@ from mlx_finetune.errors import UserError
 Tokens = Sequence[Sequence[int]]
 
 
-def logits(folder: Path, tokens: Tokens, rounded: str | None = None) -> list[np.ndarray]:
-    """Of each text [T, V], as our engine loads the folder; `rounded`: with weights rounded to that dtype first."""
-    network = load_model(folder, rounded or "float32")
-    network.set_dtype(mx.float32)
-    return list(_run(network, tokens))
-
-
-def plain_logits(folder: Path, tokens: Tokens, unpacked: bool = False) -> list[np.ndarray]:
-    """Of each text [T, V], as `mlx_lm.load` reads the folder by its config.json alone.
+def logits(folder: Path, tokens: Tokens, rounded: str | None = None, unpacked: bool = False) -> list[np.ndarray]:
+    """Of each text [T, V], as our engine loads the folder; `rounded`: with weights rounded to that dtype first.
 
     `unpacked`: each packed weight is unpacked to float32 when its layer is computed, and multiplied like any other; one at a time.
     """
-    network, _ = load_mlx_lm(folder, lazy=True, trust_remote_code=False)
+    network = load_model(folder, rounded or "float32")
     network.set_dtype(mx.float32)  # scales too: what they stand for stays the same, and is no longer rounded
     if unpacked:
         network.update_modules(tree_map_with_path(_unpacked, network.leaf_modules(), is_leaf=nn.Module.is_module))
-    mx.eval(network.parameters())
+    return list(_run(network, tokens))
+
+
+def plain_logits(folder: Path, tokens: Tokens) -> list[np.ndarray] | None:
+    """Of each text [T, V], as `mlx_lm.load` reads the folder by its config.json alone; None where it cannot."""
+    try:
+        network, _ = load_mlx_lm(folder, lazy=True, trust_remote_code=False)
+    except (KeyError, TypeError, ValueError):
+        return None
+    network.set_dtype(mx.float32)
     return list(_run(network, tokens))
 
 
