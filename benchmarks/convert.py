@@ -42,7 +42,7 @@ MOE: dict[str, Any] = LLAMA | {
     "num_experts_per_tok": 4, "moe_intermediate_size": 896, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
     "architectures": ["Qwen3MoeForCausalLM"],
 }  # fmt: skip
-TOOLS = {
+TOOLS: dict[str, tuple[str, ...]] = {
     "mlx-lm": ("mlx_lm", "convert", "--hf-path", "{model}", "--mlx-path", "{out}"),
     "mlx-finetune": ("mlx_finetune", "convert", "{model}", "--out", "{out}", "--no-verify"),
 }
@@ -53,7 +53,7 @@ atexit.register(lambda: print(process_peak(), file=sys.stderr))
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
-ASKED = {
+ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "4 bits": {"mlx-lm": ("-q", "--q-bits", "4"), "mlx-finetune": ("--bits", "4")},
     "float16": {"mlx-lm": ("--dtype", "float16"), "mlx-finetune": ("--dtype", "float16")},
 }

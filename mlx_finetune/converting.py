@@ -70,6 +70,8 @@ def how_of(options: ConvertOptions) -> How:
     for name, path in (("--probe", options.probe), ("--write-probe", options.write_probe)):
         if path and options.verify is False:
             raise UserError(f"{name} and --no-verify do not go together", hint="leave one out")
+    if options.probe and not options.probe.is_file():
+        raise UserError(f"--probe {options.probe}: no such file", hint="a file that convert --write-probe wrote")
     if options.probe and options.write_probe:
         raise UserError("--probe and --write-probe do not go together", hint="leave one out")
     return How(

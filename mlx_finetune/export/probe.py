@@ -18,28 +18,26 @@ from mlx_finetune.files import read_json, refuse_existing
 from mlx_finetune.models.mlx_config import max_exact_length
 from mlx_finetune.models.weights import file_headers
 
-LONGEST = 128  # tokens of a text
+LONGEST = 64  # tokens of a text
 FORMAT = "mlx-finetune probe 1"
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Rows of tokens and their logits [T, V]; `reference`: what computed them, such as transformers 5.23.0."""
+    """Rows of tokens and their logits [T, V]; `reference`: what computed them, such as transformers 5.23.0.
+
+    The last row is no text: what a model thinks of it says nothing about what quantisation costs.
+    """
 
     tokens: list[list[int]]
     logits: list[np.ndarray]
     reference: str
 
-    @property
-    def positions(self) -> int:
-        """How many are compared."""
-        return sum(map(len, self.tokens))
-
 
 def probe_tokens(folder: Path) -> list[list[int]]:
     """The texts in the model's tokens, and a row from the whole vocabulary: a wrong row of embeddings shows only when it is read.
 
-    None is longer than 128 tokens, nor than MLX is exact.
+    None is longer than 64 tokens, nor than MLX is exact.
     """
     from transformers import AutoTokenizer
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import copy_file
-from mlx_finetune.models.shards import Planned, ShardWriter, shard_name, write_index
+from mlx_finetune.models.shards import Planned, ShardWriter, check_room, shard_name, write_index
 from mlx_finetune.models.weights import ITEM_BYTES, TensorLocation, from_float32, tensor_headers, to_float32, weight_files
 
 Progress = Callable[[int, int], None]
@@ -43,6 +43,7 @@ def rewrite(model: Path, folder: Path, dtype: str | None, progress: Progress) ->
 def _copy(files: tuple[Path, ...], tensors: dict[str, TensorLocation], folder: Path, progress: Progress) -> int:
     names = {file: shard_name(i, len(files)) for i, file in enumerate(files)}
     size, done = sum(file.stat().st_size for file in files), 0
+    check_room(folder, size)
     for file, name in names.items():
         copy_file(file, folder / name)
         done += file.stat().st_size

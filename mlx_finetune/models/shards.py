@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from mlx_finetune.errors import UserError
 from mlx_finetune.files import sync, write_json
 from mlx_finetune.models.weights import BITS, INDEX, SINGLE
 
@@ -45,6 +47,9 @@ class ShardWriter:
     """Writes shards, and their index where they are several, under the names that transformers and mlx-lm look for.
 
     Tensors are written in the order in which the shards name them. As a context manager: at its end everything is on the disk.
+
+    Raises:
+        UserError: at its beginning, where there is no room for all of them.
     """
 
     def __init__(self, folder: Path, shards: Iterable[Mapping[str, Planned]], metadata: Mapping[str, str]) -> None:
@@ -57,6 +62,7 @@ class ShardWriter:
         self._open = ExitStack()
 
     def __enter__(self) -> "ShardWriter":
+        check_room(self.folder, sum(tensor.bytes for shard in self.shards for tensor in shard.values()))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -100,6 +106,14 @@ class ShardWriter:
         if len(self.shards) > 1:
             where = {name: self.names[number] for number, name in self._order}
             write_index(self.folder, where, sum(tensor.bytes for shard in self.shards for tensor in shard.values()))
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises UserError where the disk of `folder` has fewer bytes left."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        message = f"{folder.parent}: the weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        raise UserError(message, hint="make room, or choose another --out")
 
 
 def shard_name(number: int, count: int) -> str:

@@ -21,6 +21,7 @@ from mlx_finetune.models.shards import Planned, ShardWriter, cut_into_shards
 
 Arrays = dict[str, mx.array]
 Progress = Callable[[int, int], None]
+Layers = Mapping[str, Mapping[str, Any]]  # by module, what its `to_quantized` takes
 Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
 
 NAMES = {
@@ -28,6 +29,7 @@ NAMES = {
     mx.int8: "I8", mx.int16: "I16", mx.int32: "I32", mx.int64: "I64", mx.bool_: "BOOL",
 }  # fmt: skip
 PART = 1 << 26  # bytes handed to the file at once
+NUMBERS = 1 << 22  # of a weight quantised at once: some modes take tens of bytes for each while they compute
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def pack(model: Path, folder: Path, how: Quantisation | None, dtype: str | None,
     if dtype:
         weights = _cast(network, weights, DTYPES[dtype])
     network.update(tree_map(lambda _: mx.array([]), network.parameters()))  # else it would hold each tensor that was written
-    size = _write(_quantised(network, weights, layers), folder, shard_size, progress)
+    size = _write(network, weights, layers, folder, shard_size, progress)
     return Packed(quantization or {}, left_alone, parameters, size)
 
 
@@ -122,37 +124,48 @@ def _divides(path: str, module: nn.Module, own: Mapping[str, Any], model: Path) 
         raise UserError(f"{model}: {what}", hint="leave --bits out")
 
 
-def _quantised(network: nn.Module, weights: Arrays, layers: Mapping[str, Mapping[str, Any]]) -> Arrays:
-    """Each weight of `layers` as its module packs it: weight, scales, and biases where the mode has them; still lazy."""
-    modules = dict(tree_flatten(network.leaf_modules(), is_leaf=nn.Module.is_module))
-    packed: Arrays = {}
-    while weights:
-        name = next(iter(weights))
-        value, path = weights.pop(name), name.removesuffix(".weight")
-        if path in layers and name.endswith(".weight"):
-            modules[path].weight = value
-            made = dict(tree_flatten(modules[path].to_quantized(**layers[path]).parameters()))
-            modules[path].weight = mx.zeros(())
-            packed |= {f"{path}.{part}": array for part, array in made.items() if part != "bias"}
-        else:
-            packed[name] = value
-    return packed
+def _quantised(value: mx.array, module: nn.Module, how: Mapping[str, Any]) -> Arrays:
+    """Weight, scales, and biases where the mode has them, as the module packs them; lazy."""
+    module.weight = value
+    made = dict(tree_flatten(module.to_quantized(**how).parameters()))
+    module.weight = mx.array([])
+    return {part: array for part, array in made.items() if part != "bias"}
 
 
-def _write(weights: Arrays, folder: Path, shard_size: int, progress: Progress) -> int:
+def _quantised_by_rows(value: mx.array, module: nn.Module, how: Mapping[str, Any]) -> Arrays:
+    """The same numbers, evaluated some rows, or some experts, at a time, as no group reaches beyond its row."""
+    step = max(1, NUMBERS * value.shape[0] // value.size)
+    parts = []
+    for start in range(0, value.shape[0], step):
+        parts.append(_quantised(value[start : start + step], module, how))
+        mx.eval(parts[-1])
+    return {name: mx.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _write(network: nn.Module, weights: Arrays, layers: Layers, folder: Path, shard_size: int, progress: Progress) -> int:
     """Evaluates, writes and lets go of one after another; gives back the bytes."""
-    planned = {name: Planned(NAMES[value.dtype], tuple(value.shape)) for name, value in weights.items()}
+    modules = dict(tree_flatten(network.leaf_modules(), is_leaf=nn.Module.is_module))
+
+    def made(name: str, value: mx.array, pack: Callable[..., Arrays]) -> Arrays:
+        path = name.removesuffix(".weight")
+        if path == name or path not in layers:
+            return {name: value}
+        return {f"{path}.{part}": array for part, array in pack(value, modules[path], layers[path]).items()}
+
+    arrays = (made(name, value, _quantised) for name, value in weights.items())
+    planned = {name: Planned(NAMES[array.dtype], tuple(array.shape)) for some in arrays for name, array in some.items()}
     total, done = sum(tensor.bytes for tensor in planned.values()), 0
     with ShardWriter(folder, cut_into_shards(planned, shard_size), {"format": "mlx"}) as writer:
-        for name, tensor in planned.items():
-            writer.write(name, _bytes(weights.pop(name)))
-            done += tensor.bytes
-            progress(done, total)
+        for name in list(weights):
+            for part, array in made(name, weights.pop(name), _quantised_by_rows).items():
+                writer.write(part, _bytes(array))
+                done += planned[part].bytes
+                progress(done, total)
     return total
 
 
 def _bytes(value: mx.array) -> Iterator[np.ndarray]:
-    """Row-major. What does not depend on anything that is still waiting is freed with it."""
+    """Row-major, in parts."""
     flat = mx.contiguous(value).reshape(-1).view(mx.uint8)
     mx.eval(flat)
     whole: Any = np.asarray(flat)
