@@ -72,6 +72,8 @@ def how_of(options: ConvertOptions) -> How:
             raise UserError(f"{name} and --no-verify do not go together", hint="leave one out")
     if options.probe and not options.probe.is_file():
         raise UserError(f"--probe {options.probe}: no such file", hint="a file that convert --write-probe wrote")
+    if options.write_probe and not options.write_probe.absolute().parent.is_dir():
+        raise UserError(f"--write-probe {options.write_probe}: no such folder", hint="make the folder, or choose another")
     if options.probe and options.write_probe:
         raise UserError("--probe and --write-probe do not go together", hint="leave one out")
     return How(

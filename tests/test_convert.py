@@ -169,6 +169,19 @@ def np_view(array: Any) -> Any:
     return {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size]
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_quantising_holds_a_few_tensors_and_never_the_model(model_type: str, tmp_path: Path) -> None:
+    import mlx.core as mx
+
+    sizes = {"num_hidden_layers": 16, "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "num_experts": 8}
+    model = make_tiny(model_type, tmp_path / "model", tokenizer=True, dtype="bfloat16", changes=sizes)
+    tensors = tensor_headers(model).values()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    converted(model, tmp_path / "out", How(FOUR, verify=False))
+    assert mx.get_peak_memory() - before < 0.2 * sum(tensor.end - tensor.start for tensor in tensors)
+
+
 def tensor_headers_of(file: Path) -> list[Any]:
     from mlx_finetune.models.weights import file_headers
 

@@ -143,6 +143,8 @@ def test_awq_keeps_its_own_4_bits_and_rounds_nothing_but_scale_times_zero(tmp_pa
         UserError, match=r"quantised with AWQ \(4 bits, gemm\) already, so 4 bits, groups of 32 would round it twice"
     ):
         converted(tmp_path / "awq", tmp_path / "again", How(FOUR))
+    with pytest.raises(UserError, match="so bfloat16 would round it twice"):
+        converted(tmp_path / "awq", tmp_path / "again", How(dtype="bfloat16"))
     with pytest.raises(UserError, match="its weights are packed by awq"):
         check_mlx(tmp_path / "awq", Dataset.open(dataset(tmp_path / "awq", tmp_path, words=2)))
 
@@ -216,6 +218,7 @@ def test_the_command_line_says_what_it_costs_and_what_comes_next(tiny_llama: Pat
         ("--dtype", "int8"): "--dtype int8: not one of float32, float16, bfloat16",
         ("--shard-size", "many"): "--shard-size many: not a size",
         ("--probe", "nowhere"): "--probe nowhere: no such file",
+        ("--write-probe", "nowhere/probe"): "--write-probe nowhere/probe: no such folder",
         ("--probe", "x", "--no-verify"): "--probe and --no-verify do not go together",
     }.items():
         status, out, err = cli("convert", tiny_llama, "--out", "other", *arguments)

@@ -67,10 +67,10 @@ def convert(source: Source, out: Path, how: How, progress: Progress) -> Converte
     if how.write_probe:
         refuse_existing(how.write_probe, hint="choose another --write-probe")
     with atomic_folder(out) as folder, tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        if source.format != "gguf":
+            _check(source.path, how)
         model = as_hugging_face(source, Path(scratch), progress)
-        config = read_json(model / "config.json")
-        check_not_packed(model, config, how.quantisation)
-        check_supported(config)
+        config = _check(model, how)
         shortage, fingerprint = _shortage(model, config), source.fingerprint()
         unverified = _unverified(model, config, how, shortage)
         probe = read_probe(how.probe, fingerprint) if how.probe else None
@@ -85,6 +85,16 @@ def convert(source: Source, out: Path, how: How, progress: Progress) -> Converte
         made = replace(made, unverified=unverified or (shortage if not probe else ""))
         write_origin(folder, _origin(source, fingerprint, made, how.dtype or dtype_of(config)))
     return made
+
+
+def _check(folder: Path, how: How) -> dict[str, Any]:
+    """config.json of the folder; raises UserError for what MLX does not compute, or what cannot be packed."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'}: not a JSON object", hint="download the model again")
+    check_not_packed(folder, config, how.quantisation, how.dtype)
+    check_supported(config)
+    return config
 
 
 def _shortage(model: Path, config: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ A probe file is safetensors: `tokens.N` int32 [T] and `logits.N` float32 [T, V],
 what computed them. A machine with little memory compares with what a larger one wrote.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -43,10 +44,14 @@ def probe_tokens(folder: Path) -> list[list[int]]:
 
     config = read_json(folder / "config.json")
     longest = min(LONGEST, max_exact_length(config) or LONGEST, config.get("max_position_embeddings") or LONGEST)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    spread = np.linspace(0, config["vocab_size"] - 1, longest, dtype=int).tolist()
-    rows = [list(tokenizer(text)["input_ids"])[:longest] for text in PROBE_TEXTS]
-    return [row for row in [*rows, spread] if row]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{folder}: transformers cannot load the tokenizer: {reason}", hint="is the download whole?") from error
+    count = config["vocab_size"]
+    rows = [[token for token in tokenizer(text)["input_ids"] if token < count][:longest] for text in PROBE_TEXTS]
+    return [row for row in [*rows, np.linspace(0, count - 1, longest, dtype=int).tolist()] if row]
 
 
 def transformers_logits(folder: Path, tokens: Sequence[Sequence[int]], rounded: str | None = None) -> list[np.ndarray]:
@@ -85,15 +90,20 @@ def named(package: str) -> str:
 
 def write_probe(path: Path, probe: Probe, fingerprint: str) -> None:
     """Raises UserError where the file exists or cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     refuse_existing(path, hint="choose another --write-probe")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     arrays: dict[str, Any] = {f"tokens.{i}": np.array(row, np.int32) for i, row in enumerate(probe.tokens)}
     arrays |= {f"logits.{i}": np.ascontiguousarray(rows, np.float32) for i, rows in enumerate(probe.logits)}
     try:
-        save_file(arrays, path, metadata={"format": FORMAT, "fingerprint": fingerprint, "reference": probe.reference})
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}", hint="choose another --write-probe") from error
+        save_file(arrays, temporary, metadata={"format": FORMAT, "fingerprint": fingerprint, "reference": probe.reference})
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written: {error}", hint="choose another --write-probe") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_probe(path: Path, fingerprint: str) -> Probe:

@@ -32,8 +32,8 @@ def packed_by(config: Mapping[str, Any]) -> str | None:
     return taken_over(config) if config.get("quantization_config") and not config.get("quantization") else None
 
 
-def check_not_packed(folder: Path, config: Mapping[str, Any], how: Quantisation | None) -> None:
-    """Raises UserError for a checkpoint that is packed in another way, or that is to be packed a second time."""
+def check_not_packed(folder: Path, config: Mapping[str, Any], how: Quantisation | None, dtype: str | None) -> None:
+    """Raises UserError for a checkpoint that is packed in a way that is not read, or that is to be packed or rounded again."""
     if config.get("quantization"):
         raise UserError(f"{folder}: mlx-lm quantised it already", hint="use it as it is, or convert the original checkpoint")
     found = config.get("quantization_config")
@@ -42,8 +42,10 @@ def check_not_packed(folder: Path, config: Mapping[str, Any], how: Quantisation 
     name = _name(found)
     if packed_by(config) is None:
         raise UserError(f"{folder}: quantised with {name}, which MLX does not read exactly", hint=_use_original(folder))
-    if how:
-        raise UserError(f"{folder}: quantised with {name} already, so {how} would round it twice", hint=_use_original(folder))
+    if how or dtype:
+        raise UserError(
+            f"{folder}: quantised with {name} already, so {how or dtype} would round it twice", hint=_use_original(folder)
+        )
 
 
 def _name(found: Any) -> str:

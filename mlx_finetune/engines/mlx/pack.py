@@ -161,6 +161,7 @@ def _write(network: nn.Module, weights: Arrays, layers: Layers, folder: Path, sh
                 writer.write(part, _bytes(array))
                 done += planned[part].bytes
                 progress(done, total)
+            mx.clear_cache()  # Metal keeps what is freed
     return total
 
 
