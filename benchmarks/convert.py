@@ -28,7 +28,8 @@ from mlx_finetune.models.weights import from_float32
 TEXT = """\
 Wall time and the kernel's high water mark of the process, Python's start and imports counted in. Both quantise the same layers
 and write the same numbers, which the tests compare bit for bit; mlx-finetune ran without the comparison of logits, which mlx-lm
-does not have, and waits until the files stand on the disk."""
+does not have, and waits until the files stand on the disk. Each ran
+twice, in turn, for the machine was shared: the faster counts. Allowed are 1.5 times mlx-lm's time and its memory."""
 ROUNDS = 2
 TIME, MEMORY = 1.5, 1.0  # at most, as a share of mlx-lm's
 LLAMA: dict[str, Any] = {
@@ -67,11 +68,15 @@ def measure(folder: Path) -> list[Table]:
         rows += [compare(name, model, kind, folder / "out") for kind in kinds]
         shutil.rmtree(model)
     bounded = [row for row in rows if "float16" not in row["conversion"]]
-    most = {"time over mlx-lm": TIME, "memory over mlx-lm": MEMORY}
     return [
-        Table("Quantising", TEXT, bounded, most),
+        Table("Quantising", TEXT, [row | kept(row) for row in bounded], promised=("time within", "memory within")),
         Table("Rounding to another dtype", "The same, not quantised.", [row for row in rows if row not in bounded]),
     ]
+
+
+def kept(row: dict[str, Any]) -> dict[str, bool]:
+    """Whether both ratios are what they may be."""
+    return {"time within": row["time over mlx-lm"] <= TIME, "memory within": row["memory over mlx-lm"] <= MEMORY}
 
 
 def compare(name: str, model: Path, kind: str, out: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 from awq_checkpoints import make_awq
 from conftest import Answer
 from test_architectures import RELATIVE, tokens, transformers_logits
-from test_convert import FOUR, apart, change_config, config_of, converted, left, plain_mlx_logits
+from test_convert import FOUR, MLX_LM, apart, change_config, config_of, converted, left, plain_mlx_logits
 from tiny_models import VOCABULARY, make_tiny, tiny_tokenizer
 
 from mlx_finetune.config import make_config
@@ -101,6 +101,21 @@ def test_training_runs_on_a_converted_folder_of_4_bits(zephyr: Path, tmp_path: P
     learned = [row["loss"] for row in losses if row["split"] == "train"]
     assert learned[-1] < learned[0]
     assert original_folder(tmp_path / "four") == zephyr.resolve()
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4", "mixed_3_6"])
+def test_every_kind_of_packing_is_learned_on(kind: str, tmp_path: Path) -> None:
+    from test_engines import config, random_batch
+
+    from mlx_finetune.engines import open_engine
+
+    model = make_tiny("llama", tmp_path / "model", tokenizer=True, dtype="bfloat16", changes={"intermediate_size": 128})
+    converted(model, tmp_path / "out", How(MLX_LM[kind][0], verify=False))
+    engine, batch = open_engine(config("mlx", dtype="auto"), tmp_path / "out"), random_batch(0)
+    before = engine.loss_sum(batch)
+    for step in range(5):
+        engine.step([batch], 1e-2, seed=step)
+    assert engine.loss_sum(batch) < before / 2
 
 
 def test_a_checkpoint_of_torch_files_becomes_the_same_model(tiny_llama: Path, tmp_path: Path) -> None:
