@@ -25,7 +25,9 @@ def convert(
         str,
         typer.Option(help="float32, bfloat16 or float16; with --bits of scales and what is not quantised. Default: as stored."),
     ] = "",
-    shard_size: Annotated[str, typer.Option(help="Most bytes of a file of quantised weights.")] = "5GB",
+    shard_size: Annotated[
+        str, typer.Option(help="Most bytes of a file; not quantised they stay as they are. Default: 5GB.", rich_help_panel=PACK)
+    ] = "",
     verify: Annotated[
         bool | None,
         typer.Option(help="Compare with the original. Default: where memory suffices.", rich_help_panel=CHECK, show_default=False),

@@ -19,6 +19,7 @@ MEANING = {
     "made_in_transformers": "the new folder in transformers",
     "packed": "packed weights against the same unpacked",
 }
+SHARD_SIZE = "5GB"
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", re.IGNORECASE)
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
@@ -76,10 +77,13 @@ def how_of(options: ConvertOptions) -> How:
         raise UserError(f"--write-probe {options.write_probe}: no such folder", hint="make the folder, or choose another")
     if options.probe and options.write_probe:
         raise UserError("--probe and --write-probe do not go together", hint="leave one out")
+    quantisation = quantisation_of(options.bits, options.group_size, options.mode, options.recipe)
+    if options.shard_size and not quantisation:
+        raise UserError(f"--shard-size {options.shard_size} without --bits", hint="leave it out: files stay as they are cut")
     return How(
-        quantisation=quantisation_of(options.bits, options.group_size, options.mode, options.recipe),
+        quantisation=quantisation,
         dtype=options.dtype or None,
-        shard_size=size_of(options.shard_size),
+        shard_size=size_of(options.shard_size or SHARD_SIZE),
         verify=options.verify,
         probe=options.probe,
         write_probe=options.write_probe,

@@ -14,6 +14,7 @@ from tiny_models import make_tiny, rewrite_as_v4
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.convert import Converted, How, convert
 from mlx_finetune.models.importing import find_source
+from mlx_finetune.models.mlx_config import PROVEN
 from mlx_finetune.models.quantisation import RECIPES, Quantisation, quantisation_of
 from mlx_finetune.models.weights import tensor_headers
 
@@ -108,6 +109,16 @@ def test_mlx_lm_and_transformers_read_a_converted_folder_as_the_original(
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("model_type", sorted(PROVEN))
+def test_every_proven_architecture_is_converted_to_what_mlx_lm_reads_alone(model_type: str, tmp_path: Path) -> None:
+    sizes = {"intermediate_size": 64, **({"moe_intermediate_size": 64} if model_type == "qwen3_moe" else {})}
+    model = make_tiny(model_type, tmp_path / "model", tokenizer=True, changes=rope(model_type) | sizes)
+    for i, how in enumerate((How(), How(dtype="bfloat16"), How(FOUR), How(Quantisation(4, 32, "mxfp4"), dtype="bfloat16"))):
+        made = converted(model, tmp_path / str(i), how)
+        assert made.verified and made.verified.passed and made.verified.read_by_mlx_lm
+
+
 MLX_LM: dict[str, tuple[Quantisation, dict[str, Any]]] = {
     "4 bits": (FOUR, {"q_bits": 4, "q_group_size": 32}),
     "8 bits": (Quantisation(8, 64), {"q_bits": 8}),
@@ -179,7 +190,7 @@ def test_quantising_holds_a_few_tensors_and_never_the_model(model_type: str, tmp
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     converted(model, tmp_path / "out", How(FOUR, verify=False))
-    assert mx.get_peak_memory() - before < 0.2 * sum(tensor.end - tensor.start for tensor in tensors)
+    assert mx.get_peak_memory() - before < 0.1 * sum(tensor.end - tensor.start for tensor in tensors)
 
 
 def tensor_headers_of(file: Path) -> list[Any]:
@@ -190,7 +201,8 @@ def tensor_headers_of(file: Path) -> list[Any]:
 
 @pytest.mark.parametrize("kind", ["4 bits", "mxfp4", "mixed_4_6"])
 def test_a_quantised_folder_computes_with_exactly_what_its_packed_weights_stand_for(kind: str, half: Path, tmp_path: Path) -> None:
-    from mlx_lm.utils import dequantize_model, load_model
+    from mlx_lm import load
+    from mlx_lm.utils import dequantize_model
 
     made = converted(half, tmp_path / "out", How(MLX_LM[kind][0]))
     assert made.verified and made.verified.passed and made.verified.read_by_mlx_lm
@@ -199,7 +211,8 @@ def test_a_quantised_folder_computes_with_exactly_what_its_packed_weights_stand_
     # Unpacked by mlx-lm and computed by transformers: it is the same model.
     import mlx.core as mx
 
-    model, _ = load_model(tmp_path / "out")
+    model, tokenizer = load(str(tmp_path / "out"))
+    assert tokenizer.chat_template
     model.set_dtype(mx.float32)
     weights = {name: np.array(value.astype(mx.float32)) for name, value in flat(dequantize_model(model)).items()}
     unpacked = tmp_path / "unpacked"

@@ -200,12 +200,27 @@ def test_where_memory_does_not_suffice_it_is_said_and_asking_for_it_is_refused(
     assert made.verified and made.verified.differences.keys() == {"packed"} and made.verified.kl is None
     assert "GB of memory in float32" in made.unverified
     assert converted(tiny_llama, tmp_path / "whole", How()).verified is None
-    for how in (How(verify=True), How(FOUR, verify=True)):
+    for how in (How(verify=True), How(FOUR, verify=True), How(probe=tiny_llama)):
         with pytest.raises(UserError, match="cannot be compared with the original"):
             converted(tiny_llama, tmp_path / "out", how)
     with pytest.raises(UserError, match="--write-probe"):
         converted(tiny_llama, tmp_path / "out", How(write_probe=tmp_path / "probe"))
     assert left(tmp_path) == {"four", "whole"}
+
+
+def test_a_model_of_the_hub_is_named_with_its_commit(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    commit = "c" * 40
+    cached = tmp_path / "cache" / "models--org--tiny"
+    shutil.copytree(tiny_llama, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    converted(Path("org/tiny"), tmp_path / "out", How(FOUR, verify=False))
+    origin = read_origin(tmp_path / "out")
+    assert origin and (origin.model, origin.revision) == ("org/tiny", commit)
+    assert original_folder(tmp_path / "out") == cached / "snapshots" / commit
 
 
 def test_no_room_on_the_disk_is_found_before_anything_is_written(
@@ -231,7 +246,8 @@ def test_the_command_line_says_what_it_costs_and_what_comes_next(tiny_llama: Pat
     for arguments, said in {
         ("--bits", "7"): "--bits 7: MLX has 2, 3, 4, 5, 6, 8",
         ("--dtype", "int8"): "--dtype int8: not one of float32, float16, bfloat16",
-        ("--shard-size", "many"): "--shard-size many: not a size",
+        ("--bits", "4", "--shard-size", "many"): "--shard-size many: not a size",
+        ("--shard-size", "1GB"): "--shard-size 1GB without --bits",
         ("--probe", "nowhere"): "--probe nowhere: no such file",
         ("--write-probe", "nowhere/probe"): "--write-probe nowhere/probe: no such folder",
         ("--probe", "x", "--no-verify"): "--probe and --no-verify do not go together",

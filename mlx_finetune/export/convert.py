@@ -115,8 +115,8 @@ def _unverified(model: Path, config: Mapping[str, Any], how: How, shortage: str)
         raise UserError(f"--write-probe: {shortage or 'nothing is computed with --no-verify'}", hint="leave one out")
     if how.verify is False:
         return "--no-verify"
-    if shortage and how.verify and not (is_packed and how.probe):
-        hint = "leave --verify out, or give --probe, written by convert --write-probe on a larger machine"
+    if shortage and (how.verify or how.probe) and not (is_packed and how.probe):
+        hint = "leave --verify and --probe out; quantised, --probe of convert --write-probe on a larger machine stands in"
         raise UserError(f"{model}: cannot be compared with the original: {shortage}", hint=hint)
     return shortage if not is_packed else ""
 
