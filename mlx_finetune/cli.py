@@ -9,6 +9,7 @@ import typer
 from typer.exceptions import TyperException
 
 from mlx_finetune.cli_collect import collect
+from mlx_finetune.cli_convert import convert
 from mlx_finetune.cli_export import export, push
 from mlx_finetune.config import FIELDS, RunConfig, default
 from mlx_finetune.errors import UserError
@@ -55,6 +56,7 @@ def _options(
 
 
 app.command()(collect)
+app.command()(convert)
 
 
 @app.command()

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mlx_finetune.errors import UserError
-from mlx_finetune.models.hub import check_model_folder, model_folder
+from mlx_finetune.models.hub import check_model_folder, hub_revision, model_folder
 
 COMMIT = "c" * 40
 FILES = {
@@ -29,10 +29,21 @@ FILES = {
     "original/consolidated.safetensors": b"weights again",
     "onnx/config.json": b"{}",
 }
+PICKLED = {
+    "config.json": b'{"model_type": "mpt"}',
+    "pytorch_model-00001-of-00002.bin": b"a pickle",
+    "pytorch_model-00002-of-00002.bin": b"another",
+    "pytorch_model.bin.index.json": b"{}",
+    "spiece.model": b"pieces",
+    "training_args.bin": b"a pickle of something else",
+    "old/pytorch_model.bin": b"weights again",
+    "modeling_custom.py": b"raise SystemExit",
+}
+REPOSITORIES = {"org/model": FILES, "org/pickled": PICKLED}
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Knows org/model with `FILES`, and org/gated, which it gives to nobody."""
+    """Knows `REPOSITORIES`, and org/gated, which it gives to nobody."""
 
     def do_HEAD(self) -> None:
         self.answer(with_body=False)
@@ -44,13 +55,15 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         headers = {"X-Repo-Commit": COMMIT}
         status, body = 404, b"{}"
-        if path.startswith("/api/models/org/model/tree/"):
-            entries = [{"type": "file", "path": name, "size": len(data), "oid": name} for name, data in FILES.items()]
+        name = next((name for name in REPOSITORIES if f"/{name}/" in f"{path}/"), "")
+        files = REPOSITORIES.get(name, {})
+        if name and path.startswith(f"/api/models/{name}/tree/"):
+            entries = [{"type": "file", "path": file, "size": len(data), "oid": file} for file, data in files.items()]
             status, body = 200, json.dumps(entries).encode()
-        elif path.startswith("/api/models/org/model"):
-            status, body = 200, json.dumps({"id": "org/model", "sha": COMMIT, "siblings": []}).encode()
-        elif path.startswith(f"/org/model/resolve/{COMMIT}/"):
-            status, body = 200, FILES[path.partition(COMMIT + "/")[2]]
+        elif name and path.startswith(f"/api/models/{name}"):
+            status, body = 200, json.dumps({"id": name, "sha": COMMIT, "siblings": []}).encode()
+        elif name and path.startswith(f"/{name}/resolve/{COMMIT}/"):
+            status, body = 200, files[path.partition(COMMIT + "/")[2]]
             headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()}"'
         elif "org/gated" in path:
             status, headers = 403, {"X-Error-Code": "GatedRepo"}
@@ -87,11 +100,11 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def resolve(name: str, cache: Path, endpoint: str, **environment: str) -> str:
+def resolve(name: str, cache: Path, endpoint: str, pickles: bool = False, **environment: str) -> str:
     """`model_folder` in a process of its own, since huggingface_hub reads its settings once: what it says."""
     program = (
         "import sys; from mlx_finetune.errors import UserError; from mlx_finetune.models.hub import model_folder\n"
-        "try: print(model_folder(sys.argv[1]))\n"
+        f"try: print(model_folder(sys.argv[1], pickles={pickles}))\n"
         "except UserError as error: print(error.message, error.hint, sep=' -> ')"
     )
     own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -114,6 +127,19 @@ def test_a_hub_model_is_downloaded_without_code_pickles_or_second_copies_and_the
     assert files == {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "LICENSE"}
     assert (found / "config.json").read_bytes() == FILES["config.json"]
     assert resolve("org/model", tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE="1") == str(found)
+
+
+def test_torch_files_are_downloaded_only_where_they_are_asked_for_and_there_is_nothing_else(hub, tmp_path):
+    def files(folder: Path) -> set[str]:
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+    settings = {"config.json", "pytorch_model.bin.index.json", "spiece.model"}
+    assert files(Path(resolve("org/pickled", tmp_path, hub))) == settings
+    found = Path(resolve("org/pickled", tmp_path, hub, pickles=True))
+    assert files(found) == settings | {"pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"}
+    assert hub_revision(found) == COMMIT and hub_revision(tmp_path) is None
+    assert resolve("org/pickled", tmp_path, "http://127.0.0.1:9", pickles=True, HF_HUB_OFFLINE="1") == str(found)
+    assert "pytorch_model.bin" not in files(Path(resolve("org/model", tmp_path, hub, pickles=True)))
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ LAYERS = (
     ("training",),
     ("export",),
     ("evaluation",),
-    ("demo", "commands", "collected", "collecting", "exporting", "prepared", "inspecting", "inspect_page", "inspect_terminal"),
-    ("cli", "cli_collect", "cli_export", "__main__"),
+    tuple("demo commands collected collecting converting exporting prepared inspecting inspect_page inspect_terminal".split()),
+    ("cli", "cli_collect", "cli_convert", "cli_export", "__main__"),
 )
 MODULES = sorted(path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py"))
 NEUTRAL = [name for name in MODULES if not name.startswith(("mlx_finetune.engines.mlx", "mlx_finetune.engines.torch"))]

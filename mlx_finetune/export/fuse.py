@@ -4,22 +4,18 @@ The model is never loaded. Each trained tensor is read in blocks of rows, what b
 rounded once to the stored dtype, and written over the copy's bytes; every other byte is the original's.
 """
 
-import ctypes
 import math
-import os
-import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.changes import read_changes
 from mlx_finetune.export.rows import Change, Rows
-from mlx_finetune.files import atomic_folder, read_json, write_json
+from mlx_finetune.files import atomic_folder, copy_file, read_json, write_json
 from mlx_finetune.models.weights import ITEM_BYTES, from_float32, to_float32, weight_files
 
 Progress = Callable[[int, int], None]
@@ -66,7 +62,7 @@ def fuse_into(model: Path, checkpoint: Path, folder: Path, progress: Progress | 
             progress(done, total)
 
     for source in files:
-        _copy(source, folder / source.relative_to(model))
+        copy_file(source, folder / source.relative_to(model))
         advance(source.stat().st_size)
     changed = 0
     for name, change in changes.items():
@@ -96,20 +92,6 @@ def _files_to_copy(model: Path) -> Iterator[Path]:
     for path in sorted([*model.iterdir(), *model.glob("additional_chat_templates/*")]):
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(OTHER_WEIGHTS):
             yield path
-
-
-def _copy(source: Path, target: Path) -> None:
-    """A file of its own, writable; on APFS a clone, which takes neither time nor space until it is changed."""
-    target.parent.mkdir(exist_ok=True)
-    if not (sys.platform == "darwin" and _clone(source, target)):
-        shutil.copyfile(source, target)
-    target.chmod(0o644)
-
-
-def _clone(source: Path, target: Path) -> bool:
-    """clonefile(2); false where the file system cannot, or where source and target lie on two of them."""
-    libc: Any = ctypes.CDLL(None)
-    return libc.clonefile(os.fsencode(source), os.fsencode(target), 0) == 0
 
 
 def _patch(copy: Path, change: Change, name: str) -> bool:

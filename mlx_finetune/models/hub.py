@@ -11,16 +11,18 @@ from mlx_finetune.models.weights import tensor_headers
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Never *.py (a stranger's code) nor *.bin (pickles, and the same weights again).
-WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "NOTICE*", "README.md"]
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "spiece.model", "LICENSE*", "NOTICE*", "README.md"]
 # The same weights in another layout or for another engine (original/, onnx/ ...).
 UNWANTED = ["*.py", "*.bin", "*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*.safetensors"]
+PICKLES = ["pytorch_model*.bin"]  # where a model has no safetensors, for what reads them without running them
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def model_folder(name: str | Path) -> Path:
+def model_folder(name: str | Path, revision: str | None = None, pickles: bool = False) -> Path:
     """The folder of a model: `name` itself where it is a folder, else downloaded into (or found in) the Hub's cache.
 
     Only a name such as org/name that is no local path reaches for the network; HF_HUB_OFFLINE=1 keeps it to the cache.
+    `revision`: the commit of the Hub to take. `pickles`: takes *.bin too where there are no safetensors.
 
     Raises:
         UserError: neither a folder nor a Hub id; the Hub does not have it, does not give it, or cannot be reached.
@@ -32,7 +34,12 @@ def model_folder(name: str | Path) -> Path:
         raise UserError(f"{name}: a file, not a model folder", hint="give the Hugging Face folder that holds config.json")
     if not HUB_ID.fullmatch(str(name)):
         raise UserError(f"{name}: no such model folder", hint="give a local folder or a Hub id such as org/name")
-    return _download(str(name))
+    return _download(str(name), revision, pickles)
+
+
+def hub_revision(folder: Path) -> str | None:
+    """The commit that a folder of the Hub's cache holds; None of any other folder."""
+    return folder.name if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--") else None
 
 
 def check_model_folder(folder: Path) -> None:
@@ -68,11 +75,14 @@ def _has_chat_template(folder: Path) -> bool:
     return isinstance(settings, dict) and bool(settings.get("chat_template"))
 
 
-def _download(name: str) -> Path:
+def _download(name: str, revision: str | None, pickles: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     with hub_errors(name):
-        return Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        if pickles and not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=PICKLES, ignore_patterns="*/*"))
+    return folder
 
 
 @contextmanager

@@ -219,9 +219,16 @@ def _refuse(what: str) -> NoReturn:
 
 def _check_quantisation(config: Config) -> None:
     quantisation = config.get("quantization_config")
-    if quantisation and not config.get("quantization"):  # mlx-lm's own models carry both
+    if quantisation and not config.get("quantization") and not taken_over(config):  # mlx-lm's own models carry both
         method = quantisation.get("quant_method", "unknown method")
         raise UserError(f"quantised checkpoint ({method}): not supported yet", hint="use the original checkpoint")
+
+
+def taken_over(config: Config) -> str | None:
+    """The method of a quantised checkpoint whose packed weights mlx-lm takes over exactly: AutoAWQ's GEMM of 4 bits."""
+    found = config["quantization_config"]
+    is_awq = found.get("quant_method") == "awq" and found.get("bits", 4) == 4 and found.get("group_size", 128) in (32, 64, 128)
+    return "awq" if is_awq and str(found.get("version", "gemm")).lower() == "gemm" else None
 
 
 def _check_read(config: Config) -> None:

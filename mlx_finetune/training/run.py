@@ -24,6 +24,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file, new_folder, read_json, refuse_existing
 from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.mlx_config import check_supported, hidden_size, max_exact_length
+from mlx_finetune.models.quantised_sources import packed_by
 from mlx_finetune.models.weights import fingerprint, tensor_headers
 from mlx_finetune.training.checkpoint import TEMPLATE, Origin, check_origin, read_progress, resume
 from mlx_finetune.training.longest import check_length
@@ -178,6 +179,10 @@ def check_mlx(model: Path, dataset: Dataset) -> None:
     """Raises UserError where MLX would compute something else than transformers: another architecture, or beyond a window."""
     architecture = read_json(model / "config.json")
     check_supported(architecture)
+    if method := packed_by(architecture):
+        raise UserError(
+            f"{model}: its weights are packed by {method}", hint=f"mlx-finetune convert {model} --out DIR keeps its 4 bits"
+        )
     longest, exact = max(dataset.train.lengths + dataset.valid.lengths), max_exact_length(architecture)
     if exact is not None and longest > exact:
         raise UserError(

@@ -26,6 +26,15 @@ def load_model(folder: Path, dtype: str | None) -> nn.Module:
     Raises:
         UserError: no config or weights, an architecture that is not proven, damaged weights, or those of another model.
     """
+    model, _ = open_model(folder)
+    if dtype:
+        _cast(model, DTYPES[dtype])
+    mx.eval(model.parameters())
+    return model
+
+
+def open_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model as it is stored, no parameter read yet, and its config as mlx-lm completes it; raises as `load_model`."""
     config = read_json(folder / "config.json")
     check_supported(config)
     overlay = mlx_overlay(config)
@@ -33,17 +42,14 @@ def load_model(folder: Path, dtype: str | None) -> nn.Module:
     _check_weight_files(folder)
     try:
         how: Any = {"get_model_classes": classes_of, "trust_remote_code": False}
-        model, _ = load_mlx_lm(folder, lazy=True, model_config=overlay, **how)
+        model, config = load_mlx_lm(folder, lazy=True, model_config=overlay, **how)
     except (RuntimeError, TypeError, ValueError) as error:  # damaged file; key missing in config.json; other tensors
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{folder}: not loadable with MLX: {reason}", hint="is the download whole? if so: --engine torch"
         ) from error
-    correct(model, text_config(config))
-    if dtype:
-        _cast(model, DTYPES[dtype])
-    mx.eval(model.parameters())
-    return model
+    correct(model, text_config(read_json(folder / "config.json")))
+    return model, config
 
 
 def empty_model(folder: Path) -> nn.Module:

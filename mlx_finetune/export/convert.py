@@ -1,0 +1,161 @@
+"""From any checkpoint to a folder that MLX computes with exactly: written piece by piece, compared, then put in its place."""
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mlx_finetune.errors import UserError
+from mlx_finetune.export.probe import read_probe, write_probe
+from mlx_finetune.export.verify_converted import Compared, Verified, verify_converted
+from mlx_finetune.files import atomic_folder, read_json, refuse_existing, write_json
+from mlx_finetune.models.importing import Source, as_hugging_face, copy_beside
+from mlx_finetune.models.mlx_config import check_supported
+from mlx_finetune.models.origin import Origin, write_origin
+from mlx_finetune.models.plain_config import dtype_of, plain_config, with_dtype
+from mlx_finetune.models.quantisation import Quantisation
+from mlx_finetune.models.quantised_sources import check_not_packed, packed_by
+from mlx_finetune.models.rewriting import rewrite
+from mlx_finetune.models.weights import tensor_headers
+
+Progress = Callable[[int, int], None]
+PACKAGES = ("mlx-finetune", "mlx", "mlx-lm", "transformers", "torch")
+FLOAT32 = 4  # bytes
+HEADROOM = 1.15  # of the weights in float32: what else is held while they are run
+
+
+@dataclass(frozen=True)
+class How:
+    """What is to be made. verify: None compares where memory suffices, True refuses where it does not, False never compares."""
+
+    quantisation: Quantisation | None = None
+    dtype: str | None = None
+    shard_size: int = 5 * 10**9
+    verify: bool | None = None
+    probe: Path | None = None
+    write_probe: Path | None = None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was made: bytes of weights before and after, bits per weight of the whole, and what the comparison found.
+
+    left_alone: modules whose width the group size does not divide, stored as they were. unverified: why nothing was compared.
+    """
+
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    quantization: dict[str, Any] | None
+    left_alone: list[str]
+    verified: Verified | None = None
+    unverified: str = ""
+
+
+def convert(source: Source, out: Path, how: How, progress: Progress) -> Converted:
+    """Writes the folder `out`, which appears only when it is whole and, unless `how` says otherwise, proven.
+
+    Raises:
+        UserError: `out` exists; files that are broken; a model that MLX does not compute as transformers does.
+        VerificationError: what was written is not what was to be written; nothing is left.
+    """
+    if how.write_probe:
+        refuse_existing(how.write_probe, hint="choose another --write-probe")
+    with atomic_folder(out) as folder, tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        if source.format != "gguf":
+            _check(source.path, how)
+        model = as_hugging_face(source, Path(scratch), progress)
+        config = _check(model, how)
+        shortage, fingerprint = _shortage(model, config), source.fingerprint()
+        unverified = _unverified(model, config, how, shortage)
+        probe = read_probe(how.probe, fingerprint) if how.probe else None
+        made = _write(model, config, folder, how, progress)
+        if not unverified:
+            original = model if source.format == "gguf" else source.path
+            what = Compared(original, model, folder, made.quantization is not None, how.dtype, whole=not shortage)
+            verified, reference = verify_converted(what, probe)
+            made = replace(made, verified=verified)
+            if how.write_probe and reference:
+                write_probe(how.write_probe, reference, fingerprint)
+        made = replace(made, unverified=unverified or (shortage if not probe else ""))
+        write_origin(folder, _origin(source, fingerprint, made, how.dtype or dtype_of(config)))
+    return made
+
+
+def _check(folder: Path, how: How) -> dict[str, Any]:
+    """config.json of the folder; raises UserError for what MLX does not compute, or what cannot be packed."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'}: not a JSON object", hint="download the model again")
+    check_not_packed(folder, config, how.quantisation, how.dtype)
+    check_supported(config)
+    return config
+
+
+def _shortage(model: Path, config: Mapping[str, Any]) -> str:
+    """Why the original weights cannot be run here in float32; empty where they can."""
+    if method := packed_by(config):
+        return f"no other library here computes a checkpoint packed by {method}"
+    needed = HEADROOM * FLOAT32 * sum(math.prod(tensor.shape) for tensor in tensor_headers(model).values())
+    free = psutil.virtual_memory().available
+    if needed <= free:
+        return ""
+    return f"the original weights need {needed / 1e9:.1f} GB of memory in float32, and {free / 1e9:.1f} GB are free"
+
+
+def _unverified(model: Path, config: Mapping[str, Any], how: How, shortage: str) -> str:
+    """Why nothing will be compared; empty where something will be. Raises UserError where that was asked for and cannot be."""
+    is_packed = bool(how.quantisation or packed_by(config))
+    if how.write_probe and (shortage or how.verify is False):
+        raise UserError(f"--write-probe: {shortage or 'nothing is computed with --no-verify'}", hint="leave one out")
+    if how.verify is False:
+        return "--no-verify"
+    if shortage and (how.verify or how.probe) and not (is_packed and how.probe):
+        hint = "leave --verify and --probe out; quantised, --probe of convert --write-probe on a larger machine stands in"
+        raise UserError(f"{model}: cannot be compared with the original: {shortage}", hint=hint)
+    return shortage if not is_packed else ""
+
+
+def _origin(source: Source, fingerprint: str, made: Converted, dtype: str | None) -> Origin:
+    return Origin(
+        format=source.format,
+        model=source.name,
+        revision=source.revision,
+        fingerprint=fingerprint,
+        quantization=made.quantization,
+        dtype=dtype,
+        versions={name: found for name in PACKAGES if (found := _version(name))},
+        verified=asdict(made.verified) if made.verified else None,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _write(model: Path, config: Mapping[str, Any], folder: Path, how: How, progress: Progress) -> Converted:
+    """Weights, config.json and what stands beside them."""
+    tensors = tensor_headers(model).values()
+    before = sum(tensor.end - tensor.start for tensor in tensors)
+    written = with_dtype(plain_config(config), how.dtype) if how.dtype else plain_config(config)
+    quantization, left_alone = None, []
+    if how.quantisation or packed_by(config):
+        from mlx_finetune.engines.mlx.pack import pack
+
+        packed = pack(model, folder, how.quantisation, how.dtype, how.shard_size, progress)
+        quantization, left_alone, bits, size = packed.quantization, packed.left_alone, packed.bits_per_weight, packed.bytes
+        written |= {"quantization": quantization, "quantization_config": quantization}
+    else:
+        size = rewrite(model, folder, how.dtype, progress)
+        bits = 8 * size / sum(math.prod(tensor.shape) for tensor in tensors)
+    write_json(folder / "config.json", written)
+    copy_beside(model, folder)
+    return Converted(before, size, bits, quantization, left_alone)
