@@ -163,15 +163,22 @@ def plot(run: Annotated[Path, typer.Argument(help="Folder that train made.")], a
 
 @app.command()
 def fuse(
-    run: Annotated[Path, typer.Argument(help="Folder that train made.")],
+    run: Annotated[Path, typer.Argument(help="Folder that train made, or the folder of an adapter of peft or mlx-lm.")],
     out: Out,
-    checkpoint: Checkpoint = "best",
+    checkpoint: Annotated[str, typer.Option(help="best (the default), latest, or a name such as step-000100.")] = "",
+    model: Annotated[str, typer.Option(help="Of an adapter: the model that it is for.")] = "",
+    original: Annotated[str, typer.Option(help="The unquantised weights, where a quantised model does not name them.")] = "",
+    quantised_base: Annotated[
+        bool, typer.Option("--quantised-base", help="Add to the quantised weights that were trained on, unpacked.")
+    ] = False,
+    base: Annotated[str, typer.Option(help="What the model card calls the base: its hub id, org/name.")] = "",
     as_json: Json = False,
 ) -> None:
     """Add the adapter to the original weights: an ordinary Hugging Face folder, verified before it appears."""
-    from mlx_finetune.commands import fuse_command
+    options = dict(locals())
+    from mlx_finetune.fusing import FuseOptions, fuse_command
 
-    fuse_command(run, out, checkpoint, as_json)
+    fuse_command(FuseOptions(**options))
 
 
 app.command()(export)

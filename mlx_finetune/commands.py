@@ -12,7 +12,6 @@ from mlx_finetune.data.dataset import prepared_before
 from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
-from mlx_finetune.files import refuse_existing
 from mlx_finetune.launched import launched
 from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.weights import fingerprint
@@ -170,23 +169,3 @@ def plot_command(run: Path, as_json: bool) -> None:
     if picture is None:
         raise UserError("matplotlib is not installed", hint="pip install matplotlib")
     finish({"picture": str(picture)}, as_json, lambda: None, picture, "")
-
-
-def fuse_command(run: Path, out: Path, checkpoint: str, as_json: bool) -> None:
-    """`mlx-finetune fuse`."""
-    from mlx_finetune.evaluation.compare import open_run
-    from mlx_finetune.export.verify import PROBE_TEXTS, fuse_and_verify
-    from mlx_finetune.training.checkpoint import trained_template
-
-    refuse_existing(out)
-    _, model, folder = open_run(run, checkpoint)
-    say(f"adding {folder} to the weights of {model}, into {out}")
-    with progress("fuse") as advance:
-        fused, verified = fuse_and_verify(model, folder, out, PROBE_TEXTS, advance, trained_template(run))
-    result = {"fused": vars(fused), "verified": vars(verified), "out": str(out)}
-
-    def show() -> None:
-        print(f"{fused.tensors} tensors changed; verified by {verified.backend}: no missing and no unexpected keys,")
-        print(f"largest logit difference from base + adapter {verified.largest_difference:.1e}, allowed {verified.tolerance:.1e}")
-
-    finish(result, as_json, show, out, "use the folder like any Hugging Face model")

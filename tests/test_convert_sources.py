@@ -13,6 +13,7 @@ import psutil
 import pytest
 from awq_checkpoints import make_awq
 from conftest import Answer
+from mxfp4_checkpoints import make_mxfp4
 from test_architectures import RELATIVE, tokens, transformers_logits
 from test_convert import FOUR, MLX_LM, apart, change_config, config_of, converted, left, plain_mlx_logits
 from tiny_models import VOCABULARY, make_tiny, tiny_tokenizer
@@ -315,3 +316,22 @@ def test_the_last_token_of_the_vocabulary_is_compared_too(tiny_llama: Path) -> N
     rows = probe_tokens(tiny_llama)
     assert {0, VOCABULARY - 1} <= set(rows[-1]) and len(rows) == 4
     assert max(map(len, rows)) <= 64 and np.unique(rows[-1]).size == 64
+
+
+def test_experts_of_gpt_oss_keep_their_mxfp4_and_compute_what_transformers_unpacks(tmp_path: Path) -> None:
+    import mlx.core as mx
+    import torch
+    from transformers import AutoModelForCausalLM, Mxfp4Config
+
+    from mlx_finetune.engines.mlx.load import load_model
+
+    model = make_mxfp4(tmp_path / "oss", tokenizer=True)
+    made = converted(model, tmp_path / "out", How())
+    assert made.quantization and made.verified and made.verified.passed and "mxfp4" in made.unverified
+    tokens = np.random.default_rng(1).integers(3, 300, size=(2, 24))
+    unpacked = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True))
+    with torch.no_grad():
+        expected = unpacked.float().eval()(torch.from_numpy(tokens)).logits.numpy()
+    for folder in (model, tmp_path / "out"):
+        found = np.array(load_model(folder, "float32")(mx.array(tokens)).astype(mx.float32))
+        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()

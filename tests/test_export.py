@@ -227,9 +227,9 @@ def test_a_base_that_mlx_quantised_is_for_mlx_lm_alone(tmp_path):
 
 
 def test_an_architecture_that_mlx_does_not_have_is_for_peft_alone(tmp_path):
-    make_base(tmp_path, "gptj")
-    run = make_run(tmp_path, "torch", target_modules=("q_proj", "fc_in"))
-    with pytest.raises(UserError, match="mlx-lm cannot have it: architecture 'gptj'"):
+    make_base(tmp_path, "arcee")
+    run = make_run(tmp_path, "torch", target_modules=("q_proj", "up_proj"))
+    with pytest.raises(UserError, match="mlx-lm cannot have it: architecture 'arcee'"):
         export(run, tmp_path / "adapter", "mlx-lm")
     exported, opened = export(run, tmp_path / "adapter")
     assert exported.formats == ["peft"] and list(opened.readers) == ["peft"]

@@ -19,7 +19,9 @@ LAYERS = (
     ("training",),
     ("export",),
     ("evaluation",),
-    tuple("demo commands collected collecting converting exporting prepared inspecting inspect_page inspect_terminal".split()),
+    tuple(
+        "demo commands collected collecting converting exporting fusing prepared inspecting inspect_page inspect_terminal".split()
+    ),
     ("cli", "cli_collect", "cli_convert", "cli_export", "__main__"),
 )
 MODULES = sorted(path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py"))

@@ -14,7 +14,8 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.export.adapter import TENSORS, Adapter, Pair, read_adapter
 from mlx_finetune.export.expert_changes import expert_changes
 from mlx_finetune.export.from_mlx import is_mlx_adapter, mlx_changes
-from mlx_finetune.export.rows import BASE, DIVERGED, HEAD_WEIGHT, Change, Headers, Rows, factored, fitting, original, tensor_of
+from mlx_finetune.export.rows import BASE, DIVERGED, HEAD_WEIGHT, Change, Headers, Rows, factored, fitting, original
+from mlx_finetune.models.tensor_names import tensor_of
 from mlx_finetune.models.weights import ITEM_BYTES, SINGLE, TensorLocation, file_headers, read_float32, to_float32
 
 PROGRESS = "progress.json"

@@ -10,7 +10,8 @@ import numpy as np
 from mlx_finetune.engines.experts import PARTS, stored_at, unfolded
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.adapter import Experts
-from mlx_finetune.export.rows import BASE, DIVERGED, Change, Headers, Rows, factored, fitting, names_in_files
+from mlx_finetune.export.rows import BASE, DIVERGED, Change, Headers, Rows, factored, fitting
+from mlx_finetune.models.tensor_names import names_in_files
 from mlx_finetune.models.weights import TensorLocation, read_float32
 
 KEPT = 4  # pairs of a layer that are read at once: the tensors of its experts follow one another in the files

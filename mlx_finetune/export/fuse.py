@@ -5,7 +5,7 @@ rounded once to the stored dtype, and written over the copy's bytes; every other
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -47,9 +47,11 @@ def fuse(model: Path, checkpoint: Path, out: Path, progress: Progress | None = N
         return fuse_into(model, checkpoint, folder, progress)
 
 
-def fuse_into(model: Path, checkpoint: Path, folder: Path, progress: Progress | None = None) -> Fused:
-    """As `fuse`, into an empty folder that the caller makes and gives its name to."""
-    changes = read_changes(model, checkpoint)
+def fuse_into(
+    model: Path, checkpoint: Path, folder: Path, progress: Progress | None = None, changes: Mapping[str, Change] | None = None
+) -> Fused:
+    """As `fuse`, into an empty folder that the caller makes and gives its name to. `changes`: others than `read_changes` says."""
+    changes = read_changes(model, checkpoint) if changes is None else changes
     files = list(_files_to_copy(model))
     copied = sum(source.stat().st_size for source in files)
     total = copied + sum(change.location.end - change.location.start for change in changes.values())

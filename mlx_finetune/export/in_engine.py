@@ -45,10 +45,12 @@ def exact_length(model: Path, engine: str) -> int | None:
     return max_exact_length(read_json(model / "config.json")) if engine == "mlx" else None
 
 
-def logits_of(model: Path, checkpoint: Path, engine: str, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+def logits_of(
+    model: Path, checkpoint: Path, engine: str, rows: Sequence[Sequence[int]], as_trained: bool = False
+) -> Iterator[np.ndarray]:
     """Of base + checkpoint in `engine`: float32 [T, V] of each row.
 
-    On the CPU, where peft computes too; the frozen weights as they are stored, and not quantised by torch.
+    On the CPU, where peft computes too; the frozen weights as they are stored, and quantised by torch only `as_trained`.
 
     Raises:
         UserError: the engine does not have this model.
@@ -57,7 +59,7 @@ def logits_of(model: Path, checkpoint: Path, engine: str, rows: Sequence[Sequenc
     config = config_of(checkpoint)
     assert config is not None
     with on_cpu() if engine == "mlx" else nullcontext():
-        opened = _open(model, checkpoint, config, engine)
+        opened = _open(model, checkpoint, config if as_trained else config.model_copy(update={"quantization": "none"}), engine)
         for row in rows:
             tokens = np.array([*row, 0], np.int32)
             weights = np.ones(len(tokens), np.float32)
@@ -81,7 +83,7 @@ def on_cpu() -> Iterator[None]:
 
 
 def _open(model: Path, checkpoint: Path, config: RunConfig, engine: str) -> Engine:
-    plain: dict[str, Any] = {"engine": engine, "dtype": "auto" if is_full(checkpoint) else "float32", "quantization": "none"}
+    plain: dict[str, Any] = {"engine": engine, "dtype": "auto" if is_full(checkpoint) else "float32"}
     plain |= {"device": "cpu"} if engine == "torch" else {}
     with loading(model):
         opened = open_engine(for_a_look(config, engine).model_copy(update=plain), model)

@@ -116,8 +116,8 @@ def _of_experts(adapter: Adapter) -> Iterator[tuple[str, str, np.ndarray]]:
 def mlx_paths(network: Any, model: Path) -> dict[str, str]:
     """Of each module and each projection of experts, by the name that PEFT gives it, its path in the network."""
     from mlx_finetune.engines.mlx.experts import projections
-    from mlx_finetune.engines.mlx.parts import transformers_name
     from mlx_finetune.models.mlx_config import names_of
+    from mlx_finetune.models.tensor_names import transformers_name
 
     names = names_of(read_json(model / "config.json"))
     paths = {transformers_name(path, names): path for path, _ in network.named_modules()}

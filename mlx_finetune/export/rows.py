@@ -1,7 +1,6 @@
 """What becomes of a tensor of the original checkpoint, a few rows at a time."""
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +17,6 @@ Rows = Callable[[int, np.ndarray], np.ndarray]
 Headers = dict[str, TensorLocation]
 
 HEAD_WEIGHT = f"{HEAD}.weight"
-# What transformers' class calls its modules, and what the files of models that see call them.
-IN_FILES = (
-    (r"^", ""),
-    (r"^model\.language_model\.", "language_model.model."),
-    (r"^model\.", "model.language_model."),
-    (r"^", "language_model."),
-)
 BASE = "give the model it was trained on"
 ORIGINAL = "fuse into the original, unquantised model"
 DIVERGED = "the training diverged: take an earlier checkpoint"
@@ -79,14 +71,3 @@ def fitting(model: Path, headers: Headers, name: str, shape: tuple[int, ...], by
         what = f"is stored as {location.dtype}, not as one of {', '.join(ITEM_BYTES)}"
         raise UserError(f"{model}: {name} {what}", hint=ORIGINAL)
     return location
-
-
-def tensor_of(module: str, headers: Mapping[str, object]) -> str:
-    """The weight of a module by its name in the files; the first way of calling it, where none of them is there."""
-    names = [f"{name}.weight" for name in names_in_files(module)]
-    return next((name for name in names if name in headers), names[0])
-
-
-def names_in_files(module: str) -> list[str]:
-    """What files may call a module."""
-    return [re.sub(pattern, name, module) for pattern, name in IN_FILES]

@@ -6,7 +6,7 @@ asked too, where it is installed, and what must not change is compared byte for 
 """
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,15 +18,27 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.export.backends import in_transformers
 from mlx_finetune.export.card import write_card
 from mlx_finetune.export.changes import EMBEDDINGS, read_changes
-from mlx_finetune.export.distance import ENGINES, TOLERANCE, Choices, Distances, Measured, VerificationError, choices, distance
+from mlx_finetune.export.distance import (
+    ENGINES,
+    TOLERANCE,
+    Choices,
+    Distances,
+    Measured,
+    VerificationError,
+    choices,
+    distance,
+    largest,
+)
 from mlx_finetune.export.facts import Facts
 from mlx_finetune.export.folder_checks import FolderChecks, check_folder
 from mlx_finetune.export.from_mlx import is_mlx_adapter
 from mlx_finetune.export.fuse import Fused, Progress, fuse_into, write_template
 from mlx_finetune.export.in_engine import exact_length, logits_of, trained_with
 from mlx_finetune.export.mlx_backend import in_mlx
+from mlx_finetune.export.packed_logits import fused_logits, packed_logits, trained_logits
 from mlx_finetune.export.probes import ANSWER, PROBE_TEXTS, bounded, spread, tokens_of
 from mlx_finetune.export.report import write_report
+from mlx_finetune.export.rows import Change
 from mlx_finetune.files import atomic_folder
 
 __all__ = ["PROBE_TEXTS", "InEngine", "VerificationError", "Verified", "fuse_and_verify", "verify"]
@@ -66,6 +78,8 @@ class Verified:
     choices: greedy tokens of the fused model behind each text and the tuned model's answer.
     engine: the engine that trained, None where it is not installed or not known.
     folder: what must not have changed.
+    trained_on: how far the fused model lies from the one that was trained where that was on quantised weights: largest and rms
+    of single logits, kl in nats.
     """
 
     backend: Backend
@@ -81,6 +95,7 @@ class Verified:
     choices: dict[str, int] = field(default_factory=dict)
     engine: dict[str, Any] | None = None
     folder: dict[str, Any] = field(default_factory=dict)
+    trained_on: dict[str, float] | None = None
 
 
 def fuse_and_verify(
@@ -91,20 +106,28 @@ def fuse_and_verify(
     progress: Progress | None = None,
     template: str = "",
     facts: Facts | None = None,
+    packed: Path | None = None,
+    from_packed: bool = False,
+    changes: Mapping[str, Change] | None = None,
 ) -> tuple[Fused, Verified]:
     """`fuse`, then `verify`; `out` appears only if the fused model passed, with verification.json in it.
 
-    `template`: the chat template that was trained. `facts`: of the run, for a model card above the base's own.
+    `template`: the chat template that was trained. `facts`: of the run, for a model card above the base's own. `packed`: the
+    quantised weights that were trained on, where `model` is not; `from_packed`: they are in the fused model, which `changes` does.
 
     Raises:
         UserError: as `fuse`; or rounding outweighs what was trained, so that nothing of it could be handed back.
         VerificationError: the fused model is not base + what was trained; nothing is left.
     """
     with atomic_folder(out) as folder:
-        fused = fuse_into(model, checkpoint, folder, progress)
+        changes = read_changes(model, checkpoint) if changes is None else changes
+        fused = fuse_into(model, checkpoint, folder, progress, changes)
         if template:
             write_template(folder, template)
-        verified = verify(model, checkpoint, folder, texts, template)
+        if packed and from_packed:
+            verified = verify_packed(model, packed, checkpoint, folder, texts, template, changes)
+        else:
+            verified = verify(model, checkpoint, folder, texts, template, packed)
         if verified.outweighed:
             what = "it changes the weights by less than their stored precision rounds away"
             raise UserError(f"{checkpoint}: {what}; {out} was not written", hint="train longer, or with a higher learning_rate")
@@ -116,7 +139,9 @@ def fuse_and_verify(
     return fused, verified
 
 
-def verify(model: Path, checkpoint: Path, fused: Path, texts: Sequence[str], template: str = "") -> Verified:
+def verify(
+    model: Path, checkpoint: Path, fused: Path, texts: Sequence[str], template: str = "", packed: Path | None = None
+) -> Verified:
     """Compares the folder `fused` with `model` + what `checkpoint` trained, in float32, one model at a time.
 
     Runs in transformers and peft where torch and peft are installed, else in MLX; the result says which. Passes when no
@@ -135,7 +160,39 @@ def verify(model: Path, checkpoint: Path, fused: Path, texts: Sequence[str], tem
     answers = [ANSWER] * len(tokens) + [0] * len(others)
     measured = measure(model, checkpoint, fused, [*tokens, *others], stored, answers)
     found = _compare(backend, measured, answers, bool(stored), check_folder(model, fused, changes, template))
-    return _with_engine(found, model, checkpoint, measured, answers)
+    found = _with_engine(found, model, checkpoint, measured, answers)
+    trained = trained_logits(packed, checkpoint, measured.rows) if packed else None
+    return replace(found, trained_on=asdict(distance(trained, measured.found))) if trained else found
+
+
+def verify_packed(
+    model: Path, packed: Path, checkpoint: Path, fused: Path, texts: Sequence[str], template: str, changes: Mapping[str, Change]
+) -> Verified:
+    """Compares the folder `fused` with the model that was trained, on the quantised weights `packed`, in the engine that did.
+
+    Passes where it is within 1e-3 and 3e-4 of the largest logit of it; where the weights are stored in fewer bits than float32, ten
+    times nearer to it than the quantised base is, as unpacked numbers have more digits than BF16 keeps.
+
+    Raises:
+        UserError: the engine that trained is not known or not installed.
+    """
+    backend: Backend = "transformers" if find_spec("torch") else "mlx"
+    rows = tokens_of(model, texts)
+    trained = trained_logits(packed, checkpoint, rows)
+    if trained is None:
+        raise UserError(f"{checkpoint}: the engine that trained it is not here", hint="fuse it where it was trained")
+    base = distance(trained, packed_logits(packed, rows))
+    found, missing, unexpected = fused_logits(model, fused, rows, backend)
+    apart, size = distance(trained, found), largest(trained)
+    is_rounded = any(change.location.dtype != "F32" for change in changes.values())
+    tolerance = TOLERANCE + ENGINES * size
+    close = apart.rms <= TIES * base.rms if is_rounded else apart.largest <= tolerance
+    checks = check_folder(model, fused, changes, template)
+    passed = close and not (missing or unexpected or checks.problems)
+    return Verified(
+        backend, missing, unexpected, apart.largest, size, apart.kl, tolerance, passed,
+        positions=sum(map(len, rows)), folder=asdict(checks), trained_on=asdict(apart),
+    )  # fmt: skip
 
 
 def _compare(backend: Backend, measured: Measured, answers: Sequence[int], is_rounded: bool, folder: FolderChecks) -> Verified:

@@ -225,8 +225,11 @@ def _check_quantisation(config: Config) -> None:
 
 
 def taken_over(config: Config) -> str | None:
-    """The method of a quantised checkpoint whose packed weights mlx-lm takes over exactly: AutoAWQ's GEMM of 4 bits."""
+    """The method of a quantised checkpoint whose packed weights mlx-lm takes over exactly: AutoAWQ's GEMM of 4 bits, and the
+    experts of gpt-oss in mxfp4."""
     found = config["quantization_config"]
+    if found.get("quant_method") == "mxfp4" and config.get("model_type") == "gpt_oss":
+        return "mxfp4"
     is_awq = found.get("quant_method") == "awq" and found.get("bits", 4) == 4 and found.get("group_size", 128) in (32, 64, 128)
     return "awq" if is_awq and str(found.get("version", "gemm")).lower() == "gemm" else None
 

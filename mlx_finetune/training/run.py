@@ -23,8 +23,9 @@ from mlx_finetune.engines.supported import check_settings as check_settings_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file, new_folder, read_json, refuse_existing
 from mlx_finetune.models.hub import check_model_folder, model_folder
-from mlx_finetune.models.mlx_config import check_supported, hidden_size, max_exact_length
+from mlx_finetune.models.mlx_config import check_supported, hidden_size, max_exact_length, names_of
 from mlx_finetune.models.quantised_sources import packed_by
+from mlx_finetune.models.tensor_names import names_in_files, tensor_of, transformers_name
 from mlx_finetune.models.weights import fingerprint, tensor_headers
 from mlx_finetune.training.checkpoint import TEMPLATE, Origin, check_origin, read_progress, resume
 from mlx_finetune.training.longest import check_length
@@ -193,13 +194,18 @@ def check_mlx(model: Path, dataset: Dataset) -> None:
 
 def check_names(engine: Engine, model: Path) -> None:
     """Raises UserError where an adapted module is not a tensor of the checkpoint: its adapter could not be handed back."""
-    headers = tensor_headers(model)
-    shapes = {name: tuple(tensor.shape) for name, tensor in headers.items()}
+    headers, config = tensor_headers(model), read_json(model / "config.json")
     quantised = any(tensor.dtype == "U32" for tensor in headers.values())
+    if quantised and config.get("quantization"):  # in the layout of mlx-lm's class
+        names = names_of(config)
+        headers = {transformers_name(name, names): tensor for name, tensor in headers.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in headers.items()}
     for name, target in engine.targets.items():
-        if target.kind == "experts" and (quantised or stored_at(shapes, name, target.count - 1, target.rows, target.columns)):
-            continue
-        tensor = headers.get(f"{name}.weight")
+        if target.kind == "experts":
+            at = (stored_at(shapes, one, target.count - 1, target.rows, target.columns) for one in names_in_files(name))
+            if quantised or any(at):
+                continue
+        tensor = headers.get(tensor_of(name, headers))
         if tensor is None or (tensor.dtype in ("F32", "F16", "BF16") and tuple(tensor.shape) != (target.rows, target.columns)):
             raise UserError(
                 f"{name}: not a tensor of that name and shape in {model}, so a tuned model could not be handed back",

@@ -23,7 +23,7 @@ from mlx_finetune.engines.mlx.input import Input
 from mlx_finetune.engines.mlx.load import load_model
 from mlx_finetune.engines.mlx.lora import LoRAEmbedding, LoRALinear, noisy, row_norms, set_dropout
 from mlx_finetune.engines.mlx.loss import Caught, Given, loss_sum, value_of
-from mlx_finetune.engines.mlx.parts import parts_of, train_recurrences, transformers_name
+from mlx_finetune.engines.mlx.parts import parts_of, train_recurrences
 from mlx_finetune.engines.mlx.ranks import ranks_of, sum_gradients
 from mlx_finetune.engines.mlx.recompute import recomputed
 from mlx_finetune.engines.mlx.trunk import Trunk
@@ -34,6 +34,7 @@ from mlx_finetune.engines.work import Work, share_of, works_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.mlx_config import hidden_size, names_of
+from mlx_finetune.models.tensor_names import transformers_name
 from mlx_finetune.models.weights import fingerprint
 
 Parameters = dict[str, mx.array]

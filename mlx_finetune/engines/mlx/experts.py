@@ -10,7 +10,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, Switch
 from mlx_finetune.config import RunConfig
 from mlx_finetune.engines.adapter import Target, scale_of
 from mlx_finetune.engines.experts import EXPERTS, PROJECTIONS
-from mlx_finetune.engines.mlx.parts import transformers_name
+from mlx_finetune.models.tensor_names import transformers_name
 
 Names = Iterable[tuple[str, str]]  # see `names_of`
 SWITCH = "switch_mlp"

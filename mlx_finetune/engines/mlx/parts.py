@@ -1,7 +1,6 @@
 """Where a model of mlx-lm keeps its embeddings, its layers and its head, and what transformers calls them."""
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,13 +54,6 @@ def parts_of(model: nn.Module) -> Parts:
             owner, _, name = path.rpartition(".")
             return Parts(dict(model.named_modules())[owner], name, layers, embeddings)
     raise UserError("the MLX engine does not train this architecture: no embeddings beside its layers", hint=hint)
-
-
-def transformers_name(path: str, names: Iterable[tuple[str, str]]) -> str:
-    """The path of a module or an array of mlx-lm's class as transformers' class has it; `names`: see `names_of`."""
-    for pattern, name in names:
-        path = re.sub(pattern, name, path)
-    return path
 
 
 def train_recurrences(model: nn.Module) -> None:

@@ -1,0 +1,30 @@
+"""What libraries and files call the same weight."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+# What transformers' class calls its modules, and what the files of models that see call them.
+IN_FILES = (
+    (r"^", ""),
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^model\.", "model.language_model."),
+    (r"^", "language_model."),
+)
+
+
+def names_in_files(module: str) -> list[str]:
+    """What the files of a Hugging Face checkpoint may call a module of transformers' class."""
+    return [re.sub(pattern, name, module) for pattern, name in IN_FILES]
+
+
+def tensor_of(module: str, headers: Mapping[str, object]) -> str:
+    """The weight of a module by its name in the files; the first way of calling it, where none of them is there."""
+    names = [f"{name}.weight" for name in names_in_files(module)]
+    return next((name for name in names if name in headers), names[0])
+
+
+def transformers_name(path: str, names: Iterable[tuple[str, str]]) -> str:
+    """The path of a module or an array of mlx-lm's class as transformers' class has it; `names`: see `mlx_config.names_of`."""
+    for pattern, name in names:
+        path = re.sub(pattern, name, path)
+    return path

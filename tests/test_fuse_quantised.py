@@ -1,0 +1,107 @@
+"""A run on quantised weights goes into the original ones, or with --quantised-base into exactly those it was trained on."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from finished_runs import make_base, make_data, make_run
+from test_architectures import tokens, transformers_logits
+
+from mlx_finetune.export.convert import How, convert
+from mlx_finetune.models.importing import find_source
+from mlx_finetune.models.quantisation import Quantisation
+
+Answer = tuple[int, str, str]
+FOUR = Quantisation(bits=4, group_size=32)
+
+
+def trained(root: Path, model_type: str = "llama", dtype: str = "float32", **settings: str) -> Path:
+    """A run of MLX on root/packed, of 4 bits, which was converted from root/base."""
+    base = make_base(root, model_type, dtype=dtype)
+    convert(find_source(str(base)), root / "packed", How(FOUR, verify=False), lambda done, total: None)
+    return make_run(root, "mlx", model=str(root / "packed"), **settings)
+
+
+def of_trained(run: Path) -> np.ndarray:
+    """Logits of the model as it was trained."""
+    from mlx_finetune.export.in_engine import logits_of
+
+    checkpoint = (run / "best").resolve()
+    return np.stack(list(logits_of(run.parent / "packed", checkpoint, "mlx", tokens(24).tolist(), as_trained=True)))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "qwen3_5_text"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_goes_into_the_original_weights_and_the_difference_is_told(
+    cli: Callable[..., Answer], tmp_path: Path, model_type: str, dtype: str
+) -> None:
+    run = trained(tmp_path, model_type, dtype)
+    status, out, err = cli("fuse", run, "--out", "original", "--json")
+    assert status == 0, err
+    assert "quantised" in err
+    plain = json.loads(out)["verified"]
+    assert plain["passed"] and plain["trained_on"]["kl"] > 0
+    status, out, err = cli("fuse", run, "--out", "exact", "--quantised-base", "--json")
+    assert status == 0, err
+    exact = json.loads(out)["verified"]
+    assert exact["passed"] and exact["trained_on"]["kl"] < plain["trained_on"]["kl"] / 100
+    expected = of_trained(run)
+    apart = [np.abs(transformers_logits(Path(folder), tokens(24)) - expected).max() for folder in ("original", "exact")]
+    scale = np.abs(expected).max()
+    # bfloat16 keeps 8 bits of an unpacked number: 4e-3 of each
+    assert apart[1] < (2e-2 if dtype == "bfloat16" else 4e-4) * scale < apart[0]
+    assert json.loads(Path("exact/verification.json").read_text())["verified"]["trained_on"] == exact["trained_on"]
+
+
+def test_original_weights_that_moved_are_named_again_and_others_are_refused(cli: Callable[..., Answer], tmp_path: Path) -> None:
+    run = trained(tmp_path)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    status, _, err = cli("fuse", run, "--out", "fused")
+    assert status == 2 and "no longer there" in err and "--original" in err
+    assert cli("fuse", run, "--out", "fused", "--original", "moved")[0] == 0
+    make_base(tmp_path, seed=5)
+    status, _, err = cli("fuse", run, "--out", "other", "--original", "base")
+    assert status == 2 and "not what" in err and not Path("other").exists()
+    (tmp_path / "packed" / "origin.json").unlink()
+    status, _, err = cli("fuse", run, "--out", "other")
+    assert status == 2 and "no origin.json" in err and "--original" in err
+
+
+def test_options_that_do_not_fit_what_is_fused_are_refused(cli: Callable[..., Answer], tmp_path: Path) -> None:
+    make_base(tmp_path)
+    run = make_run(tmp_path, "mlx")
+    adapter = tmp_path / "adapter"
+    shutil.copytree((run / "best").resolve(), adapter)
+    for arguments, said in (
+        ((run, "--quantised-base"), "is not quantised"),
+        ((run, "--model", "base"), "a run knows its model"),
+        ((adapter, "--model", "base", "--checkpoint", "best"), "an adapter, not a run"),
+        ((adapter, "--model", "base", "--base", "a/b"), "a card is written for runs"),
+        ((tmp_path / "dataset",), "neither a run nor the folder of an adapter"),
+        ((run, "--base", "no id"), "no id of the Hub"),
+    ):
+        status, out, err = cli("fuse", *arguments, "--out", "fused")
+        assert (status, out) == (2, "") and said in err and len(err.strip().splitlines()) <= 3, err
+    assert not Path("fused").exists()
+
+
+def test_the_folder_of_an_adapter_of_peft_or_mlx_lm_is_fused_and_proven(cli: Callable[..., Answer], tmp_path: Path) -> None:
+    from test_from_mlx import trained as of_mlx_lm
+
+    base = make_base(tmp_path, "qwen3_moe")
+    expected = of_mlx_lm(base, tmp_path / "adapter", "lora")
+    status, out, err = cli("fuse", "adapter", "--model", "base", "--out", "fused", "--json")
+    assert status == 0, err
+    verified = json.loads(out)["verified"]
+    assert verified["backend"] == "mlx" and verified["missing"] == verified["unexpected"] == []
+    found = transformers_logits(tmp_path / "fused", tokens(24))
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    make_data(base, tmp_path)
+    run = make_run(tmp_path, "torch")
+    shutil.copytree((run / "best").resolve(), tmp_path / "of_peft")
+    (tmp_path / "of_peft" / "progress.json").unlink()
+    status, out, err = cli("fuse", "of_peft", "--model", "base", "--out", "fused too", "--json")
+    assert status == 0 and json.loads(out)["verified"]["backend"] == "transformers", err
