@@ -106,6 +106,8 @@ def show(made: Converted) -> None:
     if not made.verified:
         return
     verified = made.verified
+    if verified.weights is not None:
+        print(f"stored weights: at most {verified.weights:.2f} of what quantisation may take from the original's (allowed 1)")
     for name, value in verified.differences.items():
         print(f"{MEANING[name]}: largest difference {value:.1e} of the largest logit (allowed {verified.tolerance:.0e})")
     if verified.relative_error is not None:
