@@ -55,7 +55,7 @@ def convert_command(options: ConvertOptions) -> None:
         width = f"groups of {how.quantisation.group_size if how.quantisation else '?'} do not divide their width"
         say(f"{len(made.left_alone)} layers are stored as they were, such as {made.left_alone[0]}: {width}")
     if made.unverified:
-        what = "only the packing was compared" if made.verified else "nothing was compared"
+        what = "only the weights and their packing were compared" if made.verified else "nothing was compared"
         say(f"{what}: {made.unverified}")
     if made.verified and not made.verified.read_by_mlx_lm:
         say("mlx_lm.load alone does not compute the same from this folder: use it with mlx-finetune, which mends what differs")
