@@ -55,7 +55,7 @@ def convert_command(options: ConvertOptions) -> None:
         width = f"groups of {how.quantisation.group_size if how.quantisation else '?'} do not divide their width"
         say(f"{len(made.left_alone)} layers are stored as they were, such as {made.left_alone[0]}: {width}")
     if made.unverified:
-        what = "only the packing was compared" if made.verified else "nothing was compared"
+        what = "only the weights and their packing were compared" if made.verified else "nothing was compared"
         say(f"{what}: {made.unverified}")
     if made.verified and not made.verified.read_by_mlx_lm:
         say("mlx_lm.load alone does not compute the same from this folder: use it with mlx-finetune, which mends what differs")
@@ -106,6 +106,8 @@ def show(made: Converted) -> None:
     if not made.verified:
         return
     verified = made.verified
+    if verified.weights is not None:
+        print(f"stored weights: at most {verified.weights:.2f} of what quantisation may take from the original's (allowed 1)")
     for name, value in verified.differences.items():
         print(f"{MEANING[name]}: largest difference {value:.1e} of the largest logit (allowed {verified.tolerance:.0e})")
     if verified.relative_error is not None:

@@ -154,6 +154,9 @@ def _write(model: Path, config: Mapping[str, Any], folder: Path, how: How, progr
         quantization, left_alone, bits, size = packed.quantization, packed.left_alone, packed.bits_per_weight, packed.bytes
         written |= {"quantization": quantization, "quantization_config": quantization}
     else:
+        from mlx_finetune.engines.mlx.load import open_model
+
+        open_model(model)  # reads no weight: every tensor has its place and shape, even where nothing will be compared
         size = rewrite(model, folder, how.dtype, progress)
         bits = 8 * size / sum(math.prod(tensor.shape) for tensor in tensors)
     write_json(folder / "config.json", written)

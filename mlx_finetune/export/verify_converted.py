@@ -1,14 +1,15 @@
 """Proof that a converted folder computes what the original does: both are run in float32, one model in memory at a time.
 
 Not quantised: MLX and transformers, each with the new folder, against the reference with the same weights (rounded where the
-dtype is another). Quantised: MLX with the original weights against the reference, so that the architecture is right; then the
-packed model against the same model with each weight unpacked before it is multiplied, so that the packing is. What quantisation
-costs, and whether mlx-lm unaided reads the folder alike, is measured besides and refuses nothing.
+dtype is another). Quantised: MLX with the original weights against the reference, so that the architecture is right; each stored
+weight against the original's, so that they are that model's; then the packed model against the same with each weight unpacked
+before it is multiplied, so that they are computed with. What quantisation costs, and whether mlx-lm unaided reads the folder
+alike, is measured besides and refuses nothing.
 """
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ ORIGINAL_IN_MLX, MADE_IN_MLX, MADE_IN_TRANSFORMERS, PACKED = "original_in_mlx", 
 class Verified:
     """`differences`: the largest difference of a logit from what it must equal, over the largest logit, by what was compared.
 
-    mlx_lm: the same of `mlx_lm.load` unaided; None where it cannot load the folder.
+    weights: of a packed model, the largest distance of a weight from the original's, over what its quantisation may take (1).
+    mlx_lm: as `differences`, of `mlx_lm.load` unaided; None where it cannot load the folder.
     relative_error, kl: of the converted model to the original on the texts alone (largest difference over largest logit; mean KL
     in nats); None where there was no reference.
     """
@@ -37,6 +39,7 @@ class Verified:
     reference: str | None
     positions: int
     differences: dict[str, float]
+    weights: float | None
     mlx_lm: float | None
     tolerance: float
     relative_error: float | None
@@ -45,7 +48,7 @@ class Verified:
     @property
     def passed(self) -> bool:
         """NaN is no equality."""
-        return all(value <= self.tolerance for value in self.differences.values())
+        return all(value <= self.tolerance for value in self.differences.values()) and (self.weights is None or self.weights <= 1)
 
     @property
     def read_by_mlx_lm(self) -> bool:
@@ -117,8 +120,9 @@ def _plain(what: Compared, probe: Probe | None, tokens: Tokens) -> Verified:
 
 def _packed(what: Compared, probe: Probe | None, tokens: Tokens) -> Verified:
     from mlx_finetune.engines.mlx.probe import logits, plain_logits
+    from mlx_finetune.engines.mlx.stored import farthest_weight
 
-    differences = {}
+    weights, differences = farthest_weight(what.model, what.made), {}
     if probe and what.whole and probe.reference != named("mlx"):
         differences[ORIGINAL_IN_MLX] = _apart(probe.logits, logits(what.model, tokens))
     found = logits(what.made, tokens, unpacked=True)
@@ -126,7 +130,7 @@ def _packed(what: Compared, probe: Probe | None, tokens: Tokens) -> Verified:
     short = [tokens[i][:PREFIX] for i in ends]
     packed = logits(what.made, short)
     differences[PACKED] = _apart([found[i][:PREFIX] for i in ends], packed)
-    return _verified(probe, differences, found, packed, plain_logits(what.made, short))
+    return replace(_verified(probe, differences, found, packed, plain_logits(what.made, short)), weights=weights)
 
 
 def _verified(probe: Probe | None, differences: dict[str, float], found: Logits, same: Logits, plain: Logits | None) -> Verified:
@@ -134,11 +138,11 @@ def _verified(probe: Probe | None, differences: dict[str, float], found: Logits,
     by_mlx_lm = _apart(same, plain) if plain else None
     positions = sum(map(len, found))
     if probe is None:
-        return Verified(None, positions, differences, by_mlx_lm, TOLERANCE, None, None)
+        return Verified(None, positions, differences, None, by_mlx_lm, TOLERANCE, None, None)
     texts = slice(None, -1) if len(found) > 1 else slice(None)
     cost = distance(probe.logits[texts], found[texts])
     error = cost.largest / largest(probe.logits[texts])
-    return Verified(probe.reference, positions, differences, by_mlx_lm, TOLERANCE, error, cost.kl)
+    return Verified(probe.reference, positions, differences, None, by_mlx_lm, TOLERANCE, error, cost.kl)
 
 
 def _apart(expected: Logits, found: Logits) -> float:
@@ -153,4 +157,5 @@ def _refuse(what: Compared, verified: Verified) -> None:
             f"{what.model}: MLX computes something else than {verified.reference}: logits differ by {said}; nothing was written",
             hint="config.json has a setting that mlx-lm does not read: train it with --engine torch",
         )
-    raise VerificationError(f"nothing was written: logits of the new folder differ by {said}: {verified}")
+    said = said or f"weights lie {verified.weights:.1f} times as far from the original's as they may"
+    raise VerificationError(f"nothing was written: the new folder is not the original's: {said}: {verified}")
