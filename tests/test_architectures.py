@@ -119,6 +119,12 @@ def test_scaled_rope_equals_that_of_transformers(model_type: str, kind: str, tmp
         assert difference(tmp_path / "v5", length=200) < RELATIVE
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "qwen3_next"])
+def test_norms_to_which_1_is_added_are_not_rounded_before_they_are_computed_with(model_type: str, tmp_path: Path) -> None:
+    make_tiny(model_type, tmp_path / "model", tokenizer=False, dtype="bfloat16")
+    assert difference(tmp_path / "model") < RELATIVE
+
+
 @pytest.mark.parametrize(("model_type", "text"), SEEING)
 def test_models_that_see_read_text_as_transformers_does(model_type: str, text: str, tmp_path: Path) -> None:
     make_seeing(model_type, text, tmp_path / "model")

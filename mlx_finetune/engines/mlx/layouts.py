@@ -21,20 +21,29 @@ PLAIN = ("gate_proj", "up_proj", "down_proj")
 W1_W3_W2 = ("w1", "w3", "w2")
 
 
-def classes_of(config: dict[str, Any]) -> tuple[type[nn.Module], Any]:
-    """mlx-lm's class of a model and of its settings; the former's `sanitize` reads every layout that transformers writes."""
+def classes_of(config: dict[str, Any], widened: bool = False) -> tuple[type[nn.Module], Any]:
+    """mlx-lm's class of a model and of its settings; the former's `sanitize` reads every layout that transformers writes.
+
+    `widened`: vectors are made float32 before: some classes add 1 to norms, which 16 bits would round.
+    """
     if config["model_type"] in OWN:
         return OWN[config["model_type"]]
     kind, arguments = _get_classes(config)
     told = TOLD.get(config["model_type"])
-    if told is None:
+    if told is None and not widened:
         return kind, arguments
 
     def sanitize(self: Any, weights: Weights) -> Weights:
-        read: Weights = kind.sanitize(self, told(weights))
+        weights = {name: _wide(value) for name, value in weights.items()} if widened else weights
+        weights = told(weights) if told else weights
+        read: Weights = kind.sanitize(self, weights) if hasattr(kind, "sanitize") else weights
         return read
 
     return type(kind.__name__, (kind,), {"sanitize": sanitize, "__module__": kind.__module__}), arguments
+
+
+def _wide(value: mx.array) -> mx.array:
+    return value.astype(mx.float32) if value.ndim == 1 and value.dtype in (mx.bfloat16, mx.float16) else value
 
 
 def _singly(weights: Weights, names: tuple[str, str, str] = PLAIN) -> Weights:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -26,22 +27,25 @@ def load_model(folder: Path, dtype: str | None) -> nn.Module:
     Raises:
         UserError: no config or weights, an architecture that is not proven, damaged weights, or those of another model.
     """
-    model, _ = open_model(folder)
+    model, _ = open_model(folder, widened=dtype == "float32")
     if dtype:
         _cast(model, DTYPES[dtype])
     mx.eval(model.parameters())
     return model
 
 
-def open_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The model as it is stored, no parameter read yet, and its config as mlx-lm completes it; raises as `load_model`."""
+def open_model(folder: Path, widened: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """The model as it is stored, no parameter read yet, and its config as mlx-lm completes it; raises as `load_model`.
+
+    `widened`: vectors in float32, see `classes_of`.
+    """
     config = read_json(folder / "config.json")
     check_supported(config)
     overlay = mlx_overlay(config)
     _check_all_is_read(text_config(config))
     _check_weight_files(folder)
     try:
-        how: Any = {"get_model_classes": classes_of, "trust_remote_code": False}
+        how: Any = {"get_model_classes": partial(classes_of, widened=widened), "trust_remote_code": False}
         model, config = load_mlx_lm(folder, lazy=True, model_config=overlay, **how)
     except (RuntimeError, TypeError, ValueError) as error:  # damaged file; key missing in config.json; other tensors
         reason = " ".join(str(error).split())[:300]
