@@ -47,6 +47,12 @@ def write_tokenizer(writer: Any, model: Path, vocabulary: int) -> str:
     return pre
 
 
+def leading_token(model: Path) -> str:
+    """The text of the token that llama.cpp puts in front of every text of this model; empty where it puts none."""
+    loaded = _load(model)
+    return str(loaded.bos_token) if _around(loaded, model)[0] else ""
+
+
 def _load(model: Path) -> Any:
     from transformers import AutoTokenizer
 
