@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlx_finetune.export.gguf_kinds import OWN_SYMBOLS
+
 POINTER, TEXT, INT, BOOL = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_bool
 
 
@@ -57,7 +59,7 @@ def library() -> Any:
     paths = [path for folder in folders for path in Path(folder).glob("xllamacpp*.so")]
     if not paths:
         pytest.skip("xllamacpp is not installed: it brings llama.cpp, which runs the GGUF files")
-    found = ctypes.CDLL(str(paths[0]))
+    found = ctypes.CDLL(str(paths[0]), OWN_SYMBOLS)
     for name, (result, arguments) in SIGNATURES.items():
         function = getattr(found, name)
         function.restype, function.argtypes = result, arguments

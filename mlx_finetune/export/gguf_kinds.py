@@ -6,6 +6,7 @@ rule too (src/llama-quant.cpp, `llama_tensor_get_type_impl`).
 """
 
 import ctypes
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -35,6 +36,8 @@ K_QUANTS = ("q4_k_m", "q5_k_m", "q6_k")
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are no whole blocks of 256
 BY_LLAMA = ("Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1")  # what a K-quant file holds besides Q8_0 and floats
 LIBRARIES = {"xllamacpp": ("xllamacpp*.so", "xllamacpp*.pyd"), "llama_cpp": ("lib/libggml-base.*", "lib/ggml-base.dll")}
+# A library's own symbols before those of others: with a BLAS loaded for all, llama.cpp would else stop with bad_alloc.
+OWN_SYMBOLS = os.RTLD_NOW | os.RTLD_LOCAL | getattr(os, "RTLD_DEEPBIND", 0)
 INSTALL = "pip install xllamacpp, or take q8_0"
 
 
@@ -151,7 +154,7 @@ def _ggml() -> Any:
         spec = find_spec(package)
         for folder in (spec and spec.submodule_search_locations) or ():
             for path in (path for pattern in patterns for path in sorted(Path(folder).glob(pattern))):
-                function = getattr(ctypes.CDLL(str(path)), "ggml_quantize_chunk", None)
+                function = getattr(ctypes.CDLL(str(path), OWN_SYMBOLS), "ggml_quantize_chunk", None)
                 if function is not None:
                     whole = ctypes.c_int64
                     function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, whole, whole, whole, ctypes.c_void_p]

@@ -114,8 +114,8 @@ def _of_rope(rope: Mapping[str, Any], naming: Naming) -> Iterator[tuple[str, Any
         yield "rope_type", rope["rope_type"]
     if rope.get("partial_rotary_factor", 1.0) != 1.0 and naming.name != "phi3":
         yield "partial_rotary_factor", rope["partial_rotary_factor"]
-    # What transformers lets a config say beyond the YaRN paper.
-    beyond = {"attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True}
+    # What transformers lets a config say of YaRN, and llama.cpp takes as the paper has it: it reads no betas here.
+    beyond = {"attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True, "beta_fast": 32, "beta_slow": 1}
     for key, usual in beyond.items():
         if rope["rope_type"] == "yarn" and rope.get(key, usual) not in (None, usual):
             yield key, rope[key]
@@ -171,9 +171,6 @@ def _write_rope(writer: Any, config: Config, naming: Naming) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings") or config["max_position_embeddings"])
-        for key in ("beta_fast", "beta_slow"):
-            if rope.get(key) is not None:
-                getattr(writer, f"add_rope_scaling_yarn_{key}")(rope[key])
 
 
 def rope_divisors(config: Config) -> np.ndarray | None:

@@ -9,15 +9,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_finetune.data.conversation import Message
+from mlx_finetune.data.conversation import Message, Role
 from mlx_finetune.data.probing import GPTME
 from mlx_finetune.data.provenance import Refused
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
 
-ROLES = ("system", "user", "assistant")
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 FIRST, LEAD = "first", "lead"  # before any message; behind a system message that opens the chat
-SHAPES = ("system user assistant user system assistant system user assistant user", "user assistant system assistant system")
+SYSTEM, USER, ASSISTANT = ROLES
+SHAPES = (
+    (SYSTEM, USER, ASSISTANT, USER, SYSTEM, ASSISTANT, SYSTEM, USER, ASSISTANT, USER),
+    (USER, ASSISTANT, SYSTEM, ASSISTANT, SYSTEM),
+)
 CHATS = 300  # with which the translation is proven
 CONTENTS = (
     "Run the tests.", "```shell\npytest -q 2>&1 | tail -40\n```", "def add(a, b):\n    return a + b", "naïve 你好 🙂",
@@ -81,8 +85,7 @@ def _asked(template: ChatTemplate, messages: Sequence[Message], bos: str) -> str
 def _gaps(template: ChatTemplate, bos: str) -> Gaps:
     """Raises Refused where the same neighbours have other texts between them elsewhere."""
     gaps: dict[tuple[str, str], str] = {}
-    for shape in SHAPES:
-        roles = shape.split()
+    for roles in SHAPES:
         for count in range(1, len(roles) + 1):
             if roles[count - 1] == "assistant" or (count == 1 and roles[0] == "system"):
                 continue  # no answer is asked for there
@@ -163,15 +166,14 @@ def _prove(template: ChatTemplate, source: str, bos: str) -> None:
 
 def _chat(rng: random.Random) -> Iterator[Message]:
     """As gptme sends one, neighbours of one role joined: perhaps a system message, then all roles, last one that asks."""
-    last = rng.choice(("system", ""))
-    if last:
+    if rng.random() < 0.5:
         yield Message("system", rng.choice(CONTENTS))
-    last = "user"
+    last: Role = "user"
     yield Message("user", rng.choice(CONTENTS))
     for _ in range(rng.randrange(6)):
         if last != "assistant":
             yield Message("assistant", rng.choice(CONTENTS))
-        last = rng.choice(("system", "user"))
+        last = rng.choice((SYSTEM, USER))
         yield Message(last, rng.choice(CONTENTS))
         if last == "system" and rng.random() < 0.3:
             last = "user"

@@ -1,0 +1,95 @@
+"""Token ids of a GGUF in llama.cpp are those of the tokenizer that was trained with, for every rule that is written."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf_tokenizers import byte_level
+from llama_cpp import opened
+from tiny_models import make_tiny
+
+from mlx_finetune.errors import UserError
+from mlx_finetune.export.gguf_write import write_gguf
+from mlx_finetune.models.gguf_pre import RULES, pre_tokenizer_name
+
+TEXTS = (
+    "def main() -> None:\n    return print(answer)  # 42\n\n\nif x:\n\tpass\n",
+    "It's 12345, 3.14 and 0x1F; WE'LL see, don't they'Ve?",
+    "naïve café Grüße 你好世界 Привет мир 🙂👩‍💻 ٣٤ ²³ Ⅷ ½",
+    "  leading, trailing   \n \n\n  \t mixed \r\n blanks   ",
+    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    "x<|im_end|>y <|endoftext|> <|not_a_token|>",
+    "```shell\npytest -q 2>&1 | tail -40\n```\n--------====////\\\\~~~",
+    "",
+)
+ALPHABET = "aZé你я٣7 \n\t'.,-_<|>{}()#🙂\u200d\u0301 sStTvVrReE1290\r"
+
+
+def texts() -> list[str]:
+    """The ones above, and random ones of characters at which rules differ."""
+    rng = random.Random(0)
+    return [*TEXTS, *("".join(rng.choices(ALPHABET, k=60)) for _ in range(200))]
+
+
+def _model(folder: Path, tokenizer: Any) -> Path:
+    model = make_tiny("llama", folder, tokenizer=False, changes={"vocab_size": len(tokenizer)})
+    tokenizer.save_pretrained(model)
+    return model
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_llama_cpp_gives_the_ids_of_transformers(rule: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model = _model(tmp_path / "model", byte_level(rule))
+    assert write_gguf(model, tmp_path / "model.gguf", "f32").pre_tokenizer == rule
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with opened(tmp_path / "model.gguf") as llama:
+        for text in texts():
+            assert llama.ids(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
+
+
+@pytest.mark.parametrize("adds", [(), ("bos",), ("bos", "eos")], ids=str)
+def test_what_stands_around_a_text_is_told_to_llama_cpp(adds: tuple[str, ...], tmp_path: Path) -> None:
+    tokenizer = byte_level("llama-bpe", adds)
+    write_gguf(_model(tmp_path / "model", tokenizer), tmp_path / "model.gguf", "f32")
+    with opened(tmp_path / "model.gguf") as llama:
+        assert llama.ids("def main", special=True) == tokenizer("def main")["input_ids"]
+
+
+def test_an_end_of_turn_that_llama_cpp_does_not_know_is_told_to_it(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    model = _model(tmp_path / "model", byte_level("gpt-2"))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0, 300]}))
+    write_gguf(model, tmp_path / "model.gguf", "f32")
+    fields = GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == 300  # 0 is <|endoftext|>, which it knows
+    with opened(tmp_path / "model.gguf") as llama:
+        assert [token for token in range(320) if llama.library.llama_vocab_is_eog(llama.vocab, token)] == [0, 2, 300]
+
+
+@pytest.mark.parametrize(
+    ("pre", "whole"),
+    [
+        ({"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}, False),
+        ({"type": "Split", "pattern": {"Regex": r"\s+"}, "behavior": "Isolated", "invert": False}, False),
+        ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}, True),
+        (None, False),
+    ],
+)
+def test_a_rule_that_is_not_exactly_known_is_refused(pre: Any, whole: bool) -> None:
+    with pytest.raises(UserError, match="a guess would change the tokens"):
+        pre_tokenizer_name({"pre_tokenizer": pre, "model": {"ignore_merges": whole}}, "model")
+
+
+def test_a_token_that_takes_the_blanks_beside_it_is_refused(tmp_path: Path) -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = byte_level("gpt-2")
+    tokenizer.add_tokens([AddedToken("<|tool|>", rstrip=True, special=True)])
+    with pytest.raises(UserError, match=r"'<\|tool\|>' takes blanks beside it"):
+        write_gguf(_model(tmp_path / "model", tokenizer), tmp_path / "model.gguf", "f32")
