@@ -2,11 +2,23 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tiny_models import CHATML, SENTENCES, SPECIAL, VOCABULARY
 
+from mlx_finetune.export.gguf_pieces import BLANK, ESCAPE, ON_SPACES, PREPEND
 from mlx_finetune.models.gguf_pre import RULES, pre_tokenizer_steps
+
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}"
+    "{% else %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+BLANKS = {
+    "prepended": (PREPEND, None),
+    "first": (None, {"type": "Metaspace", "replacement": BLANK, "prepend_scheme": "first", "split": False}),
+    "never": (ESCAPE, ON_SPACES),
+}
 
 
 def byte_level(rule: str, adds: Sequence[str] = ()) -> Any:
@@ -43,3 +55,38 @@ def _surround(tokenizer: Any, adds: Sequence[str]) -> None:
     around = f"{SPECIAL[1]} $A" + (f" {SPECIAL[2]}" if "eos" in adds else "")
     named = [(token, tokenizer.token_to_id(token)) for token in SPECIAL[1:]]
     tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=named)
+
+
+def of_pieces(folder: Path, kind: str, whole: Sequence[str] = ()) -> Any:
+    """SentencePiece's BPE, trained by itself, as transformers keeps it.
+
+    kind: "prepended" (Llama 2's tokenizer.json), "first" (what transformers 5 makes of it), "never" (Gemma).
+    whole: tokens that are found before a text is merged.
+    """
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    folder.mkdir(exist_ok=True)
+    texts = [*SENTENCES, "class Reader:\n    def read(self):\n        return [1, 2]\n", "    \n        \n"] * 4
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(folder / "pieces"), vocab_size=460, model_type="bpe", byte_fallback=True,
+        split_digits=True, allow_whitespace_only_pieces=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
+        minloglevel=2,
+    )  # fmt: skip
+    trained = sentencepiece.SentencePieceProcessor(model_file=str(folder / "pieces.model"))
+    pieces = [(trained.id_to_piece(number), trained.get_score(number)) for number in range(trained.vocab_size())]
+    vocabulary = {piece: number for number, (piece, _) in enumerate(pieces)}
+    merges = generate_merges(vocabulary, pieces, skip_tokens=[piece for piece, _ in pieces[:259]])
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    state = json.loads(tokenizer.to_str())
+    state["normalizer"], state["pre_tokenizer"] = BLANKS[kind]
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>", "<|end|>")])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in whole])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = INST
+    return fast

@@ -2,11 +2,12 @@
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_tokenizers import byte_level
+from gguf_tokenizers import BLANKS, INST, byte_level, of_pieces
 from llama_cpp import opened
 from tiny_models import make_tiny
 
@@ -49,6 +50,47 @@ def test_llama_cpp_gives_the_ids_of_transformers(rule: str, tmp_path: Path) -> N
     with opened(tmp_path / "model.gguf") as llama:
         for text in texts():
             assert llama.ids(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
+
+
+@pytest.mark.parametrize("kind", BLANKS)
+def test_llama_cpp_merges_pieces_as_transformers_does(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    whole = ["\u2581\u2581\u2581\u2581", "<table>"] if kind == "never" else []  # as Gemma has them
+    model = _model(tmp_path / "model", of_pieces(tmp_path / "trained", kind, whole))
+    assert write_gguf(model, tmp_path / "model.gguf", "f32").pre_tokenizer == "default"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    # With "first" llama.cpp has the ids of every text that begins with a control token, as the chats of this template do.
+    start = "<s>" if kind == "first" else ""
+    with opened(tmp_path / "model.gguf") as llama:
+        for text in (start + text for text in [*texts(), "    \n        return  <table> x<|end|> y</s>z"]):
+            assert llama.ids(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
+        for chat in chats():
+            assert llama.ids(chat) == tokenizer(chat, add_special_tokens=False)["input_ids"]
+
+
+def chats() -> list[str]:
+    """As the template of these tokenizers writes them."""
+    return [f"<s>[INST] {text} [/INST] {text.strip()}</s>[INST] {text} [/INST]" for text in TEXTS]
+
+
+def test_pieces_whose_merges_are_not_in_the_order_of_scores_are_refused(tmp_path: Path) -> None:
+    model = _model(tmp_path / "model", of_pieces(tmp_path / "trained", "never"))
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    merges = tokenizer["model"]["merges"]
+    parted = next(n for n, (one, next_one) in enumerate(pairwise(merges)) if "".join(one) == "".join(next_one))
+    for changed in (merges[1:], [*merges[:parted], *merges[parted + 1 :], merges[parted]]):
+        path.write_text(json.dumps(tokenizer | {"model": tokenizer["model"] | {"merges": changed}}))
+        with pytest.raises(UserError, match="merges otherwise than SentencePiece"):
+            write_gguf(model, tmp_path / "model.gguf", "f32")
+
+
+def test_blanks_that_llama_cpp_would_put_elsewhere_are_refused(tmp_path: Path) -> None:
+    tokenizer = of_pieces(tmp_path / "trained", "first")
+    tokenizer.chat_template = INST.replace("{{ bos_token }}", "")  # begins with text, so that both blanks and none are wrong
+    with pytest.raises(UserError, match="treats blanks otherwise"):
+        write_gguf(_model(tmp_path / "model", tokenizer), tmp_path / "model.gguf", "f32")
 
 
 @pytest.mark.parametrize("adds", [(), ("bos",), ("bos", "eos")], ids=str)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_finetune.errors import UserError
+from mlx_finetune.export.gguf_pieces import is_byte, is_of_pieces, is_whole, prepends_blank, scores_of
 from mlx_finetune.files import read_json
 from mlx_finetune.models.gguf_pre import HINT, pre_tokenizer_name
 
@@ -33,18 +34,34 @@ def write_tokenizer(writer: Any, model: Path, vocabulary: int) -> str:
     """
     loaded = _load(model)
     tokenizer = json.loads(loaded.backend_tokenizer.to_str())
-    kind = tokenizer["model"]["type"]
-    if kind != "BPE" or tokenizer["model"].get("byte_fallback") or "ByteLevel" not in json.dumps(tokenizer.get("decoder")):
-        raise UserError(f"{model}: its tokenizer is {kind}, not byte-level BPE", hint=HINT)
-    pre = pre_tokenizer_name(tokenizer, str(model))
     tokens, types = _tokens(tokenizer, vocabulary, model)
+    if is_of_pieces(tokenizer):
+        pre = _write_pieces(writer, tokenizer, loaded, model, tokens)
+    elif tokenizer["model"]["type"] == "BPE" and "ByteLevel" in json.dumps(tokenizer.get("decoder")):
+        pre = _write_merges(writer, tokenizer, model, tokens)
+    else:
+        raise UserError(f"{model}: its tokenizer is {tokenizer['model']['type']}, neither of bytes nor of SentencePiece", hint=HINT)
+    writer.add_token_types(types)
+    _write_special(writer, loaded, model, tokens)
+    return pre
+
+
+def _write_merges(writer: Any, tokenizer: Mapping[str, Any], model: Path, tokens: list[str]) -> str:
+    pre = pre_tokenizer_name(tokenizer, str(model))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types(types)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]])
-    _write_special(writer, loaded, model, tokens)
     return pre
+
+
+def _write_pieces(writer: Any, tokenizer: Mapping[str, Any], loaded: Any, model: Path, tokens: list[str]) -> str:
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores_of(tokenizer, tokens, str(model)))
+    writer.add_add_space_prefix(prepends_blank(tokenizer, loaded, model))
+    return "default"
 
 
 def leading_token(model: Path) -> str:
@@ -71,13 +88,19 @@ def _load(model: Path) -> Any:
 
 def _tokens(tokenizer: Mapping[str, Any], vocabulary: int, model: Path) -> tuple[list[str], list[int]]:
     """Text and type of every row of the embeddings."""
+    pieces = is_of_pieces(tokenizer)
     texts = {number: text for text, number in tokenizer["model"]["vocab"].items()}
-    kinds = dict.fromkeys(texts, NORMAL)
+    kinds = {number: BYTE if pieces and is_byte(text) else NORMAL for number, text in texts.items()}
     for token in tokenizer["added_tokens"]:
+        number, text = token["id"], token["content"]
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
-            raise UserError(f"{model}: token {token['content']!r} takes blanks beside it, llama.cpp's does not", hint=HINT)
-        texts[token["id"]] = token["content"]
-        kinds[token["id"]] = CONTROL if token["special"] or _looks_special(token["content"]) else USER_DEFINED
+            raise UserError(f"{model}: token {text!r} takes blanks beside it, llama.cpp's does not", hint=HINT)
+        kinds[number] = CONTROL if token["special"] or _looks_special(text) else USER_DEFINED
+        if pieces and not is_whole(token) and number in texts:
+            kinds[number] = NORMAL
+        texts[number] = text
+    if pieces and (unknown := tokenizer["model"].get("unk_token")):
+        kinds[tokenizer["model"]["vocab"][unknown]] = UNKNOWN
     if max(texts) >= vocabulary:
         where = f"token {texts[max(texts)]!r} has the id {max(texts)}"
         raise UserError(f"{model}: {where}, the embeddings only {vocabulary} rows", hint="use the tokenizer of this model")
