@@ -57,11 +57,11 @@ def _surround(tokenizer: Any, adds: Sequence[str]) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=named)
 
 
-def of_pieces(folder: Path, kind: str, whole: Sequence[str] = ()) -> Any:
+def of_pieces(folder: Path, kind: str, whole: Sequence[str] = (), taking: Sequence[str] = ()) -> Any:
     """SentencePiece's BPE, trained by itself, as transformers keeps it.
 
     kind: "prepended" (Llama 2's tokenizer.json), "first" (what transformers 5 makes of it), "never" (Gemma).
-    whole: tokens that are found before a text is merged.
+    whole: tokens that are found before a text is merged. taking: those that take the blanks behind them, as Phi-3's.
     """
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
@@ -84,7 +84,8 @@ def of_pieces(folder: Path, kind: str, whole: Sequence[str] = ()) -> Any:
     state["normalizer"], state["pre_tokenizer"] = BLANKS[kind]
     tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>", "<|end|>")])
+    special = dict.fromkeys(["<unk>", "<s>", "</s>", "<|end|>", "<|endoftext|>", *taking])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, rstrip=token in taking) for token in special])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in whole])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

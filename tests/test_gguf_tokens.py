@@ -69,6 +69,26 @@ def test_llama_cpp_merges_pieces_as_transformers_does(kind: str, tmp_path: Path)
             assert llama.ids(chat) == tokenizer(chat, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.parametrize("name", ["tuned-Phi-3-mini", "mine"])
+def test_tokens_that_take_the_blanks_behind_them_as_phi3s_do_so_in_llama_cpp(name: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = of_pieces(tmp_path / "trained", "prepended", taking=["</s>", "<|end|>", "<|user|>", "<|assistant|>"])
+    model = _model(tmp_path / name, tokenizer)
+    write_gguf(model, tmp_path / "model.gguf", "f32")
+    loaded = AutoTokenizer.from_pretrained(model)
+    with opened(tmp_path / "model.gguf") as llama:
+        for text in TEXTS:
+            chat = f"<s><|user|>\n{text}<|end|>\n<|assistant|>\n  {text}<|end|>\n<|endoftext|> x"
+            assert llama.ids(chat) == loaded(chat, add_special_tokens=False)["input_ids"]
+
+
+def test_a_model_that_is_only_called_phi3_keeps_its_own_tokens(tmp_path: Path) -> None:
+    write_gguf(_model(tmp_path / "my-phi3", byte_level("gpt-2")), tmp_path / "model.gguf", "f32")
+    with opened(tmp_path / "model.gguf") as llama:
+        assert llama.ids("<|im_start|>  a") == byte_level("gpt-2")("<|im_start|>  a")["input_ids"]
+
+
 def chats() -> list[str]:
     """As the template of these tokenizers writes them."""
     return [f"<s>[INST] {text} [/INST] {text.strip()}</s>[INST] {text} [/INST]" for text in TEXTS]
@@ -135,3 +155,19 @@ def test_a_token_that_takes_the_blanks_beside_it_is_refused(tmp_path: Path) -> N
     tokenizer.add_tokens([AddedToken("<|tool|>", rstrip=True, special=True)])
     with pytest.raises(UserError, match=r"'<\|tool\|>' takes blanks beside it"):
         write_gguf(_model(tmp_path / "model", tokenizer), tmp_path / "model.gguf", "f32")
+
+
+def test_tokens_behind_the_last_row_are_left_out_where_they_are_added_ones_and_refused_where_they_are_not(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    tokenizer = byte_level("gpt-2")
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    model = make_tiny("llama", tmp_path / "model", tokenizer=False, changes={"vocab_size": rows})
+    tokenizer.save_pretrained(model)
+    write_gguf(model, tmp_path / "model.gguf", "f32")
+    assert len(GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.tokens"].contents()) == rows
+    short = make_tiny("llama", tmp_path / "short", tokenizer=False, changes={"vocab_size": rows - 1})
+    tokenizer.save_pretrained(short)
+    with pytest.raises(UserError, match=f"has the id {rows - 1}, the embeddings only {rows - 1} rows"):
+        write_gguf(short, tmp_path / "short.gguf", "f32")

@@ -28,6 +28,7 @@ GRANITE = {
     "logits_scaling": "add_logit_scale",
 }
 SCALED = ("llama", "qwen2", "qwen3")  # llama.cpp's architectures for which linear and yarn scaling are proven
+PHI3 = re.compile("phi-?3", re.IGNORECASE)
 GEMMA_PERIOD, NO_ROPE_PERIOD = 6, 4  # every sixth layer of Gemma 3 sees everything, every fourth of SmolLM3 has no RoPE
 LAYERS_OF_27B = 62  # of Gemma 3, where llama.cpp scales attention otherwise
 
@@ -125,7 +126,7 @@ def write_sizes(writer: Any, config: Config, naming: Naming) -> None:
     """Sizes, epsilon and RoPE, into gguf's `writer`."""
     heads = config["num_attention_heads"]
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(_context_length(config, naming))
+    writer.add_context_length(context_length(config, naming))
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
@@ -151,7 +152,7 @@ def write_sizes(writer: Any, config: Config, naming: Naming) -> None:
         writer.add_sliding_window(config.get("sliding_window") or 0)
 
 
-def _context_length(config: Config, naming: Naming) -> int:
+def context_length(config: Config, naming: Naming) -> int:
     """No more than what llama.cpp sees as transformers does: it knows no sliding window but Gemma's."""
     longest, window = config["max_position_embeddings"], config.get("sliding_window")
     return min(longest, window) if window and naming.name not in ("gemma3", "qwen2", "qwen3", "smollm3") else longest
@@ -190,9 +191,10 @@ def rope_divisors(config: Config) -> np.ndarray | None:
     return np.where(turns > high, 1.0, np.where(turns < low, factor, between)).astype(np.float32)
 
 
-def write_card(writer: Any, model: Path) -> None:
+def write_card(writer: Any, model: Path, like_phi3: bool) -> None:
     """Name, size, licence, base model and tags, as the `gguf` package reads them from README.md and the folder's name.
 
+    `like_phi3`: the tokens take blanks as those of Phi-3 do, for which llama.cpp looks at the name.
     After the tensors are known to `writer`, which counts the parameters.
     """
     import gguf
@@ -206,7 +208,10 @@ def write_card(writer: Any, model: Path) -> None:
         raise UserError(
             f"{model / 'README.md'}: its front matter cannot be read: {reason}", hint="mend it, or move it away"
         ) from error
-    # llama.cpp gives a model of the name Phi-3 the tokens of Phi-3, and stops where it has not all of them.
-    card.name = re.sub(r"phi-?3", "Phi 3", card.name or model.resolve().name, flags=re.IGNORECASE)
+    name = card.name or model.resolve().name
+    if like_phi3:
+        card.name = name if PHI3.search(name) else f"{name} (Phi-3)"
+    else:  # else llama.cpp would look for tokens that are not there
+        card.name = PHI3.sub("Phi 3", name)
     card.size_label = card.size_label or gguf.size_label(total, shared, expert, experts)
     card.set_gguf_meta_model(writer)

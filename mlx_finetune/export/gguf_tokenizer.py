@@ -21,11 +21,14 @@ KNOWN_ENDS = (
     "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>",
 )  # fmt: skip
 LOOKS_SPECIAL = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+PHI3_PLAIN = {"<unk>", "<s>", "<|endoftext|>"}  # of Phi-3's tokens those that take no blanks; llama-vocab.cpp
 PADS = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
 
-def write_tokenizer(writer: Any, model: Path, vocabulary: int) -> str:
-    """Writes tokens, types, merges, special ids and chat template into gguf's `writer`; returns the pre-tokenizer's name.
+def write_tokenizer(writer: Any, model: Path, vocabulary: int) -> tuple[str, bool]:
+    """Writes tokens, types, merges, special ids and chat template into gguf's `writer`.
+
+    Returns the pre-tokenizer's name, and whether the tokens take the blanks behind them as those of Phi-3 do.
 
     `vocabulary`: rows of the embeddings; those that no token has become unused ones.
 
@@ -34,6 +37,7 @@ def write_tokenizer(writer: Any, model: Path, vocabulary: int) -> str:
     """
     loaded = _load(model)
     tokenizer = json.loads(loaded.backend_tokenizer.to_str())
+    takes_blanks = _takes_blanks(tokenizer, model)
     tokens, types = _tokens(tokenizer, vocabulary, model)
     if is_of_pieces(tokenizer):
         pre = _write_pieces(writer, tokenizer, loaded, model, tokens)
@@ -43,7 +47,24 @@ def write_tokenizer(writer: Any, model: Path, vocabulary: int) -> str:
         raise UserError(f"{model}: its tokenizer is {tokenizer['model']['type']}, neither of bytes nor of SentencePiece", hint=HINT)
     writer.add_token_types(types)
     _write_special(writer, loaded, model, tokens)
-    return pre
+    return pre, takes_blanks
+
+
+def _takes_blanks(tokenizer: Mapping[str, Any], model: Path) -> bool:
+    """Whether tokens take the blanks behind them. llama.cpp knows that of Phi-3 alone: by its name, and of which tokens.
+
+    Raises:
+        UserError: tokens that take other blanks.
+    """
+    added = tokenizer["added_tokens"]
+    taking = {token["content"] for token in added if token["lstrip"] or token["rstrip"] or token["single_word"]}
+    if not taking:
+        return False
+    known = {token["content"] for token in added}
+    like_phi3 = {"</s>", *PHI3_PLAIN} <= known and all(not (token["lstrip"] or token["single_word"]) for token in added)
+    if not like_phi3 or taking != known - PHI3_PLAIN:
+        raise UserError(f"{model}: token {min(taking)!r} takes blanks beside it, llama.cpp's does not", hint=HINT)
+    return True
 
 
 def _write_merges(writer: Any, tokenizer: Mapping[str, Any], model: Path, tokens: list[str]) -> str:
@@ -73,11 +94,14 @@ def leading_token(model: Path) -> str:
 def _load(model: Path) -> Any:
     from transformers import AutoTokenizer
 
-    if not (model / "tokenizer.json").is_file():
+    path = model / "tokenizer.json"
+    if not path.is_file():
         raise UserError(f"{model}: no tokenizer.json", hint="use a model with a tokenizer.json")
+    stored = read_json(path)
+    if not isinstance(stored, dict) or not isinstance(stored.get("model"), dict) or not stored["model"].get("vocab"):
+        raise UserError(f"{path}: no vocabulary", hint="use a model with a whole tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, local_files_only=True)
-    # The tokenizers library raises bare Exception for a broken file; its text says what is wrong.
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{model}: tokenizer cannot be read: {reason}", hint="use a model with a whole tokenizer.json") from error
@@ -93,16 +117,16 @@ def _tokens(tokenizer: Mapping[str, Any], vocabulary: int, model: Path) -> tuple
     kinds = {number: BYTE if pieces and is_byte(text) else NORMAL for number, text in texts.items()}
     for token in tokenizer["added_tokens"]:
         number, text = token["id"], token["content"]
-        if token["lstrip"] or token["rstrip"] or token["single_word"]:
-            raise UserError(f"{model}: token {text!r} takes blanks beside it, llama.cpp's does not", hint=HINT)
         kinds[number] = CONTROL if token["special"] or _looks_special(text) else USER_DEFINED
         if pieces and not is_whole(token) and number in texts:
             kinds[number] = NORMAL
         texts[number] = text
     if pieces and (unknown := tokenizer["model"].get("unk_token")):
         kinds[tokenizer["model"]["vocab"][unknown]] = UNKNOWN
-    if max(texts) >= vocabulary:
-        where = f"token {texts[max(texts)]!r} has the id {max(texts)}"
+    # Gemma's has a token for pictures behind the last row of a model that sees none: it is never met.
+    beyond = {number for number in texts if number >= vocabulary} - {token["id"] for token in tokenizer["added_tokens"]}
+    if beyond:
+        where = f"token {texts[max(beyond)]!r} has the id {max(beyond)}"
         raise UserError(f"{model}: {where}, the embeddings only {vocabulary} rows", hint="use the tokenizer of this model")
     numbers = range(vocabulary)
     return [texts.get(n, f"[PAD{n}]") for n in numbers], [kinds.get(n, UNUSED) for n in numbers]
@@ -116,6 +140,9 @@ def _looks_special(text: str) -> bool:
 def _write_special(writer: Any, loaded: Any, model: Path, tokens: list[str]) -> None:
     for role in ROLES:
         number = getattr(loaded, f"{role}_token_id")
+        if number is not None and number >= len(tokens):
+            what = f"its {role} token has the id {number}"
+            raise UserError(f"{model}: {what}, the embeddings only {len(tokens)} rows", hint="use the tokenizer of this model")
         if number is not None:
             getattr(writer, f"add_{role}_token_id")(number)
     first, last = _around(loaded, model)

@@ -83,11 +83,11 @@ def write_gguf(model: Path, out: Path, kind: str, progress: Progress | None = No
         writer = GGUFWriter(path, naming.name)
         writer.add_type(GGUFType.MODEL)
         announce(writer, tensors)
-        write_card(writer, model)
+        pre, like_phi3 = write_tokenizer(writer, model, config["vocab_size"])
+        write_card(writer, model, like_phi3)
         write_sizes(writer, config, naming)
         writer.add_file_type(file_type(kind))
         writer.add_quantization_version(GGML_QUANT_VERSION)
-        pre = write_tokenizer(writer, model, config["vocab_size"])
         finish(writer, path, tensors, progress)
         size = path.stat().st_size
     return GGUFSummary(naming.name, kind, len(tensors), size, pre)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
-from mlx_finetune.export.gguf_metadata import read_config
+from mlx_finetune.export.gguf_metadata import context_length, read_config
 from mlx_finetune.export.gguf_tokenizer import leading_token
 from mlx_finetune.export.ollama_template import translate
 from mlx_finetune.files import atomic_file, read_json, refuse_existing
@@ -52,12 +52,12 @@ def write_ollama(folder: Path, model: Path, settings: OllamaSettings) -> tuple[s
     refuse_existing(path)
     if not (folder / settings.gguf).is_file():
         raise UserError(f"{folder / settings.gguf}: no such file", hint="write the GGUF first")
-    config, _ = read_config(model)
+    config, naming = read_config(model)
     template = ChatTemplate.load(model, served=settings.template)
     translation = translate(template, leading_token(model), str(model))
     lines = [f"FROM ./{settings.gguf}", f'TEMPLATE """{translation.source}"""']
     lines += [f"PARAMETER stop {_quoted(text)}" for text in template.stop_texts]
-    lines += [f"PARAMETER num_ctx {settings.num_ctx or min(config['max_position_embeddings'], CONTEXT)}"]
+    lines += [f"PARAMETER num_ctx {settings.num_ctx or min(context_length(config, naming), CONTEXT)}"]
     lines += [f"PARAMETER {name} {value}" for name, value in _sampling(model)]
     lines += [f'LICENSE """{text}"""' for text in _licence(model)]
     with atomic_file(path) as file:
