@@ -202,14 +202,14 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], Any], str]] = {
     "no tensor": (lambda m: _edit_tensors(m, lambda t: t.pop("model.layers.2.mlp.up_proj.weight")), "blk.2.ffn_up.weight"),
     "another tensor": (lambda m: _edit_tensors(m, lambda t: t.update(extra=np.ones(2, np.float32))), "tensor extra"),
     "another size": (lambda m: _edit(m / "config.json", num_key_value_heads=4), "attn_k.weight is"),
-    "not finite": (_set("model.layers.0.mlp.up_proj.weight", np.nan), "blk.0.ffn_up.weight: .*not finite"),
+    "not finite": (_set("model.layers.0.mlp.up_proj.weight", np.nan), "blk.0.ffn_up.weight has .* not finite"),
     "too large": (_set("model.layers.0.mlp.up_proj.weight", 1e30), "F16 cannot hold"),
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), "no tokenizer.json"),
     "a broken tokenizer": (lambda m: (m / "tokenizer.json").write_text("{}"), "no vocabulary"),
     "a cut tokenizer": (lambda m: (m / "tokenizer.json").write_text('{"model"'), "not JSON"),
     "unknown rule": (lambda m: _other_tokenizer(m, pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
     "unknown normalizer": (lambda m: _other_tokenizer(m, normalizer={"type": "Lowercase"}), "normalizer"),
-    "a broken card": (lambda m: (m / "README.md").write_text("---\na: [1\n---\n"), "README.md: its front matter"),
+    "a broken card": (lambda m: (m / "README.md").write_text("---\na: [1\n---\n"), "README.md's front matter"),
 }
 
 

@@ -6,6 +6,7 @@ rule too (src/llama-quant.cpp, `llama_tensor_get_type_impl`).
 """
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mlx_finetune.errors import UserError
-from mlx_finetune.models.weights import from_float32, to_float32
+from mlx_finetune.models.weights import from_float32
 
 Encode = Callable[[np.ndarray], bytes]
 
@@ -37,18 +38,27 @@ FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are no
 BY_LLAMA = ("Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1")  # what a K-quant file holds besides Q8_0 and floats
 LIBRARIES = {"xllamacpp": ("xllamacpp*.so", "xllamacpp*.pyd"), "llama_cpp": ("lib/libggml-base.*", "lib/ggml-base.dll")}
 # A library's own symbols before those of others: with a BLAS loaded for all, llama.cpp would else stop with bad_alloc.
-OWN_SYMBOLS = os.RTLD_NOW | os.RTLD_LOCAL | getattr(os, "RTLD_DEEPBIND", 0)
+OWN_SYMBOLS = ctypes.RTLD_LOCAL | getattr(os, "RTLD_NOW", 0) | getattr(os, "RTLD_DEEPBIND", 0)
 INSTALL = "pip install xllamacpp, or take q8_0"
+
+
+LARGEST = {"F32": math.inf, "BF16": 3.38e38}  # others, and the scales of quantised blocks, are float16
+LARGEST_OF_F16 = 65504.0
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A ggml type: `shape` is that of the stored bytes' rows, `encode` makes them of float32 rows."""
+    """A ggml type: numbers in a block, bytes of one, and `encode`, which makes them of float32 rows."""
 
     name: str
     block: int
     block_bytes: int
     encode: Encode
+
+    @property
+    def largest(self) -> float:
+        """The largest number that it holds."""
+        return LARGEST.get(self.name, LARGEST_OF_F16)
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of one row."""
@@ -111,17 +121,10 @@ def _sizes(name: str) -> tuple[int, int]:
 
 def _encoder(name: str) -> Encode:
     if name in ("F32", "F16", "BF16"):
-        return lambda rows: _float(rows, name)
+        return lambda rows: from_float32(rows, name)
     if name in BY_LLAMA:
         return lambda rows: _by_llama(rows, name)
     return lambda rows: _by_gguf(rows, name)
-
-
-def _float(rows: np.ndarray, name: str) -> bytes:
-    stored = from_float32(rows, name)
-    if not np.isfinite(to_float32(stored, name)).all():
-        raise UserError(f"the weights have numbers that {name} cannot hold", hint="take bf16 or f32, which hold larger ones")
-    return stored
 
 
 def _by_gguf(rows: np.ndarray, name: str) -> bytes:

@@ -205,9 +205,8 @@ def write_card(writer: Any, model: Path, like_phi3: bool) -> None:
         card = gguf.Metadata.load(None, model, None, total)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"{model / 'README.md'}: its front matter cannot be read: {reason}", hint="mend it, or move it away"
-        ) from error
+        what = "README.md's front matter or generation_config.json"
+        raise UserError(f"{model}: {what} cannot be read: {reason}", hint="mend it, or move it away") from error
     name = card.name or model.resolve().name
     if like_phi3:
         card.name = name if PHI3.search(name) else f"{name} (Phi-3)"

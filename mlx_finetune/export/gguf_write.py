@@ -208,7 +208,9 @@ def _blocks(name: str, tensor: Tensor) -> Iterator[bytes]:
     for first in range(0, count, step):
         rows = _read(tensor.source, first, min(step, count - first), width)
         if not np.isfinite(rows).all():
-            raise UserError(f"{name}: the weights have numbers that are not finite", hint="take an earlier checkpoint")
+            raise UserError(f"{name} has numbers that are not finite", hint="take an earlier checkpoint")
+        if np.abs(rows).max(initial=0.0) > tensor.storage.largest:
+            raise UserError(f"{name} has numbers that {tensor.storage.name} cannot hold", hint="take bf16 or f32")
         rows = interleaved(rows, together) if tensor.heads else rows
         rows = rows + np.float32(tensor.plus) if tensor.plus else rows
         yield tensor.storage.encode(rows.reshape(1, -1) if len(tensor.shape) == 1 else rows)

@@ -22,7 +22,7 @@ SHAPES = (
     (SYSTEM, USER, ASSISTANT, USER, SYSTEM, ASSISTANT, SYSTEM, USER, ASSISTANT, USER),
     (USER, ASSISTANT, SYSTEM, ASSISTANT, SYSTEM),
 )
-CHATS = 300  # with which the translation is proven
+CHATS = 200  # with which the translation is proven
 CONTENTS = (
     "Run the tests.", "```shell\npytest -q 2>&1 | tail -40\n```", "def add(a, b):\n    return a + b", "naïve 你好 🙂",
     "{{ .Content }} and {% if x %}", "<b>&amp;</b> \"it's\" C:\\temp", "a\n\n\nb", "1", "<system>\nnote\n</system>",
@@ -148,7 +148,8 @@ def _by_neighbours(gaps: Gaps) -> str:
 
 
 def _choice(branches: Sequence[tuple[str, str]]) -> str:
-    return "{{ else if ".join(f"{condition} }}}}{text}" for condition, text in branches).join(("{{ if ", "{{ end }}"))
+    """The text of the first condition that holds."""
+    return "{{ if " + "{{ else if ".join(f"{condition} }}}}{text}" for condition, text in branches) + "{{ end }}"
 
 
 def _common(texts: Sequence[str]) -> str:
