@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from llama_cpp import library, opened
 from safetensors.numpy import load_file, save_file
+from test_fuse import reshard
 from tiny_models import make_tiny, tiny_tokenizer
 
 from mlx_finetune.errors import UserError
@@ -20,13 +21,15 @@ from mlx_finetune.export.gguf_write import write_gguf
 PROBE = list(range(20, 116))  # 96 positions: beyond the tiny windows and the old contexts of scaled RoPE
 ROPE = {"rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 YARN = ROPE | {"rope_type": "yarn"}
+PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 GEMMA = {
     "num_hidden_layers": 6,
     "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
     "query_pre_attn_scalar": 16,
-    "max_position_embeddings": 512,
+    "final_logit_softcapping": 5.0,
 }
+LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
 # name -> architecture, keys of its config
 MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("llama", {}),
@@ -34,20 +37,27 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama of its own head size": ("llama", {"head_dim": 32}),
     "llama 3.1": ("llama", {"rope_parameters": ROPE | LLAMA3}),
-    "llama linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}}),
+    "llama linear": ("llama", {"rope_parameters": LINEAR}),
     "llama yarn": ("llama", {"rope_parameters": YARN}),
     "mistral": ("mistral", {}),
     "smollm3": ("smollm3", {}),
+    "smollm3 linear": ("smollm3", {"rope_parameters": LINEAR}),
+    "smollm3 yarn": ("smollm3", {"rope_parameters": YARN}),
     "qwen2": ("qwen2", {}),
-    "qwen2 linear": ("qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}}),
+    "qwen2 yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen2 linear": ("qwen2", {"rope_parameters": LINEAR}),
     "qwen3": ("qwen3", {}),
+    "qwen3 linear": ("qwen3", {"rope_parameters": LINEAR}),
     "qwen3 yarn": ("qwen3", {"rope_parameters": YARN | {"beta_fast": 32.0}}),
     "granite": ("granite", {}),
+    "granite linear": ("granite", {"rope_parameters": LINEAR}),
+    "granite yarn": ("granite", {"rope_parameters": YARN}),
     "gemma3": ("gemma3_text", GEMMA),
+    "gemma3 linear": ("gemma3_text", GEMMA | {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN}}),
     "phi3": ("phi3", {}),
 }
 # float32 summed in another order, four layers deep: 2e-5 measured. llama.cpp takes Gemma's GELU from a table in float16.
-TOLERANCE = {name: 1e-4 for name in MODELS} | {"gemma3": 1e-2}
+TOLERANCE = {name: 1e-4 for name in MODELS} | {"gemma3": 1e-2, "gemma3 linear": 1e-2}
 
 
 def logits_of(model: Path, tokens: list[int] = PROBE) -> np.ndarray:
@@ -78,6 +88,21 @@ def test_a_mistral_with_a_window_says_no_more_context_than_llama_cpp_sees_alike(
     with opened(tmp_path / "model.gguf") as llama:
         differences = np.abs(llama.logits(PROBE) - logits_of(model)).max(axis=1)
     assert differences[:64].max() < 1e-4 < 0.1 < differences[65:].max()
+
+
+def test_a_model_in_many_files_gives_the_tensors_of_one_and_a_shared_head_is_written_once(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    model = make_tiny("llama", tmp_path / "model", tokenizer=True, changes={"tie_word_embeddings": True})
+    reshard(model, tmp_path / "parts")
+    _edit_tensors(model, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    found = []
+    for name in ("model", "parts"):
+        write_gguf(tmp_path / name, tmp_path / f"{name}.gguf", "f16")
+        found.append({tensor.name: tensor.data for tensor in GGUFReader(tmp_path / f"{name}.gguf").tensors})
+    assert found[0].keys() == found[1].keys()
+    assert "output.weight" not in found[0]
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_greedy_text_and_chat_template_are_those_of_transformers(tiny_llama: Path, tmp_path: Path) -> None:

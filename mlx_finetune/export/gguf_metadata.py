@@ -27,7 +27,15 @@ GRANITE = {
     "residual_multiplier": "add_residual_scale",
     "logits_scaling": "add_logit_scale",
 }
-SCALED = ("llama", "qwen2", "qwen3")  # llama.cpp's architectures for which linear and yarn scaling are proven
+# The kinds of RoPE scaling that are proven for llama.cpp's architectures (tests/test_gguf_write.py).
+SCALINGS = {
+    "llama": ("linear", "yarn", "llama3"),
+    "qwen2": ("linear", "yarn"),
+    "qwen3": ("linear", "yarn"),
+    "smollm3": ("linear", "yarn"),
+    "granite": ("linear", "yarn"),
+    "gemma3": ("linear",),
+}
 PHI3 = re.compile("phi-?3", re.IGNORECASE)
 GEMMA_PERIOD, NO_ROPE_PERIOD = 6, 4  # every sixth layer of Gemma 3 sees everything, every fourth of SmolLM3 has no RoPE
 LAYERS_OF_27B = 62  # of Gemma 3, where llama.cpp scales attention otherwise
@@ -92,7 +100,7 @@ def _differences(config: Config, naming: Naming) -> Iterator[tuple[str, Any]]:
         yield "layer_types", types
     if naming.name == "smollm3" and config["no_rope_layers"] != [int((layer + 1) % NO_ROPE_PERIOD != 0) for layer in layers]:
         yield "no_rope_layers", config["no_rope_layers"]
-    if naming.name == "granite" and head_size(config) * config["num_attention_heads"] != config["hidden_size"]:
+    if naming.name in ("granite", "phi3") and head_size(config) * config["num_attention_heads"] != config["hidden_size"]:
         yield "head_dim", config["head_dim"]
     yield from _of_rope(rope_of(config), naming)
 
@@ -110,8 +118,7 @@ def _of_gemma(config: Config, types: list[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _of_rope(rope: Mapping[str, Any], naming: Naming) -> Iterator[tuple[str, Any]]:
-    scalings = {"linear", "yarn"} if naming.name in SCALED else set()
-    if rope["rope_type"] not in {"default"} | scalings | ({"llama3"} if naming.name == "llama" else set()):
+    if rope["rope_type"] not in ("default", *SCALINGS.get(naming.name, ())):
         yield "rope_type", rope["rope_type"]
     if rope.get("partial_rotary_factor", 1.0) != 1.0 and naming.name != "phi3":
         yield "partial_rotary_factor", rope["partial_rotary_factor"]
