@@ -170,7 +170,7 @@ def _other_ends(loaded: Any, model: Path, tokens: list[str]) -> Iterator[int]:
     settings = read_json(path) if path.exists() else {}
     ends = settings.get("eos_token_id") if isinstance(settings, dict) else None
     others = [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int) and end != loaded.eos_token_id]
-    if any(end >= len(tokens) for end in others):
+    if any(not 0 <= end < len(tokens) for end in others):
         raise UserError(f"{path}: eos_token_id {max(others)} is no token", hint="use the file of this model")
     unknown = [end for end in others if tokens[end] not in KNOWN_ENDS]
     if len(unknown) > 2:
