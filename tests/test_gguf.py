@@ -110,8 +110,6 @@ def small_gguf(
     tensor: str = "token_embd.weight",
     more: Mapping[str, int] | None = None,
 ) -> Path:
-    path: Path, architecture: str = "llama", pre: str = "smollm", tensor: str = "token_embd.weight", more: Mapping[str, int] = {}
-) -> Path:
     """Metadata of a Llama with one tensor and two tokens."""
     from gguf import GGUFWriter
 
