@@ -49,6 +49,10 @@ TINY: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # llama_ftype of llama.h
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12, "head_dim": 64}
 OURS = "import sys; from pathlib import Path; from mlx_finetune.export.gguf_write import write_gguf; {}"
+MEMORY = """
+from pathlib import Path
+print(next(line.split()[1] for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM')))
+"""
 CONVERT = """
 import runpy, sys
 sys.path[:0] = [{folder!r}, {folder!r} + '/gguf-py']
@@ -87,7 +91,8 @@ def compare(ours: Path, theirs: Path, model: str, kind: str) -> Comparison:
     tensors = [{tensor.name: tensor for tensor in reader.tensors} for reader in (left, right)]
     same = [name for name, one in tensors[0].items() if (other := tensors[1].get(name)) is not None and _alike(one, other)]
     fields = [{name: field.contents() for name, field in reader.fields.items()} for reader in (left, right)]
-    differ = [name for name in sorted(fields[0].keys() | fields[1].keys()) if fields[0].get(name) != fields[1].get(name)]
+    names = sorted(name for name in fields[0].keys() | fields[1].keys() if not name.startswith("GGUF."))
+    differ = [name for name in names if fields[0].get(name) != fields[1].get(name)]
     keys = [f"{name}: {str(fields[0].get(name))[:40]}, theirs {str(fields[1].get(name))[:40]}" for name in differ]
     return Comparison(model, kind, len(same), len(tensors[0].keys() | tensors[1].keys()), keys)
 
@@ -110,14 +115,11 @@ def beside_converter(sources: Path, model: Path, name: str, kind: str, pre: str,
 
 
 def _run(program: str) -> tuple[float, float]:
-    """Seconds, and MB of memory at the most."""
+    """Seconds, and MB of memory at the most; a process begins with what its parent has, so the kernel's own figure is read."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, said.decode()[-400:]
-    return time.perf_counter() - start, usage.ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
+    done = subprocess.run([sys.executable, "-c", program + MEMORY], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-400:]
+    return time.perf_counter() - start, int(done.stdout.split()[-1]) / 1024
 
 
 class _Settings(ctypes.Structure):
