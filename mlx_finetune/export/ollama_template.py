@@ -1,7 +1,7 @@
 """A chat template in Ollama's language, found by asking the model's own and proven against it, or refused.
 
 What stands between two messages is read off renderings of the model's Jinja template; a Go template is built of it, and
-both are rendered with many chats of gptme's shape. Ollama's language: https://docs.ollama.com/template (Go's text/template).
+both are rendered with many chats of gptme's shape. Ollama's language is Go's: https://pkg.go.dev/text/template
 """
 
 import random
