@@ -9,8 +9,9 @@ import ctypes
 import math
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,16 @@ def _by_gguf(rows: np.ndarray, name: str) -> bytes:
 
 
 def _by_llama(rows: np.ndarray, name: str) -> bytes:
+    """Rows by themselves, on all cores: a call of llama.cpp's takes one, and Python's lock is free meanwhile."""
+    parts = np.array_split(np.ascontiguousarray(rows, np.float32), min(len(rows), os.cpu_count() or 1))
+    with ThreadPoolExecutor(len(parts)) as threads:
+        return b"".join(threads.map(partial(_chunk, name=name), parts))
+
+
+def _chunk(rows: np.ndarray, name: str) -> bytes:
     """size_t ggml_quantize_chunk(type, const float * src, void * dst, start, rows, columns, const float * importance)."""
     from gguf import GGMLQuantizationType
 
-    rows = np.ascontiguousarray(rows, np.float32)
     target = ctypes.create_string_buffer(len(rows) * storage(name).row_bytes(rows.shape[1]))
     source = rows.ctypes.data_as(ctypes.c_void_p)
     written = _ggml()(int(GGMLQuantizationType[name]), source, target, 0, len(rows), rows.shape[1], None)
