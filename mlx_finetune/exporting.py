@@ -117,7 +117,7 @@ def _export_adapter(options: ExportOptions) -> None:
 
 def _export_gguf_adapter(options: ExportOptions) -> None:
     from mlx_finetune.export.card import write_card
-    from mlx_finetune.export.gguf_adapter import write_gguf_adapter  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    from mlx_finetune.export.gguf_adapter import write_gguf_adapter
     from mlx_finetune.export.report import versions
 
     _, model, checkpoint, facts = _open(options)
@@ -139,7 +139,7 @@ def _export_model(options: ExportOptions) -> None:
         if not (options.run / "config.json").is_file():
             raise UserError(f"{options.run}: neither a run nor a model folder", hint="mlx-finetune train or fuse makes one")
         check_model_folder(options.run)
-    from mlx_finetune.export.gguf_kinds import check_kind  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    from mlx_finetune.export.gguf_kinds import check_kind
 
     kind = options.quantisation or QUANTISATION
     check_kind(kind)
@@ -190,7 +190,7 @@ def _describe(folder: Path, fused: Path, facts: Facts, report: dict[str, Any]) -
 
 
 def _write_gguf(options: ExportOptions, model: Path, folder: Path, base: str, advance: Callable[..., None]) -> Path:
-    from mlx_finetune.export.gguf_write import write_gguf  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    from mlx_finetune.export.gguf_write import write_gguf
 
     kind = options.quantisation or QUANTISATION
     file = folder / f"{base.rpartition('/')[2]}-{kind}.gguf"
@@ -199,7 +199,7 @@ def _write_gguf(options: ExportOptions, model: Path, folder: Path, base: str, ad
 
 
 def _write_ollama(options: ExportOptions, model: Path, folder: Path, base: str, advance: Callable[..., None]) -> Path:
-    from mlx_finetune.export.ollama import OllamaSettings, write_ollama  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    from mlx_finetune.export.ollama import OllamaSettings, write_ollama
     from mlx_finetune.training.checkpoint import trained_template
 
     file = _write_gguf(options, model, folder, base, advance)

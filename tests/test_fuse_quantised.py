@@ -47,7 +47,7 @@ def test_it_goes_into_the_original_weights_and_the_difference_is_told(
     status, out, err = cli("fuse", run, "--out", "exact", "--quantised-base", "--json")
     assert status == 0, err
     exact = json.loads(out)["verified"]
-    assert exact["passed"] and exact["trained_on"]["kl"] < plain["trained_on"]["kl"] / 50
+    assert exact["passed"] and exact["trained_on"]["kl"] < plain["trained_on"]["kl"] / 20
     expected = of_trained(run)
     apart = [np.abs(transformers_logits(Path(folder), tokens(24)) - expected).max() for folder in ("original", "exact")]
     # bfloat16 keeps 8 bits of an unpacked number, which at times sends a token to another expert

@@ -1,13 +1,19 @@
 """SmolLM2 from its GGUF: the weights that transformers reads, the ids that llama.cpp gives, a model that answers."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from gguf_tokenizers import byte_level
+from test_gguf_tokens import texts
+from test_gguf_write import YARN
+from tiny_models import make_tiny
 
 from mlx_finetune.errors import UserError
+from mlx_finetune.export.gguf_write import write_gguf
 from mlx_finetune.models.gguf import find_smollm2, gguf_to_hugging_face
 
 PROBE = "def greet(name):\n    print('Hello, ' + name)\n\nThe capital of France is"
@@ -97,7 +103,13 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def small_gguf(path: Path, architecture: str = "llama", pre: str = "smollm", tensor: str = "token_embd.weight") -> Path:
+def small_gguf(
+    path: Path,
+    architecture: str = "llama",
+    pre: str = "smollm",
+    tensor: str = "token_embd.weight",
+    more: Mapping[str, int] | None = None,
+) -> Path:
     """Metadata of a Llama with one tensor and two tokens."""
     from gguf import GGUFWriter
 
@@ -106,6 +118,15 @@ def small_gguf(path: Path, architecture: str = "llama", pre: str = "smollm", ten
     writer.add_tokenizer_pre(pre)
     writer.add_embedding_length(8)
     writer.add_head_count(2)
+    writer.add_context_length(8)
+    writer.add_feed_forward_length(8)
+    writer.add_block_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_token_list(["a", "b"])
+    writer.add_token_types([1, 1])
+    writer.add_token_merges(["a b"])
+    for key, value in (more or {}).items():
+        writer.add_uint32(key, value)
     writer.add_tensor(tensor, np.zeros((2, 8), dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -117,12 +138,15 @@ def small_gguf(path: Path, architecture: str = "llama", pre: str = "smollm", ten
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"architecture": "qwen2"}, r"general\.architecture is 'qwen2'; only llama"),
-        ({"pre": "llama-bpe"}, r"tokenizer\.ggml\.pre is 'llama-bpe'; only smollm"),
+        ({"architecture": "gptj"}, r"general\.architecture is 'gptj'; only llama, qwen2, qwen3"),
+        ({"pre": "tekken"}, r"tokenizer\.ggml\.pre is 'tekken'; only gpt-2, smollm"),
         ({"tensor": "rope_freqs.weight"}, r"rope_freqs\.weight"),
+        ({"tensor": "blk.0.attn_k.weight"}, r"blk\.0\.attn_k\.weight \[2, 8\] does not divide into 2 heads"),
+        ({"more": {"tokenizer.ggml.eos_token_id": 7}}, r"eos_token_id is 7, of 2 tokens"),
+        ({"more": {"llama.expert_count": 4}}, r"llama\.expert_count is 4"),
     ],
 )
-def test_what_is_not_read_is_refused_by_name_and_nothing_is_left(given: dict[str, str], named: str, tmp_path: Path) -> None:
+def test_what_is_not_read_is_refused_by_name_and_nothing_is_left(given: dict[str, Any], named: str, tmp_path: Path) -> None:
     gguf = small_gguf(tmp_path / "small.gguf", **given)
     with pytest.raises(UserError, match=named):
         gguf_to_hugging_face(gguf, tmp_path / "out")
@@ -135,3 +159,47 @@ def test_a_file_that_is_not_gguf_or_not_there_is_named(tmp_path: Path) -> None:
         gguf_to_hugging_face(tmp_path / "notes.gguf", tmp_path / "out")
     with pytest.raises(UserError, match="no such file"):
         gguf_to_hugging_face(tmp_path / "absent.gguf", tmp_path / "out")
+
+
+# name -> architecture, the rule by which its tokenizer splits, keys of its config
+ROUND_TRIPS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
+    "llama": ("llama", "gpt-2", {}),
+    "llama 3": ("llama", "llama-bpe", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "yarn": ("llama", "smollm", {"rope_parameters": YARN}),
+    "qwen2": ("qwen2", "qwen2", {"vocab_size": 400}),
+    "qwen3": ("qwen3", "qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}}),
+}
+
+
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+def test_what_is_written_as_gguf_is_read_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+    from transformers import AutoConfig, AutoTokenizer
+
+    architecture, rule, changes = ROUND_TRIPS[name]
+    tokenizer = byte_level(rule, ("bos",) if rule == "llama-bpe" else ())
+    model = make_tiny(architecture, tmp_path / "model", tokenizer=False, changes={"vocab_size": len(tokenizer)} | dict(changes))
+    tokenizer.save_pretrained(model)
+    write_gguf(model, tmp_path / "model.gguf", "f32")
+    gguf_to_hugging_face(tmp_path / "model.gguf", tmp_path / "back")
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name].view(np.uint32), after[name].view(np.uint32)) for name in before)
+    configs = [AutoConfig.from_pretrained(folder).to_dict() for folder in (model, tmp_path / "back")]
+    left_out = ("_name_or_path", "initializer_range", "use_cache", "transformers_version", "max_window_layers", "sliding_window")
+    assert [{k: v for k, v in c.items() if k not in left_out} for c in configs[:1]] == [
+        {k: v for k, v in c.items() if k not in left_out} for c in configs[1:]
+    ]
+    first, second = (AutoTokenizer.from_pretrained(folder) for folder in (model, tmp_path / "back"))
+    for text in texts():
+        assert first(text)["input_ids"] == second(text)["input_ids"], text
+    assert first.get_chat_template() == second.get_chat_template()
+
+
+def test_a_broken_gguf_is_refused_in_one_line(tmp_path: Path) -> None:
+    data = small_gguf(tmp_path / "small.gguf").read_bytes()
+    for length in (6, 24, 60, len(data) - 40):
+        (tmp_path / "cut.gguf").write_bytes(data[:length])
+        with pytest.raises(UserError, match="broken or cut"):
+            gguf_to_hugging_face(tmp_path / "cut.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

