@@ -13,8 +13,11 @@ from tiny_models import VOCABULARY
 from mlx_finetune.engines import Engine, open_engine
 from mlx_finetune.engines.adapter import peft_config, peft_tensors
 from mlx_finetune.errors import UserError
+from mlx_finetune.export.adapter import read_adapter
+from mlx_finetune.export.adapter_folder import write_formats
 from mlx_finetune.export.fuse import fuse
 from mlx_finetune.files import write_json
+from mlx_finetune.models.weights import tensor_headers
 
 TOKENS = np.random.default_rng(1).integers(3, VOCABULARY, size=(2, 24))
 
@@ -28,11 +31,12 @@ class Row:
     norm: float | str
     fuse: float | str
     peft: float | str
+    mlx_lm: float | str = ""
     targets: int = 0
 
 
-def row_of(model: Path, work: Path) -> Row:
-    """Of the folder `model`; what is written goes into `work`."""
+def row_of(model: Path, work: Path, exported: bool = False) -> Row:
+    """Of the folder `model`; what is written goes into `work`. `exported`: opened by mlx-lm too."""
     from mlx_finetune.engines.mlx.load import load_model
 
     base = of_transformers(model)
@@ -59,7 +63,8 @@ def row_of(model: Path, work: Path) -> Row:
         loss, norm = (abs(getattr(found[0], n) / getattr(found[1], n) - 1) for n in ("loss", "grad_norm"))
     except UserError as error:
         loss, norm = str(error), ""
-    return Row(load, loss, norm, fused, peft, len(mlx.targets))
+    mlx_lm = refused(lambda: relative(of_mlx_lm(model, adapter, work / "exported"), tuned)) if exported else ""
+    return Row(load, loss, norm, fused, peft, mlx_lm, len(mlx.targets))
 
 
 def targets_of(model: Path) -> str:
@@ -111,6 +116,19 @@ def of_peft(model: Path, adapter: Path) -> np.ndarray:
     from peft import PeftModel
 
     return logits(PeftModel.from_pretrained(opened(model), adapter).eval())
+
+
+def of_mlx_lm(model: Path, adapter: Path, folder: Path) -> np.ndarray:
+    """Of the folder that `export --to mlx-lm` makes, on a base that is read as transformers reads it."""
+    from mlx_lm.tuner.utils import load_adapters
+
+    from mlx_finetune.engines.mlx.load import load_model
+
+    folder.mkdir()
+    write_formats(folder, model, adapter, read_adapter(adapter), ["mlx-lm"], False, tensor_headers(model), None)
+    network = load_adapters(load_model(model, "float32"), str(folder))
+    network.eval()
+    return of_mlx(network)
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:

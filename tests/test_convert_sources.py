@@ -120,7 +120,6 @@ def test_every_kind_of_packing_is_learned_on(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_torch_files_becomes_the_same_model(tiny_llama: Path, tmp_path: Path) -> None:
-    pytest.importorskip("mlx_finetune.models.torch_bin", reason="reads .bin files; is written beside this")
     import torch
     from safetensors.torch import load_file
 
@@ -291,7 +290,6 @@ def says_paris(folder: Path) -> bool:
 
 
 def test_a_word_piece_model_without_tokenizer_json_gets_one(tiny_llama: Path, tmp_path: Path) -> None:
-    pytest.importorskip("mlx_finetune.models.spiece", reason="reads spiece.model; is written beside this")
     sentencepiece: Any = pytest.importorskip("sentencepiece")
     text = tmp_path / "text"
     text.write_text("the assistant runs the command and the tool answers\n" * 20)

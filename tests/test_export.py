@@ -285,7 +285,6 @@ def test_the_command_says_what_it_made_and_refuses_what_it_cannot(runs, cli, tmp
 
 def test_a_run_becomes_a_gguf_file_and_the_fused_folder_beside_it_goes(runs, cli, tmp_path):
     gguf = pytest.importorskip("gguf")
-    pytest.importorskip("mlx_finetune.export.gguf_write")
     status, out, err = cli("export", runs["lora"], "--to", "gguf", "--out", "made", "--quantisation", "f16", "--json")
     assert status == 0, err
     result = json.loads(out)

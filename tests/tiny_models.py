@@ -157,6 +157,19 @@ def make_tiny(
     return folder
 
 
+def make_joined(model_type: str, folder: Path, changes: Mapping[str, Any]) -> Path:
+    """As `make_tiny`, with the experts of a layer in one tensor."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    make_tiny(model_type, folder, tokenizer=True, changes=changes)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    model.save_pretrained(folder, save_original_format=False)
+    return folder
+
+
 SEEING = (
     ("gemma3", "gemma3_text"),
     ("gemma4", "gemma4_text"),

@@ -28,7 +28,7 @@ from mlx_finetune.export.mlx_backend import mlx_paths
 from mlx_finetune.export.report import write_report
 from mlx_finetune.export.rows import HEAD_WEIGHT
 from mlx_finetune.files import atomic_folder, read_json, write_json
-from mlx_finetune.models.mlx_config import check_supported
+from mlx_finetune.models.mlx_config import check_supported, text_config
 from mlx_finetune.models.weights import TensorLocation, file_headers, read_float32, tensor_headers
 
 Format = Literal["peft", "mlx-lm"]
@@ -63,7 +63,8 @@ def export_adapter(
         raise UserError(f"{checkpoint}: the weights themselves were trained, there is no adapter", hint=FUSE)
     adapter = read_adapter(checkpoint)
     headers, config = tensor_headers(model), read_json(model / "config.json")
-    tied = bool(config.get("tie_word_embeddings")) or HEAD_WEIGHT not in headers
+    has_head = any(name.endswith(HEAD_WEIGHT) for name in headers)
+    tied = bool(text_config(config).get("tie_word_embeddings")) or not has_head
     quantised = "quantization" in config or "quantization_config" in config
     if not quantised:
         base_weights(model, adapter)
@@ -76,7 +77,7 @@ def export_adapter(
     if "mlx-lm" in formats and config.get("rope_parameters"):
         remarks.append(f"mlx-lm 0.32 does not read rope_parameters in config.json of {model.name}: give it a converted base")
     with atomic_folder(out) as folder:
-        _write(folder, model, checkpoint, adapter, formats, tied, headers, facts)
+        write_formats(folder, model, checkpoint, adapter, formats, tied, headers, facts)
         if template:
             write_template(folder, template)
         opened = check_readers(model, checkpoint, folder, formats)
@@ -102,7 +103,7 @@ def _not_for_mlx_lm(config: Mapping[str, Any]) -> str:
     return ""
 
 
-def _write(
+def write_formats(
     folder: Path,
     model: Path,
     checkpoint: Path,
@@ -112,6 +113,7 @@ def _write(
     headers: Mapping[str, TensorLocation],
     facts: Facts | None,
 ) -> None:
+    """The adapter's files for each of `formats`, one adapter_config.json for all, and the tokenizer's."""
     own, settings = read_json(checkpoint / CONFIG), dict[str, Any]()
     if "peft" in formats:
         shutil.copyfile(checkpoint / TENSORS, folder / TENSORS)
