@@ -22,7 +22,8 @@ from mlx_finetune.models.mlx_config import PROVEN
 TEXT = """\
 Largest difference over the largest logit, float32: `load` of MLX from transformers; `loss` and `norm` of a training step, MLX's
 from torch's, relative; `fuse` of the fused folder in transformers, `peft` of the adapter opened by peft, and `mlx-lm` of the
-exported folder opened by mlx-lm, each from the model as MLX trained it, whose adapters (on all linear layers, and on experts where both
+exported folder opened by mlx-lm, each from the model as MLX trained it, whose adapters (on all linear layers, and on experts where
+both
 libraries have them alike) change its logits by more than 1e-2. A text instead of a figure is the reason for which it is refused."""
 EXACT, RECURRENT_EXACT = 1e-4, 4e-4  # recurrences sum in another order in each library
 RECURRENT = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "qwen3_5", "qwen3_5_moe")

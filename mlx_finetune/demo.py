@@ -1,4 +1,4 @@
-"""The whole road on the embedded sample and SmolLM2-135M-Instruct: collect, prepare, train, evaluate, fuse."""
+"""The whole road on the embedded sample and SmolLM2-135M-Instruct: collect, prepare, train, evaluate, fuse, export."""
 
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,7 +14,9 @@ from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.engines import Engine, choose_engine
 from mlx_finetune.evaluation.compare import Comparison, compare
 from mlx_finetune.evaluation.plot import draw_loss
+from mlx_finetune.export.facts import read_facts
 from mlx_finetune.export.fuse import Fused
+from mlx_finetune.export.gguf_write import write_gguf
 from mlx_finetune.export.verify import PROBE_TEXTS, Verified, fuse_and_verify
 from mlx_finetune.files import refuse_existing, write_json
 from mlx_finetune.models.gguf import find_smollm2, gguf_to_hugging_face
@@ -37,6 +39,8 @@ SETTINGS = {
     "save_every": 1000,
 }
 ANSWER_TOKENS = 80
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the model card calls it
+GGUF = "tuned-q8_0.gguf"
 TITLES = {"prompt": "held-out prompt", "logged": "answer in the log", "base": "base model", "tuned": "tuned model"}
 
 
@@ -56,29 +60,34 @@ def run_demo(out: Path, engine: str, as_json: bool) -> None:
     refuse_existing(out)
     sample = Path(str(files("mlx_finetune") / "sample"))
     gguf = find_smollm2()
-    say(f"1/6 model: {gguf.name} -> {out / 'model'}, a Hugging Face folder in float32")
+    say(f"1/7 model: {gguf.name} -> {out / 'model'}, a Hugging Face folder in float32")
     gguf_to_hugging_face(gguf, out / "model")
-    say(f"2/6 collect: the sample's gptme logs and OpenAssistant trees -> {out / 'collected'}")
+    say(f"2/7 collect: the sample's gptme logs and OpenAssistant trees -> {out / 'collected'}")
     sources = Sources(sample / "gptme-logs", (str(sample / "openassistant.trees.jsonl"),))
     collect(sources, Settings(), out / "collected")
     places = {"model": str(out / "model"), "data": str(out / "dataset"), "out": str(out / "run")}
     config = make_config(SETTINGS | places | {"engine": engine}, "demo")
     info, template = _prepare(config, out)
-    say(f"4/6 train: LoRA of rank {config.rank} on {engine} -> {out / 'run'}")
+    say(f"4/7 train: LoRA of rank {config.rank} on {engine} -> {out / 'run'}")
     with progress("train") as advance:
         trained, opened = execute(plan_run(config), advance)
     memory = opened.peak_memory()
     picture = draw_loss(out / "run")
-    say("5/6 evaluate: base and tuned model on the held-out conversations")
+    say("5/7 evaluate: base and tuned model on the held-out conversations")
     del opened
     comparison, opened = compare(out / "run", "best", engine)
     answers = _answers(opened, template, config, info)
     del opened
-    say(f"6/6 fuse: adapter into the original weights -> {out / 'tuned'}, then compared with base + adapter")
+    say(f"6/7 fuse: adapter into the original weights -> {out / 'tuned'}, then compared with base + adapter")
+    checkpoint = (out / "run" / "best").resolve()
+    facts = read_facts(out / "run", checkpoint, out / "model", config, BASE)
     with progress("fuse") as advance:
         fused, verified = fuse_and_verify(
-            out / "model", out / "run" / "best", out / "tuned", PROBE_TEXTS, advance, trained_template(out / "run")
+            out / "model", checkpoint, out / "tuned", PROBE_TEXTS, advance, trained_template(out / "run"), facts
         )
+    say(f"7/7 export: the fused model for llama.cpp -> {out / GGUF}")
+    with progress("gguf") as advance:
+        write_gguf(out / "tuned", out / GGUF, "q8_0", advance)
     result = _result(comparison, trained, memory, fused, verified, answers)
     write_json(out / "demo.json", result)
 
@@ -91,7 +100,7 @@ def run_demo(out: Path, engine: str, as_json: bool) -> None:
 
 
 def _prepare(config: RunConfig, out: Path) -> tuple[dict[str, Any], ChatTemplate]:
-    say(f"3/6 prepare: windows of {config.max_length} tokens -> {config.data}")
+    say(f"3/7 prepare: windows of {config.max_length} tokens -> {config.data}")
     template = ChatTemplate.load(Path(config.model))
     origin = {"model": config.model, "model_fingerprint": fingerprint(Path(config.model))}
     with progress("prepare") as advance:
