@@ -230,3 +230,33 @@ def test_a_model_whose_head_is_not_apart_is_refused_by_name(tmp_path: Path) -> N
     model = make_tiny("gpt_neox", tmp_path / "neox", tokenizer=False)
     with pytest.raises(UserError, match="its head is not apart"):
         open_engine(config("mlx"), model)
+
+
+def test_weights_that_mlx_lm_changes_as_it_reads_them_are_not_trained_themselves(tmp_path: Path) -> None:
+    model = make_tiny("qwen3_5_text", tmp_path / "model", tokenizer=False)
+    with pytest.raises(UserError, match="changes it as it reads it"):
+        open_engine(make_config({"engine": "mlx", "fine_tune_type": "full", "target_modules": "q_norm"}, "test"), model)
+
+
+@pytest.mark.parametrize(("model_type", "text"), SEEING[:1])
+def test_weights_of_a_model_that_sees_are_trained_themselves_and_fused(
+    model_type: str, text: str, engine_name: str, tmp_path: Path
+) -> None:
+    from safetensors.numpy import save_file
+
+    from mlx_finetune.export.fuse import fuse
+    from mlx_finetune.models.weights import read_float32, tensor_headers
+
+    model = make_seeing(model_type, text, tmp_path / "model")
+    settings = {"engine": engine_name, "fine_tune_type": "full", "target_modules": "o_proj", "optimizer": "adamw"}
+    engine = open_engine(make_config(settings, "test"), model)
+    engine.step([random_batch(1)], 1e-2, seed=0)
+    trained = {name.removeprefix("adapter/"): a for name, a in engine.state().items() if name.startswith("adapter/")}
+    (tmp_path / "checkpoint").mkdir()
+    save_file(trained, tmp_path / "checkpoint" / "model.safetensors")
+    (tmp_path / "checkpoint" / "progress.json").write_text("{}")
+    fuse(model, tmp_path / "checkpoint", tmp_path / "fused")
+    headers = tensor_headers(tmp_path / "fused")
+    for number in range(4):
+        found = read_float32(headers[f"language_model.model.layers.{number}.self_attn.o_proj.weight"])
+        assert np.array_equal(found, trained[f"model.language_model.layers.{number}.self_attn.o_proj.weight"])

@@ -8,6 +8,7 @@ import numpy as np
 from mlx_finetune.config import RunConfig
 from mlx_finetune.engines.adapter import LAYER, check_some, last_layers, named
 from mlx_finetune.errors import UserError
+from mlx_finetune.models.tensor_names import stored_name
 from mlx_finetune.models.weights import ITEM_BYTES, read_float32, tensor_headers
 
 Shapes = dict[str, tuple[int, ...]]
@@ -42,7 +43,7 @@ def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     headers = tensor_headers(folder)
     arrays = {}
     for name, shape in shapes.items():
-        tensor = headers.get(name)
+        tensor = headers.get(stored_name(name, headers))
         if tensor is None or tuple(tensor.shape) != shape or tensor.dtype not in ITEM_BYTES:
             raise UserError(
                 f"{name}: not a tensor of that name and shape in {folder}, so a tuned model could not be handed back",

@@ -15,7 +15,7 @@ from mlx_finetune.export.adapter import TENSORS, Adapter, Pair, read_adapter
 from mlx_finetune.export.expert_changes import expert_changes
 from mlx_finetune.export.from_mlx import is_mlx_adapter, mlx_changes
 from mlx_finetune.export.rows import BASE, DIVERGED, HEAD_WEIGHT, Change, Headers, Rows, factored, fitting, original
-from mlx_finetune.models.tensor_names import tensor_of
+from mlx_finetune.models.tensor_names import stored_name, tensor_of
 from mlx_finetune.models.weights import ITEM_BYTES, SINGLE, TensorLocation, file_headers, read_float32, to_float32
 
 PROGRESS = "progress.json"
@@ -135,8 +135,9 @@ def _full_changes(model: Path, checkpoint: Path) -> dict[str, Change]:
                 f"{by}: dtype {source.dtype} is not one of {', '.join(ITEM_BYTES)}",
                 hint="use a checkpoint folder of a finished save",
             )
-        location = fitting(model, headers, name, source.shape, f"{by} is")
-        changes[name] = Change(location, partial(_trained_rows, name, source))
+        tensor = stored_name(name, headers)
+        location = fitting(model, headers, tensor, source.shape, f"{by} is")
+        changes[tensor] = Change(location, partial(_trained_rows, name, source))
     if is_tied and HEAD_WEIGHT in headers:
         changes |= _second_copy(model, headers, trained)
     return changes

@@ -12,14 +12,19 @@ IN_FILES = (
 )
 
 
-def names_in_files(module: str) -> list[str]:
-    """What the files of a Hugging Face checkpoint may call a module of transformers' class."""
-    return [re.sub(pattern, name, module) for pattern, name in IN_FILES]
+def names_in_files(path: str) -> list[str]:
+    """What the files of a Hugging Face checkpoint may call a module or a tensor of transformers' class."""
+    return [re.sub(pattern, name, path) for pattern, name in IN_FILES]
 
 
 def tensor_of(module: str, headers: Mapping[str, object]) -> str:
     """The weight of a module by its name in the files; the first way of calling it, where none of them is there."""
-    names = [f"{name}.weight" for name in names_in_files(module)]
+    return stored_name(f"{module}.weight", headers)
+
+
+def stored_name(tensor: str, headers: Mapping[str, object]) -> str:
+    """A tensor of transformers' class by its name in the files; the first way of calling it, where none of them is there."""
+    names = names_in_files(tensor)
     return next((name for name in names if name in headers), names[0])
 
 

@@ -114,6 +114,11 @@ class MlxEngine:
         for name in choose_weights(weights, self.config):
             module, _, leaf = name.rpartition(".")
             _module_at(self.model, module).unfreeze(keys=leaf, recurse=False)
+        for name, array in self._parameters().items():
+            ((own, stored),) = read_weights(self._folder, {self._name(name): tuple(array.shape)}).items()
+            if not np.array_equal(np.array(array), stored):
+                hint = "fine_tune_type = lora, or --engine torch"
+                raise UserError(f"{own}: mlx-lm's class changes it as it reads it, so it could not be handed back", hint=hint)
 
     @property
     def _tied(self) -> bool:
