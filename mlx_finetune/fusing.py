@@ -43,7 +43,7 @@ class Opened:
     @property
     def is_packed(self) -> bool:
         """Whether it was trained on weights that were quantised, stored so or as they were loaded."""
-        return self.model != self.into or bool(self.config and self.config.quantization != "none")
+        return is_quantised(self.model) or bool(self.config and self.config.quantization != "none")
 
 
 def fuse_command(options: FuseOptions) -> None:
@@ -55,9 +55,10 @@ def fuse_command(options: FuseOptions) -> None:
     refuse_existing(options.out)
     opened = _open(options)
     say(f"adding {opened.checkpoint} to the weights of {opened.into}, into {options.out}")
-    if opened.model != opened.into:
-        which = "unpacked from those of" if options.quantised_base else "the original ones of"
-        say(f"it was trained on quantised weights; it goes into {which} {opened.model}")
+    if options.quantised_base:
+        say(f"they become those that it was trained on: the quantised ones of {opened.model}, unpacked")
+    elif is_quantised(opened.model):
+        say(f"it was trained on the quantised weights of {opened.model}; these are the original ones")
     changes = (
         changes_from_packed(opened.into, opened.model, opened.checkpoint)
         if options.quantised_base
@@ -93,7 +94,7 @@ def _open(options: FuseOptions) -> Opened:
     if not is_run and not (options.run / ADAPTER_CONFIG).is_file():
         raise UserError(f"{options.run}: neither a run nor the folder of an adapter", hint="mlx-finetune train makes a run")
     opened = _open_run(options) if is_run else _open_adapter(options)
-    if options.quantised_base and opened.model == opened.into:
+    if options.quantised_base and not is_quantised(opened.model):
         what = "was trained on weights that are quantised only while they are loaded" if opened.is_packed else "is not quantised"
         raise UserError(f"--quantised-base: {opened.model} {what}", hint="leave it out")
     return opened
@@ -120,22 +121,40 @@ def _open_adapter(options: FuseOptions) -> Opened:
     if not (options.model or named):
         raise UserError(f"{options.run}: it does not say what model it is for", hint="--model FOLDER or org/name")
     model = model_folder(options.model or str(named))
-    check_model_folder(model)
+    check_model_folder(model, with_template=False)
     return Opened(model, _into(options, model), options.run)
+
+
+def is_quantised(model: Path) -> bool:
+    """Whether MLX packed the weights of a folder."""
+    return bool(read_json(model / "config.json").get("quantization"))
 
 
 def _into(options: FuseOptions, model: Path) -> Path:
     """The unquantised weights: those that `model` was converted from, as it says itself or as --original says."""
-    origin = read_origin(model)
-    if options.original:
-        found = model_folder(options.original)
-        check_model_folder(found)
-        if origin and origin.format == "huggingface" and fingerprint(found) != origin.fingerprint:
-            what = f"--original {options.original}: not what {model} was converted from ({origin.model})"
-            raise UserError(what, hint="give that one")
-        return found
-    if origin is None and read_json(model / "config.json").get("quantization"):
-        hint = "--original FOLDER or org/name: the unquantised model"
-        raise UserError(f"{model}: quantised, and no origin.json says from what", hint=hint)
-    found = original_folder(model)
-    return model if found == model else found
+    origin, quantised = read_origin(model), is_quantised(model)
+    if not options.original:
+        if origin is None and quantised:
+            hint = "--original FOLDER or org/name: the unquantised model"
+            raise UserError(f"{model}: quantised, and no origin.json says from what", hint=hint)
+        found = original_folder(model)
+        return model if found == model else found
+    if origin is None and not quantised:
+        raise UserError(f"--original {options.original}: {model} is the original itself", hint="leave it out")
+    found = model_folder(options.original)
+    check_model_folder(found, with_template=False)
+    if origin and origin.format == "huggingface":
+        is_right, of = fingerprint(found) == origin.fingerprint, f" ({origin.model})"
+    else:
+        is_right, of = not quantised or _is_packed_from(model, found), ""
+    if not is_right:
+        raise UserError(f"--original {options.original}: not what {model} was converted from{of}", hint="give that one")
+    return found
+
+
+def _is_packed_from(model: Path, original: Path) -> bool:
+    """Whether each packed weight lies within a step of its quantisation from the original's."""
+    from mlx_finetune.engines.mlx.stored import farthest_weight
+
+    say(f"comparing the quantised weights of {model} with those of {original}")
+    return farthest_weight(original, model) <= 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from published_seeing import GEMMA3_4B
 from tiny_models import SEEING, SIZES, VOCABULARY, make_joined, make_seeing, make_tiny, rewrite_as_v4
 
 from mlx_finetune.config import make_config
@@ -113,6 +114,18 @@ def test_scaled_rope_equals_that_of_transformers(model_type: str, kind: str, tmp
     if model_type != "olmo3":
         rewrite_as_v4(tmp_path / "v5" / "config.json")
         assert difference(tmp_path / "v5", length=200) < RELATIVE
+
+
+def test_what_a_published_model_that_sees_leaves_unsaid_is_what_transformers_takes() -> None:
+    from transformers import CONFIG_MAPPING
+
+    check_supported(GEMMA3_4B)
+    read = CONFIG_MAPPING["gemma3"].from_dict(GEMMA3_4B).text_config
+    text = mlx_overlay(GEMMA3_4B)["text_config"]
+    names = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "query_pre_attn_scalar")
+    assert {name: text[name] for name in names} == {name: getattr(read, name) for name in names}
+    assert text["rope_theta"] == 1_000_000 and text["rope_scaling"]["factor"] == 8 and text["tie_word_embeddings"] is True
+    assert text["sliding_window_pattern"] == 6
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", "qwen3_next"])
@@ -277,7 +290,7 @@ def test_a_folder_that_is_no_whole_checkpoint_is_refused_by_name(tiny_llama: Pat
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"no model\.safetensors"):
+    with pytest.raises(UserError, match=r"no \*\.safetensors"):
         load_model(folder, "float32")
     weights = (tiny_llama / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])

@@ -95,7 +95,7 @@ def test_layers_beside_experts_are_fused_although_peft_is_told_their_weights(mix
     checkpoint = (run(settings(mixture, data, tmp_path / "run", "mlx", steps=2)) / "latest").resolve()
     assert "model.layers.0.mlp.up_proj.weight" in read_json(checkpoint / "adapter_config.json")["target_parameters"]
     fuse(mixture, checkpoint, tmp_path / "fused")
-    found = in_transformers(mixture, checkpoint, tmp_path / "fused", [[5, 9, 17, 4]], {})
+    found = in_transformers(mixture, checkpoint, tmp_path / "fused", [[5, 9, 17, 4]], {}, [0]).distances
     assert found.fused.largest < 1e-4 < 1e-3 < found.base.largest
 
 

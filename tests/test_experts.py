@@ -293,7 +293,7 @@ def test_experts_of_mlx_lm_are_found_by_the_names_that_transformers_has_for_them
     told["num_experts"] = told.get("num_experts") or told.get("num_local_experts")
     known = inspect.signature(module.ModelArgs).parameters
     model = module.Model(module.ModelArgs(**{name: value for name, value in told.items() if name in known}))
-    assert found_in_mlx(model) == expected and expected
+    assert found_in_mlx(model, ()) == expected and expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

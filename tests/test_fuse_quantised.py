@@ -33,7 +33,7 @@ def of_trained(run: Path) -> np.ndarray:
     return np.stack(list(logits_of(run.parent / "packed", checkpoint, "mlx", tokens(24).tolist(), as_trained=True)))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "qwen3_5_text"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "lfm2_moe"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_goes_into_the_original_weights_and_the_difference_is_told(
     cli: Callable[..., Answer], tmp_path: Path, model_type: str, dtype: str
@@ -67,6 +67,20 @@ def test_original_weights_that_moved_are_named_again_and_others_are_refused(cli:
     (tmp_path / "packed" / "origin.json").unlink()
     status, _, err = cli("fuse", run, "--out", "other")
     assert status == 2 and "no origin.json" in err and "--original" in err
+    status, _, err = cli("fuse", run, "--out", "other", "--original", "base")
+    assert status == 2 and "not what" in err and not Path("other").exists()
+    assert cli("fuse", run, "--out", "other", "--original", "moved")[0] == 0
+
+
+def test_a_base_that_was_only_rounded_is_no_quantised_one(cli: Callable[..., Answer], tmp_path: Path) -> None:
+    base = make_base(tmp_path)
+    convert(find_source(str(base)), tmp_path / "half", How(dtype="bfloat16", verify=False), lambda done, total: None)
+    run = make_run(tmp_path, "mlx", model=str(tmp_path / "half"))
+    status, out, err = cli("fuse", run, "--out", "fused", "--json")
+    assert status == 0 and "quantised" not in err, err
+    assert json.loads(out)["verified"]["trained_on"] is None
+    status, _, err = cli("fuse", run, "--out", "again", "--quantised-base")
+    assert status == 2 and "is not quantised" in err
 
 
 def test_options_that_do_not_fit_what_is_fused_are_refused(cli: Callable[..., Answer], tmp_path: Path) -> None:
@@ -77,6 +91,7 @@ def test_options_that_do_not_fit_what_is_fused_are_refused(cli: Callable[..., An
     for arguments, said in (
         ((run, "--quantised-base"), "is not quantised"),
         ((run, "--model", "base"), "a run knows its model"),
+        ((run, "--original", "base"), "is the original itself"),
         ((adapter, "--model", "base", "--checkpoint", "best"), "an adapter, not a run"),
         ((adapter, "--model", "base", "--base", "a/b"), "a card is written for runs"),
         ((tmp_path / "dataset",), "neither a run nor the folder of an adapter"),
@@ -91,6 +106,12 @@ def test_the_folder_of_an_adapter_of_peft_or_mlx_lm_is_fused_and_proven(cli: Cal
     from test_from_mlx import trained as of_mlx_lm
 
     base = make_base(tmp_path, "qwen3_moe")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    template = settings.pop("chat_template", None)
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    for file in base.glob("*.jinja"):  # as of a base model: an adapter made elsewhere needs none
+        template = file.read_text()
+        file.unlink()
     expected = of_mlx_lm(base, tmp_path / "adapter", "lora")
     status, out, err = cli("fuse", "adapter", "--model", "base", "--out", "fused", "--json")
     assert status == 0, err
@@ -98,6 +119,8 @@ def test_the_folder_of_an_adapter_of_peft_or_mlx_lm_is_fused_and_proven(cli: Cal
     assert verified["backend"] == "mlx" and verified["missing"] == verified["unexpected"] == []
     found = transformers_logits(tmp_path / "fused", tokens(24))
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    assert template
+    (base / "chat_template.jinja").write_text(template)
     make_data(base, tmp_path)
     run = make_run(tmp_path, "torch")
     shutil.copytree((run / "best").resolve(), tmp_path / "of_peft")

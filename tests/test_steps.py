@@ -196,7 +196,7 @@ def test_torch_gives_the_loss_and_gradient_of_plain_rows_in_trees_and_with_layer
 ) -> None:
     given, torch = batches(family(), 8), {"engine": "torch"}
     plain = first_step(models[model_type], given, **torch, share_prefixes="never")
-    rows = model_type in (*OWN_ATTENTION, "stablelm")
+    rows = model_type in (*OWN_ATTENTION, "mpt", "stablelm")
     way = "every second layer again" if rows else "trees, every layer again"
     check_alike(plain, first_step(models[model_type], given, **torch, **WAYS[way] | {"attention": "auto"}))
 

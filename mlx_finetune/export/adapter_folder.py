@@ -28,7 +28,7 @@ from mlx_finetune.export.mlx_backend import mlx_paths
 from mlx_finetune.export.report import write_report
 from mlx_finetune.export.rows import HEAD_WEIGHT
 from mlx_finetune.files import atomic_folder, read_json, write_json
-from mlx_finetune.models.mlx_config import check_supported, text_config
+from mlx_finetune.models.mlx_config import check_supported, is_tied
 from mlx_finetune.models.weights import TensorLocation, file_headers, read_float32, tensor_headers
 
 Format = Literal["peft", "mlx-lm"]
@@ -64,8 +64,8 @@ def export_adapter(
     adapter = read_adapter(checkpoint)
     headers, config = tensor_headers(model), read_json(model / "config.json")
     has_head = any(name.endswith(HEAD_WEIGHT) for name in headers)
-    tied = bool(text_config(config).get("tie_word_embeddings")) or not has_head
-    quantised = "quantization" in config or "quantization_config" in config
+    tied = is_tied(config) or not has_head
+    quantised = "quantization" in config  # by MLX; of what others packed, such as mxfp4, the attention may be as it was
     if not quantised:
         base_weights(model, adapter)
     lacking = {"peft": _not_for_peft(model, adapter, tied, quantised), "mlx-lm": _not_for_mlx_lm(config)}

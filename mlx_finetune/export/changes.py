@@ -145,6 +145,7 @@ def _full_changes(model: Path, checkpoint: Path) -> dict[str, Change]:
 
 def _second_copy(model: Path, headers: Headers, trained: Headers) -> dict[str, Change]:
     """What becomes of the head where a shared weight is stored twice and trained as embeddings."""
+    trained = {stored_name(name, headers): source for name, source in trained.items()}
     embeddings = next((name for name in headers if name.endswith(f"{EMBEDDINGS}.weight")), "")
     if embeddings in trained and HEAD_WEIGHT not in trained:
         source = trained[embeddings]

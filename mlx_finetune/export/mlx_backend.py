@@ -31,7 +31,7 @@ def in_mlx(model: Path, checkpoint: Path, fused: Path, tokens: Tokens, stored: S
     if is_mlx_adapter(checkpoint):
         network = _open_in_mlx_lm(network, checkpoint)
     elif is_full(checkpoint):
-        _train_mlx(network, checkpoint)
+        _train_mlx(network, checkpoint, model)
     else:
         _add_to_mlx(network, checkpoint, model)
     rows = _answer_mlx(network, tokens, answers)
@@ -134,11 +134,14 @@ def _tuned(weight: np.ndarray, pair: Pair) -> np.ndarray:
     return longer
 
 
-def _train_mlx(network: Any, checkpoint: Path) -> None:
+def _train_mlx(network: Any, checkpoint: Path, model: Path) -> None:
     import mlx.core as mx
 
     trained: Any = mx.load(str(checkpoint / SINGLE))
-    for name, value in trained.items():
+    paths = mlx_paths(network, model)
+    for stored, value in trained.items():
+        module, _, leaf = stored.rpartition(".")
+        name = f"{paths.get(module, module)}.{leaf}"
         if _mlx_weight(network, name) is not None:
             _put_into_mlx(network, name, value.astype(mx.float32))
 

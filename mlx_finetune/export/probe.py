@@ -16,7 +16,7 @@ import numpy as np
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.verify import PROBE_TEXTS
 from mlx_finetune.files import read_json, refuse_existing
-from mlx_finetune.models.mlx_config import max_exact_length
+from mlx_finetune.models.mlx_config import max_exact_length, text_config
 from mlx_finetune.models.weights import file_headers
 
 LONGEST = 64  # tokens of a text
@@ -42,7 +42,7 @@ def probe_tokens(folder: Path) -> list[list[int]]:
     """
     from transformers import AutoTokenizer
 
-    config = read_json(folder / "config.json")
+    config = text_config(read_json(folder / "config.json"))
     longest = min(LONGEST, max_exact_length(config) or LONGEST, config.get("max_position_embeddings") or LONGEST)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -61,14 +61,15 @@ def transformers_logits(folder: Path, tokens: Sequence[Sequence[int]], rounded: 
         UserError: transformers cannot load the folder, or finds tensors missing or too many.
     """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
+    from mlx_finetune.engines.torch.load import auto_class
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     hint = "is the download whole? --no-verify converts what transformers cannot load"
     try:
-        model, keys = AutoModelForCausalLM.from_pretrained(
+        model, keys = auto_class(folder).from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:

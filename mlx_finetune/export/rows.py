@@ -9,7 +9,7 @@ import numpy as np
 from mlx_finetune.engines.adapter import HEAD
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
-from mlx_finetune.models.mlx_config import text_config
+from mlx_finetune.models.mlx_config import is_tied
 from mlx_finetune.models.weights import ITEM_BYTES, TensorLocation, tensor_headers
 
 # (number of the first row, stored rows [n, columns] float32) -> what they become, float32
@@ -53,7 +53,7 @@ def original(model: Path) -> tuple[Headers, bool]:
         raise UserError(f"{model}: quantised weights cannot be changed", hint=ORIGINAL)
     headers = tensor_headers(model)
     has_head = any(name.endswith(HEAD_WEIGHT) for name in headers)
-    return headers, bool(text_config(config).get("tie_word_embeddings")) or not has_head
+    return headers, is_tied(config) or not has_head
 
 
 def fitting(model: Path, headers: Headers, name: str, shape: tuple[int, ...], by: str) -> TensorLocation:

@@ -42,8 +42,8 @@ def hub_revision(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--") else None
 
 
-def check_model_folder(folder: Path) -> None:
-    """Reads the folder's headers and settings, not its weights.
+def check_model_folder(folder: Path, with_template: bool = True) -> None:
+    """Reads the folder's headers and settings, not its weights. `with_template`: a chat template has to be there too.
 
     Raises:
         UserError: no such folder, no config.json, no or broken safetensors, no tokenizer, no chat template.
@@ -60,7 +60,7 @@ def check_model_folder(folder: Path) -> None:
             f"{folder}: no tokenizer ({' or '.join(TOKENIZERS[:2])})",
             hint="copy the model's tokenizer files into the folder",
         )
-    if not _has_chat_template(folder):
+    if with_template and not _has_chat_template(folder):
         raise UserError(
             f"{folder}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)",
             hint="choose the instruct or chat version of the model: it brings its template",

@@ -131,12 +131,29 @@ SEEING: Mapping[str, tuple[str, tuple[tuple[str, str], ...]]] = {
 
 
 def text_config(config: Config) -> Config:
-    """The settings of the text model of one that sees; any other config as it is."""
+    """The settings of the text model of one that sees, as transformers reads them, defaults and all; any other config as it is.
+
+    Raises:
+        UserError: transformers refuses them.
+    """
     if config.get("model_type") not in SEEING or not isinstance(config.get("text_config"), Mapping):
         return config
-    tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
     apart = {key: config[key] for key in ("quantization", "quantization_config") if key in config}
-    return {"model_type": SEEING[config["model_type"]][0], **config["text_config"], **tied, **apart}
+    read = canonical(config)
+    text = read["text_config"]
+    kind = {"model_type": text.get("model_type") or SEEING[config["model_type"]][0]}
+    return {**text, **kind, "tie_word_embeddings": read.get("tie_word_embeddings", text.get("tie_word_embeddings")), **apart}
+
+
+def is_tied(config: Config) -> bool:
+    """Whether the head is the embeddings, by config.json and what transformers takes where that is silent."""
+    from transformers import CONFIG_MAPPING
+
+    text = text_config(config)
+    said = text.get("tie_word_embeddings")
+    if said is None and text.get("model_type") in CONFIG_MAPPING:
+        said = canonical(text).get("tie_word_embeddings")
+    return bool(said)
 
 
 def names_of(config: Config) -> tuple[tuple[str, str], ...]:
@@ -219,6 +236,8 @@ def _refuse(what: str) -> NoReturn:
 
 def _check_quantisation(config: Config) -> None:
     quantisation = config.get("quantization_config")
+    if quantisation is not None and not isinstance(quantisation, Mapping):
+        raise UserError(f"config.json: quantization_config is {quantisation!r}", hint="use the original checkpoint")
     if quantisation and not config.get("quantization") and not taken_over(config):  # mlx-lm's own models carry both
         method = quantisation.get("quant_method", "unknown method")
         raise UserError(f"quantised checkpoint ({method}): not supported yet", hint="use the original checkpoint")

@@ -6,7 +6,7 @@ say the same here. Its olmo3 and gemma3 lay `rope_scaling` over the layers of fu
 
 from typing import Any
 
-from mlx_finetune.models.mlx_config import LLAMA_CLASS, SLIDING, Config, mlx_overlay
+from mlx_finetune.models.mlx_config import LLAMA_CLASS, SLIDING, Config, mlx_overlay, text_config
 
 CODE = "auto_map"  # names of a stranger's *.py, which are never copied
 # Said in the words of version 4 whatever was there; any other key of the overlay is added only where it is missing.
@@ -18,6 +18,8 @@ SAID_AGAIN = frozenset(
 def plain_config(config: Config) -> dict[str, Any]:
     """`config` of a supported architecture with what both libraries need to read; nothing that transformers reads is lost."""
     plain = {key: value for key, value in config.items() if key != CODE}
+    if text_config(config) is not config:
+        return plain | {"text_config": plain_config(text_config(config))}
     overlay = mlx_overlay(config)
     overlay.pop("rope_parameters", None)  # None there, lest mlx-lm's class reads them twice; transformers needs them
     if config["model_type"] in LLAMA_CLASS:

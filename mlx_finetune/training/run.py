@@ -23,7 +23,7 @@ from mlx_finetune.engines.supported import check_settings as check_settings_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file, new_folder, read_json, refuse_existing
 from mlx_finetune.models.hub import check_model_folder, model_folder
-from mlx_finetune.models.mlx_config import check_supported, hidden_size, max_exact_length, names_of
+from mlx_finetune.models.mlx_config import check_supported, hidden_size, max_exact_length, names_of, text_config
 from mlx_finetune.models.quantised_sources import packed_by
 from mlx_finetune.models.tensor_names import names_in_files, tensor_of, transformers_name
 from mlx_finetune.models.weights import fingerprint, tensor_headers
@@ -168,8 +168,7 @@ def why_on_the_cpu(config: RunConfig) -> str | None:
 def layers_of(model: Path) -> int:
     """How many layers a model folder says that it has."""
     check_model_folder(model)
-    found = read_json(model / "config.json")
-    found = found.get("text_config", found)
+    found = text_config(read_json(model / "config.json"))
     for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
         if name in found:
             return int(found[name])

@@ -114,7 +114,18 @@ def _gpt_oss(weights: Weights) -> Weights:
     return read
 
 
+def _gemma3(weights: Weights) -> Weights:
+    names = ((r"^model\.language_model\.", "language_model.model."), (r"^model\.(vision_tower|multi_modal_projector)", r"\1"))
+    read: Weights = {}
+    for key, value in weights.items():
+        for pattern, name in names:
+            key = re.sub(pattern, name, key)
+        read[key.replace("lm_head", "language_model.lm_head") if key.startswith("lm_head") else key] = value
+    return read
+
+
 TOLD: Mapping[str, Callable[[Weights], Weights]] = {
+    "gemma3": _gemma3,
     "granitemoe": _granite,
     "granitemoehybrid": _granite,
     "mixtral": _mixtral,

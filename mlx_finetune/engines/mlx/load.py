@@ -17,6 +17,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.mlx_config import PROVEN, check_supported, mlx_overlay, text_config
 from mlx_finetune.models.mlx_overlays import unread
+from mlx_finetune.models.weights import weight_files
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -40,6 +41,8 @@ def open_model(folder: Path, widened: bool = False) -> tuple[nn.Module, dict[str
     `widened`: vectors in float32, see `classes_of`.
     """
     config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'}: not a JSON object", hint="download the model again")
     check_supported(config)
     overlay = mlx_overlay(config)
     _check_all_is_read(text_config(config))
@@ -47,7 +50,7 @@ def open_model(folder: Path, widened: bool = False) -> tuple[nn.Module, dict[str
     try:
         how: Any = {"get_model_classes": partial(classes_of, widened=widened), "trust_remote_code": False}
         model, config = load_mlx_lm(folder, lazy=True, model_config=overlay, **how)
-    except (RuntimeError, TypeError, ValueError) as error:  # damaged file; key missing in config.json; other tensors
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:  # damaged file; key or tensor missing; other tensors
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{folder}: not loadable with MLX: {reason}", hint="is the download whole? if so: --engine torch"
@@ -95,16 +98,13 @@ def _check_all_is_read(text: Mapping[str, Any]) -> None:
 
 def _check_weight_files(folder: Path) -> None:
     """mlx-lm merges every model*.safetensors and never reads the index; transformers reads what the index names."""
+    named = {path.name for path in weight_files(folder)}
     found = {path.name for path in folder.glob("model*.safetensors")}
-    index = folder / "model.safetensors.index.json"
-    named = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
     if missing := sorted(named - found):
-        raise UserError(
-            f"{folder}: no {missing[0]}",
-            hint="the download is not whole" if index.exists() else "only checkpoints in safetensors are read",
-        )
+        hint = f"mlx-finetune convert {folder} --out DIR gives them the names that mlx-lm looks for"
+        raise UserError(f"{folder}: {missing[0]} is not called model*.safetensors", hint=hint)
     if stray := sorted(found - named):
-        raise UserError(f"{folder}: {stray[0]} is not named by the index", hint="move it out of the folder")
+        raise UserError(f"{folder}: {stray[0]} is not part of the model, which is {min(named)}", hint="move it out of the folder")
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
