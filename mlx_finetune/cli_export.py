@@ -24,6 +24,12 @@ def export(
     base: Annotated[
         str, typer.Option("--base", help="Id of the base on the Hub, such as org/name, where it was given as a folder.")
     ] = "",
+    original: Annotated[
+        str, typer.Option("--original", help="The unquantised weights, where a quantised model does not name them.")
+    ] = "",
+    quantised_base: Annotated[
+        bool, typer.Option("--quantised-base", help="gguf, ollama: with the quantised weights that were trained on, unpacked.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Hand the adapter, or the fused model, to another tool in its own format, proven before it appears."""

@@ -15,6 +15,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.export.facts import Facts, read_facts
 from mlx_finetune.files import atomic_folder, refuse_existing
 from mlx_finetune.models.hub import HUB_ID, check_model_folder
+from mlx_finetune.originals import is_quantised, original_of
 from mlx_finetune.terminal import finish, progress, say, table
 
 ADAPTERS, MODELS = ("peft", "mlx-lm"), ("gguf", "ollama")
@@ -34,6 +35,8 @@ class ExportOptions:
     quantisation: str
     adapter_only: bool
     base: str
+    original: str
+    quantised_base: bool
     as_json: bool
 
 
@@ -76,28 +79,46 @@ def _check(options: ExportOptions) -> None:
     if options.quantisation and not is_file:
         raise UserError(f"--quantisation {options.quantisation}: an adapter is not quantised", hint="leave it out")
     is_run = (options.run / "config.yaml").is_file()
-    for name, value in (("checkpoint", options.checkpoint), ("base", options.base)):
+    if options.quantised_base and not is_file:
+        raise UserError(f"--quantised-base: an adapter for {options.to} has no base in it", hint="leave it out")
+    of_runs = {"quantised-base": "yes" if options.quantised_base else "", "original": options.original}
+    for name, value in (("checkpoint", options.checkpoint), ("base", options.base), *of_runs.items()):
         if value and is_file and not is_run:
             raise UserError(f"--{name} {value}: {options.run} is no run", hint="leave it out for a model folder")
     refuse_existing(options.out)
 
 
-def _open(options: ExportOptions) -> tuple[RunConfig, Path, Path, Facts]:
-    """Config, model, checkpoint and facts of the run."""
+@dataclass(frozen=True)
+class Opened:
+    """A run: what it was trained on, the unquantised weights of that, and what a card says."""
+
+    config: RunConfig
+    model: Path
+    into: Path
+    checkpoint: Path
+    facts: Facts
+
+
+def _open(options: ExportOptions) -> Opened:
     from mlx_finetune.evaluation.compare import open_run
 
     config, model, checkpoint = open_run(options.run, options.checkpoint or CHECKPOINT)
-    return config, model, checkpoint, read_facts(options.run, checkpoint, model, config, options.base)
+    awq_for_mlx = options.to == "mlx-lm" and is_quantised(model) and not options.original
+    into = model if awq_for_mlx else original_of(model, options.original)
+    if options.quantised_base and not is_quantised(model):
+        raise UserError(f"--quantised-base: {model} is not quantised", hint="leave it out")
+    return Opened(config, model, into, checkpoint, read_facts(options.run, checkpoint, into, config, options.base))
 
 
 def _export_adapter(options: ExportOptions) -> None:
     from mlx_finetune.export.adapter_folder import FORMATS, export_adapter
     from mlx_finetune.training.checkpoint import trained_template
 
-    _, model, checkpoint, facts = _open(options)
+    opened_run = _open(options)
+    checkpoint, facts = opened_run.checkpoint, opened_run.facts
     (to,) = (name for name in FORMATS if name == options.to)
     say(f"writing the adapter of {checkpoint} for {to} into {options.out}, and comparing it with the engine that trained it")
-    exported, opened = export_adapter(model, checkpoint, options.out, to, trained_template(options.run), facts)
+    exported, opened = export_adapter(opened_run.into, checkpoint, options.out, to, trained_template(options.run), facts)
     for remark in exported.remarks:
         say(remark)
     if not facts.on_hub:
@@ -120,11 +141,12 @@ def _export_gguf_adapter(options: ExportOptions) -> None:
     from mlx_finetune.export.gguf_adapter import write_gguf_adapter
     from mlx_finetune.export.report import versions
 
-    _, model, checkpoint, facts = _open(options)
+    opened = _open(options)
+    checkpoint, facts = opened.checkpoint, opened.facts
     say(f"writing the adapter of {checkpoint} as GGUF into {options.out}")
     with atomic_folder(options.out) as folder:
         name = f"{facts.base.rpartition('/')[2]}-lora.gguf"
-        write_gguf_adapter(checkpoint, model, folder / name)
+        write_gguf_adapter(checkpoint, opened.into, folder / name)
         write_card(folder, facts, {"verified": {}, "versions": versions()}, "gguf adapter")
     say("what llama.cpp makes of it was not compared with the engine that trained it")
     following = f"llama-server -m BASE.gguf --lora {options.out / name}"
@@ -166,14 +188,23 @@ def _export_model(options: ExportOptions) -> None:
 
 
 def _fuse(options: ExportOptions, fused: Path) -> tuple[dict[str, Any], Facts]:
+    from mlx_finetune.export.gguf_metadata import read_config
+    from mlx_finetune.export.quantised_base import changes_from_packed
     from mlx_finetune.export.report import FILE
     from mlx_finetune.export.verify import PROBE_TEXTS, fuse_and_verify
     from mlx_finetune.files import read_json
     from mlx_finetune.training.checkpoint import trained_template
 
-    _, model, checkpoint, facts = _open(options)
+    opened = _open(options)
+    read_config(opened.into)  # refuses what llama.cpp does not have, before anything is fused
+    changes = changes_from_packed(opened.into, opened.model, opened.checkpoint) if options.quantised_base else None
+    packed = opened.model if is_quantised(opened.model) else None
     with progress("fuse") as advance:
-        fuse_and_verify(model, checkpoint, fused, PROBE_TEXTS, advance, trained_template(options.run))
+        fuse_and_verify(
+            opened.into, opened.checkpoint, fused, PROBE_TEXTS, advance, trained_template(options.run), opened.facts,
+            packed=packed, from_packed=options.quantised_base, changes=changes,
+        )  # fmt: skip
+    facts = opened.facts
     return read_json(fused / FILE), facts
 
 

@@ -66,10 +66,18 @@ def atomic_folder(path: Path, replace_old: bool = False) -> Iterator[Path]:
 
 def copy_file(source: Path, target: Path) -> None:
     """A file of its own, writable; on APFS a clone, which takes neither time nor space until it is changed."""
+    if not clone_file(source, target):
+        shutil.copyfile(source, target)
+        target.chmod(0o644)
+
+
+def clone_file(source: Path, target: Path) -> bool:
+    """On APFS a writable clone; false elsewhere, and where source and target lie on two file systems."""
     target.parent.mkdir(exist_ok=True)
     if not (sys.platform == "darwin" and _clone(source, target)):
-        shutil.copyfile(source, target)
+        return False
     target.chmod(0o644)
+    return True
 
 
 def _clone(source: Path, target: Path) -> bool:

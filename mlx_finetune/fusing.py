@@ -8,8 +8,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.export.facts import Facts, read_facts
 from mlx_finetune.files import read_json, refuse_existing
 from mlx_finetune.models.hub import HUB_ID, check_model_folder, model_folder
-from mlx_finetune.models.origin import original_folder, read_origin
-from mlx_finetune.models.weights import fingerprint
+from mlx_finetune.originals import is_quantised, original_of
 from mlx_finetune.terminal import finish, progress, say
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -72,11 +71,13 @@ def fuse_command(options: FuseOptions) -> None:
 
     def show() -> None:
         print(f"{fused.tensors} tensors changed; verified by {verified.backend}: no missing and no unexpected keys,")
-        print(f"largest logit difference from base + adapter {verified.largest_difference:.1e}, allowed {verified.tolerance:.1e}")
+        said = f"{verified.largest_difference:.1e}, allowed {verified.tolerance:.1e}; KL {verified.kl:.1e} nats a token"
+        print(f"largest logit difference from base + adapter {said}")
         if verified.trained_on:
             apart = verified.trained_on
             print(f"from the model as it was trained, on quantised weights: KL {apart['kl']:.4f} nats a token,")
-            print(f"largest logit difference {apart['largest']:.2f}; --quantised-base keeps what quantising lost")
+            advice = "" if options.quantised_base or not is_quantised(opened.model) else "; --quantised-base keeps that model"
+            print(f"largest logit difference {apart['largest']:.2f}{advice}")
 
     result = {"fused": asdict(fused), "verified": asdict(verified), "out": str(options.out)}
     finish(result, options.as_json, show, options.out, "use the folder like any Hugging Face model")
@@ -107,8 +108,9 @@ def _open_run(options: FuseOptions) -> Opened:
     if options.model:
         raise UserError(f"--model {options.model}: a run knows its model", hint="--original names the weights to fuse into")
     config, model, checkpoint = open_run(options.run, options.checkpoint or "best")
-    facts = read_facts(options.run, checkpoint, model, config, options.base)
-    return Opened(model, _into(options, model), checkpoint, trained_template(options.run), config, facts)
+    into = original_of(model, options.original)
+    facts = read_facts(options.run, checkpoint, into, config, options.base)
+    return Opened(model, into, checkpoint, trained_template(options.run), config, facts)
 
 
 def _open_adapter(options: FuseOptions) -> Opened:
@@ -122,39 +124,4 @@ def _open_adapter(options: FuseOptions) -> Opened:
         raise UserError(f"{options.run}: it does not say what model it is for", hint="--model FOLDER or org/name")
     model = model_folder(options.model or str(named))
     check_model_folder(model, with_template=False)
-    return Opened(model, _into(options, model), options.run)
-
-
-def is_quantised(model: Path) -> bool:
-    """Whether MLX packed the weights of a folder."""
-    return bool(read_json(model / "config.json").get("quantization"))
-
-
-def _into(options: FuseOptions, model: Path) -> Path:
-    """The unquantised weights: those that `model` was converted from, as it says itself or as --original says."""
-    origin, quantised = read_origin(model), is_quantised(model)
-    if not options.original:
-        if origin is None and quantised:
-            hint = "--original FOLDER or org/name: the unquantised model"
-            raise UserError(f"{model}: quantised, and no origin.json says from what", hint=hint)
-        found = original_folder(model)
-        return model if found == model else found
-    if origin is None and not quantised:
-        raise UserError(f"--original {options.original}: {model} is the original itself", hint="leave it out")
-    found = model_folder(options.original)
-    check_model_folder(found, with_template=False)
-    if origin and origin.format == "huggingface":
-        is_right, of = fingerprint(found) == origin.fingerprint, f" ({origin.model})"
-    else:
-        is_right, of = not quantised or _is_packed_from(model, found), ""
-    if not is_right:
-        raise UserError(f"--original {options.original}: not what {model} was converted from{of}", hint="give that one")
-    return found
-
-
-def _is_packed_from(model: Path, original: Path) -> bool:
-    """Whether each packed weight lies within a step of its quantisation from the original's."""
-    from mlx_finetune.engines.mlx.stored import farthest_weight
-
-    say(f"comparing the quantised weights of {model} with those of {original}")
-    return farthest_weight(original, model) <= 1
+    return Opened(model, original_of(model, options.original), options.run)

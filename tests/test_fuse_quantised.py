@@ -127,3 +127,43 @@ def test_the_folder_of_an_adapter_of_peft_or_mlx_lm_is_fused_and_proven(cli: Cal
     (tmp_path / "of_peft" / "progress.json").unlink()
     status, out, err = cli("fuse", "of_peft", "--model", "base", "--out", "fused too", "--json")
     assert status == 0 and json.loads(out)["verified"]["backend"] == "transformers", err
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx-lm", "gguf", "ollama"])
+def test_a_run_on_quantised_weights_is_exported_for_the_original_ones(cli: Callable[..., Answer], tmp_path: Path, to: str) -> None:
+    run = trained(tmp_path)
+    status, out, err = cli("export", run, "--to", to, "--out", "made", "--json")
+    assert status == 0, err
+    if to in ("peft", "mlx-lm"):
+        readers = json.loads(out)["verified"]["readers"]
+        assert set(readers) == {"peft", "mlx-lm"}
+        config = json.loads(Path("made/adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "base"
+    else:
+        assert json.loads(out)["verified"]["verified"]["trained_on"]["kl"] > 0
+        assert any(path.suffix == ".gguf" for path in Path("made").iterdir())
+
+
+def test_the_gguf_holds_what_was_trained_on_where_that_is_asked_for(cli: Callable[..., Answer], tmp_path: Path) -> None:
+    run = trained(tmp_path)
+    assert cli("export", run, "--to", "gguf", "--quantisation", "f32", "--out", "exact", "--quantised-base")[0] == 0
+    assert cli("export", run, "--to", "gguf", "--quantisation", "f32", "--out", "plain")[0] == 0
+    sizes = [next(Path(name).glob("*.gguf")).read_bytes() for name in ("exact", "plain")]
+    assert len(sizes[0]) == len(sizes[1]) and sizes[0] != sizes[1]
+    status, _, err = cli("export", run, "--to", "peft", "--out", "adapter", "--quantised-base")
+    assert status == 2 and "has no base in it" in err
+    assert cli("export", run, "--to", "gguf", "--adapter-only", "--out", "lora")[0] == 0
+
+
+def test_what_was_trained_on_awq_goes_back_as_an_adapter_alone(cli: Callable[..., Answer], tmp_path: Path) -> None:
+    from awq_checkpoints import make_awq
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    base = make_base(tmp_path, changes=sizes)
+    make_awq(base, tmp_path / "awq", tmp_path / "unpacked", tmp_path / "rounded")
+    convert(find_source(str(tmp_path / "awq")), tmp_path / "packed", How(verify=False), lambda done, total: None)
+    run = make_run(tmp_path, "mlx", model=str(tmp_path / "packed"))
+    for named in ((), ("--original", "base")):
+        status, _, err = cli("fuse", run, "--out", "fused", *named)
+        assert status == 2 and "AWQ scales weights" in err and "export" in err
+    assert cli("export", run, "--to", "mlx-lm", "--out", "adapter")[0] == 0

@@ -20,7 +20,8 @@ LAYERS = (
     ("export",),
     ("evaluation",),
     tuple(
-        "demo commands collected collecting converting exporting fusing prepared inspecting inspect_page inspect_terminal".split()
+        "demo commands collected collecting converting exporting fusing originals prepared inspecting inspect_page "
+        "inspect_terminal".split()
     ),
     ("cli", "cli_collect", "cli_convert", "cli_export", "__main__"),
 )

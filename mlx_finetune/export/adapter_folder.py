@@ -28,7 +28,7 @@ from mlx_finetune.export.mlx_backend import mlx_paths
 from mlx_finetune.export.report import write_report
 from mlx_finetune.export.rows import HEAD_WEIGHT
 from mlx_finetune.files import atomic_folder, read_json, write_json
-from mlx_finetune.models.mlx_config import check_supported, is_tied
+from mlx_finetune.models.mlx_config import check_supported, is_tied, text_config
 from mlx_finetune.models.weights import TensorLocation, file_headers, read_float32, tensor_headers
 
 Format = Literal["peft", "mlx-lm"]
@@ -74,7 +74,7 @@ def export_adapter(
         raise UserError(f"{checkpoint}: {to} cannot have it: {lacking[to]}", hint=f"--to {other}" if other else FUSE)
     formats = [name for name in FORMATS if not lacking[name]]
     remarks = [f"not for {name}: {reason}" for name, reason in lacking.items() if reason]
-    if "mlx-lm" in formats and config.get("rope_parameters"):
+    if "mlx-lm" in formats and config.get("rope_parameters") and "rope_theta" not in text_config(config):
         remarks.append(f"mlx-lm 0.32 does not read rope_parameters in config.json of {model.name}: give it a converted base")
     with atomic_folder(out) as folder:
         write_formats(folder, model, checkpoint, adapter, formats, tied, headers, facts)

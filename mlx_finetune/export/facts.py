@@ -10,6 +10,7 @@ from mlx_finetune.config import RunConfig
 from mlx_finetune.data.sources import gptme, openassistant
 from mlx_finetune.files import read_json
 from mlx_finetune.models.hub import HUB_ID
+from mlx_finetune.models.origin import read_origin
 from mlx_finetune.training.checkpoint import read_progress
 from mlx_finetune.training.metrics import read_metrics
 
@@ -62,6 +63,9 @@ def base_name(name: str, model: Path, said: str = "") -> tuple[str, bool]:
 
     Else the name of its folder: never a path, which would tell of a person's machine.
     """
+    origin = read_origin(model)
+    if not said and origin:  # converted, such as from .bin
+        return (origin.model, True) if origin.revision else (Path(origin.model).name, False)
     if said or (HUB_ID.fullmatch(name) and not Path(name).expanduser().is_dir()):
         return said or name, True
     if found := CACHED.search(f"{model.resolve().as_posix()}/"):

@@ -36,6 +36,11 @@ BITS = {
 }
 BITS |= {"F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 BITS |= {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+EXPONENTS: dict[str, tuple[Any, int]] = {
+    "F32": (np.dtype("<u4"), 0x7F800000),
+    "F16": (np.dtype("<u2"), 0x7C00),
+    "BF16": (np.dtype("<u2"), 0x7F80),
+}
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # what `to_float32` and `from_float32` know
 REDOWNLOAD = "the file is broken or was cut while copying: download it again"
 
@@ -163,20 +168,44 @@ def read_rows(location: TensorLocation, rows: Sequence[int]) -> np.ndarray:
 def to_float32(data: bytes, dtype: str) -> np.ndarray:
     """Stored bytes of F32, F16 or BF16 as float32 [n]; exact."""
     if dtype == "BF16":
-        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+        return np.left_shift(np.frombuffer(data, "<u2"), 16, dtype="<u4").view("<f4")
     return np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)
 
 
 def from_float32(values: np.ndarray, dtype: str) -> bytes:
     """float32 as F32, F16 or BF16 in row-major order, rounded to nearest, ties to even; too large becomes infinite."""
     if dtype == "BF16":
-        # numpy has no bfloat16: it is the upper half of a float32, so the lower half is rounded into it
-        bits = np.ascontiguousarray(values, "<f4").view("<u4")
-        rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype("<u2")
-        rounded[np.isnan(values)] = 0x7FC0
-        return rounded.tobytes()
+        stored = _rounded(values)
+        if not are_finite(stored, dtype):
+            stored[np.isnan(values)] = 0x7FC0
+        return stored.tobytes()
     with np.errstate(over="ignore"):
         return values.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
+
+
+def stored_numbers(values: np.ndarray, dtype: str) -> np.ndarray:
+    """As `from_float32`, an array of what is stored; one of computed numbers, of which a NaN stays one that is not finite."""
+    if dtype == "BF16":
+        return _rounded(values)
+    with np.errstate(over="ignore"):
+        return values.astype({"F32": "<f4", "F16": "<f2"}[dtype])
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """numpy has no bfloat16: it is the upper half of a float32, so the lower half is rounded into it. uint16."""
+    bits = np.ascontiguousarray(values, "<f4").view("<u4")
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded >>= np.uint32(16)
+    return rounded.astype("<u2")
+
+
+def are_finite(stored: np.ndarray, dtype: str) -> bool:
+    """Whether all of the stored numbers of F32, F16 or BF16 are; the exponent of the others is all ones."""
+    kind, ones = EXPONENTS[dtype]
+    return bool((stored.view(kind) & kind.type(ones) != ones).all())
 
 
 def _index(folder: Path) -> Mapping[str, str]:
