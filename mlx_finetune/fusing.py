@@ -50,6 +50,7 @@ def fuse_command(options: FuseOptions) -> None:
     """`mlx-finetune fuse`."""
     from mlx_finetune.export.changes import read_changes
     from mlx_finetune.export.quantised_base import changes_from_packed
+    from mlx_finetune.export.report import told
     from mlx_finetune.export.verify import PROBE_TEXTS, fuse_and_verify
 
     refuse_existing(options.out)
@@ -70,8 +71,7 @@ def fuse_command(options: FuseOptions) -> None:
         )  # fmt: skip
 
     def show() -> None:
-        print(f"{fused.tensors} tensors changed; verified by {verified.backend}: no missing and no unexpected keys,")
-        print(f"largest logit difference from base + adapter {verified.largest_difference:.1e}, allowed {verified.tolerance:.1e}")
+        print(*told(fused.tensors, asdict(verified)), sep="\n")
         if verified.trained_on:
             apart = verified.trained_on
             print(f"from the model as it was trained, on quantised weights: KL {apart['kl']:.4f} nats a token,")
