@@ -16,6 +16,7 @@ from test_engines import config, spread
 from test_experts import MORE, saved
 from test_from_mlx import trained
 from test_fuse_kinds import LINEAR, bytes_of, edit_config, make_case, make_model, peft_checkpoint
+from test_fuse_quantised import trained as on_packed
 from test_torch_architectures import made
 from tiny_models import make_tiny
 
@@ -303,3 +304,19 @@ def test_the_proof_reads_a_large_tensor_in_blocks(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert found.problems == [] and found.numbers == rows * columns
     assert peak < 40 << 20  # the tensor is 128 MiB in float64, and several of that size are compared
+
+
+def test_fuse_says_that_nothing_was_run_and_with_a_quantised_base_that_it_was_only_recomputed(
+    cli: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = on_packed(tmp_path, dtype="bfloat16")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=2000))
+    status, out, err = cli("fuse", run, "--out", "original")
+    assert status == 0, err
+    assert out.startswith("not run: its weights take 0.0 GB of memory in float32, and 0.0 GB are free; every one of ")
+    assert "recomputed in float64 by other code: no missing and no unexpected keys" in out
+    status, out, err = cli("fuse", run, "--out", "exact", "--quantised-base", "--json")
+    assert status == 0, err
+    found = json.loads(out)["verified"]
+    assert found["passed"] and found["trained_on"] is None and found["weights"]["independent"] == 0 < found["weights"]["tensors"]
+    assert "weights: numbers" in (tmp_path / "exact" / "README.md").read_text()
