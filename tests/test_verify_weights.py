@@ -32,6 +32,7 @@ from mlx_finetune.export.verify_weights import Weights, verify_weights
 from mlx_finetune.models.weights import from_float32, read_float32, tensor_headers, to_float32
 
 PROJECTION = f"{LINEAR[0]}.weight"
+EMBEDDED = "model.embed_tokens.weight"
 MIXTURES = ("qwen3_moe", "mixtral", "granitemoe")
 
 
@@ -76,7 +77,7 @@ def spoiled(lora: tuple[Path, Path, Path], tmp_path: Path) -> tuple[Path, Path, 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "kind", ["dora", "dora with rslora", "embeddings and head", "shared weight", "full", "full with a shared weight"]
+    "kind", ["dora", "dora with rslora", "embeddings and head", "shared weight as peft leaves it", "shared weight", "full"]
 )
 def test_every_number_of_every_kind_is_base_plus_checkpoint_rounded_once(kind: str, dtype: str, tmp_path: Path) -> None:
     model, checkpoint = make_case(kind, tmp_path, dtype=dtype)
@@ -93,6 +94,18 @@ def test_every_number_of_every_kind_is_base_plus_checkpoint_rounded_once(kind: s
         assert weights["rounding"] < 2e-7
     if kind.startswith("full"):
         assert weights["nearest"] == weights["numbers"] and weights["largest_deviation"] <= 0.5
+
+
+@pytest.mark.parametrize("kind", ["shared weight", "full with a shared weight"])
+def test_a_shared_weight_that_is_stored_twice_is_proven_in_both_places(kind: str, tmp_path: Path) -> None:
+    model, checkpoint = make_case(kind, tmp_path)
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors[EMBEDDED].copy()}, model / "model.safetensors", metadata={"format": "pt"})
+    fuse(model, checkpoint, tmp_path / "fused")
+    found = prove(model, checkpoint, tmp_path / "fused")
+    assert found.problems == [] and {"lm_head.weight", EMBEDDED} <= read_changes(model, checkpoint).keys()
+    patch(tmp_path / "fused", "lm_head.weight", lambda trained: tensors[EMBEDDED])
+    assert [line.partition(":")[0] for line in prove(model, checkpoint, tmp_path / "fused").problems] == ["lm_head.weight"]
 
 
 def test_rslora_in_both_dtypes_is_proven(lora: tuple[Path, Path, Path]) -> None:
@@ -235,9 +248,10 @@ def test_a_change_that_rounding_undoes_is_counted(tmp_path: Path) -> None:
     assert found.changed == changed and found.nearest <= found.numbers
 
 
-def test_an_adapter_of_mlx_lm_is_recomputed_and_not_called_independent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["lora", "full"])  # the change of the latter is carried back through mlx-lm's class
+def test_an_adapter_of_mlx_lm_is_recomputed_and_not_called_independent(kind: str, tmp_path: Path) -> None:
     model = make_model(tmp_path, is_tied=False)
-    trained(model, tmp_path / "adapter", "lora")
+    trained(model, tmp_path / "adapter", kind)
     fused, found = fuse_and_verify(model, tmp_path / "adapter", tmp_path / "fused", (), by_weights=True)
     assert found.passed and found.weights is not None
     assert found.weights["independent"] == 0 and found.weights["tensors"] == fused.tensors
