@@ -172,6 +172,9 @@ def fuse(
         bool, typer.Option("--quantised-base", help="Add to the quantised weights that were trained on, unpacked.")
     ] = False,
     base: Annotated[str, typer.Option(help="What the model card calls the base: its hub id, org/name.")] = "",
+    by_weights: Annotated[
+        bool, typer.Option("--by-weights", help="Prove every number instead of running the models, as where memory is short.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Add the adapter to the original weights: an ordinary Hugging Face folder, verified before it appears."""

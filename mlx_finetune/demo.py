@@ -83,7 +83,7 @@ def run_demo(out: Path, engine: str, as_json: bool) -> None:
     facts = read_facts(out / "run", checkpoint, out / "model", config, BASE)
     with progress("fuse") as advance:
         fused, verified = fuse_and_verify(
-            out / "model", checkpoint, out / "tuned", PROBE_TEXTS, advance, trained_template(out / "run"), facts
+            out / "model", checkpoint, out / "tuned", PROBE_TEXTS, advance, trained_template(out / "run"), facts, by_weights=False
         )
     say(f"7/7 export: the fused model for llama.cpp -> {out / GGUF}")
     with progress("gguf") as advance:

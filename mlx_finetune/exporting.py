@@ -15,7 +15,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.export.facts import Facts, read_facts
 from mlx_finetune.files import atomic_folder, refuse_existing
 from mlx_finetune.models.hub import HUB_ID, check_model_folder
-from mlx_finetune.originals import is_quantised, original_of
+from mlx_finetune.originals import is_quantised, original_of, was_awq
 from mlx_finetune.terminal import finish, progress, say, table
 
 ADAPTERS, MODELS = ("peft", "mlx-lm"), ("gguf", "ollama")
@@ -103,8 +103,7 @@ def _open(options: ExportOptions) -> Opened:
     from mlx_finetune.evaluation.compare import open_run
 
     config, model, checkpoint = open_run(options.run, options.checkpoint or CHECKPOINT)
-    awq_for_mlx = options.to == "mlx-lm" and is_quantised(model) and not options.original
-    into = model if awq_for_mlx else original_of(model, options.original)
+    into = model if options.to == "mlx-lm" and was_awq(model) else original_of(model, options.original)
     if options.quantised_base and not is_quantised(model):
         raise UserError(f"--quantised-base: {model} is not quantised", hint="leave it out")
     return Opened(config, model, into, checkpoint, read_facts(options.run, checkpoint, into, config, options.base))
@@ -200,10 +199,12 @@ def _fuse(options: ExportOptions, fused: Path) -> tuple[dict[str, Any], Facts]:
     changes = changes_from_packed(opened.into, opened.model, opened.checkpoint) if options.quantised_base else None
     packed = opened.model if is_quantised(opened.model) else None
     with progress("fuse") as advance:
-        fuse_and_verify(
+        _, verified = fuse_and_verify(
             opened.into, opened.checkpoint, fused, PROBE_TEXTS, advance, trained_template(options.run), opened.facts,
             packed=packed, from_packed=options.quantised_base, changes=changes,
         )  # fmt: skip
+    if verified.not_run:
+        say(verified.not_run)
     facts = opened.facts
     return read_json(fused / FILE), facts
 

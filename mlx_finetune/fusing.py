@@ -25,6 +25,7 @@ class FuseOptions:
     original: str
     quantised_base: bool
     base: str
+    by_weights: bool
     as_json: bool
 
 
@@ -49,6 +50,7 @@ def fuse_command(options: FuseOptions) -> None:
     """`mlx-finetune fuse`."""
     from mlx_finetune.export.changes import read_changes
     from mlx_finetune.export.quantised_base import changes_from_packed
+    from mlx_finetune.export.report import told
     from mlx_finetune.export.verify import PROBE_TEXTS, fuse_and_verify
 
     refuse_existing(options.out)
@@ -67,12 +69,11 @@ def fuse_command(options: FuseOptions) -> None:
         fused, verified = fuse_and_verify(
             opened.into, opened.checkpoint, options.out, PROBE_TEXTS, advance, opened.template, opened.facts,
             packed=opened.model if opened.is_packed else None, from_packed=options.quantised_base, changes=changes,
+            by_weights=True if options.by_weights else None,
         )  # fmt: skip
 
     def show() -> None:
-        print(f"{fused.tensors} tensors changed; verified by {verified.backend}: no missing and no unexpected keys,")
-        said = f"{verified.largest_difference:.1e}, allowed {verified.tolerance:.1e}; KL {verified.kl:.1e} nats a token"
-        print(f"largest logit difference from base + adapter {said}")
+        print(*told(fused.tensors, asdict(verified)), sep="\n")
         if verified.trained_on:
             apart = verified.trained_on
             print(f"from the model as it was trained, on quantised weights: KL {apart['kl']:.4f} nats a token,")

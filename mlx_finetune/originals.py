@@ -22,7 +22,7 @@ def original_of(model: Path, named: str) -> Path:
         UserError: they are not there, they are others, or `model` is the original itself.
     """
     origin, quantised = read_origin(model), is_quantised(model)
-    if origin and Path(origin.model).is_dir() and _is_awq(Path(origin.model)):
+    if was_awq(model):
         what = f"{model}: AWQ scales weights before it packs them, so what was trained on them does not fit the original ones"
         raise UserError(what, hint="mlx-finetune export RUN --to mlx-lm hands back the adapter, for this model")
     if not named:
@@ -50,7 +50,11 @@ def _is_packed_from(model: Path, original: Path) -> bool:
     return farthest_weight(original, model) <= 1
 
 
-def _is_awq(model: Path) -> bool:
-    config = read_json(model / "config.json")
+def was_awq(model: Path) -> bool:
+    """Whether the folder was converted from one that AWQ packed, and that is still there."""
+    origin = read_origin(model)
+    if not origin or not Path(origin.model).is_dir():
+        return False
+    config = read_json(Path(origin.model) / "config.json")
     how = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(how, dict) and how.get("quant_method") == "awq"

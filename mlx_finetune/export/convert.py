@@ -8,9 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from mlx_finetune.errors import UserError
+from mlx_finetune.export.memory import shortage
 from mlx_finetune.export.probe import read_probe, write_probe
 from mlx_finetune.export.verify_converted import Compared, Verified, verify_converted
 from mlx_finetune.files import atomic_folder, read_json, refuse_existing, write_json
@@ -25,8 +24,6 @@ from mlx_finetune.models.weights import tensor_headers
 
 Progress = Callable[[int, int], None]
 PACKAGES = ("mlx-finetune", "mlx", "mlx-lm", "transformers", "torch")
-FLOAT32 = 4  # bytes
-HEADROOM = 1.15  # of the weights in float32: what else is held while they are run
 
 
 @dataclass(frozen=True)
@@ -71,18 +68,18 @@ def convert(source: Source, out: Path, how: How, progress: Progress) -> Converte
             _check(source.path, how)
         model = as_hugging_face(source, Path(scratch), progress)
         config = _check(model, how)
-        shortage, fingerprint = _shortage(model, config), source.fingerprint()
-        unverified = _unverified(model, config, how, shortage)
+        short, fingerprint = _shortage(model, config), source.fingerprint()
+        unverified = _unverified(model, config, how, short)
         probe = read_probe(how.probe, fingerprint) if how.probe else None
         made = _write(model, config, folder, how, progress)
         if not unverified:
             original = model if source.format == "gguf" else source.path
-            what = Compared(original, model, folder, made.quantization is not None, how.dtype, whole=not shortage)
+            what = Compared(original, model, folder, made.quantization is not None, how.dtype, whole=not short)
             verified, reference = verify_converted(what, probe)
             made = replace(made, verified=verified)
             if how.write_probe and reference:
                 write_probe(how.write_probe, reference, fingerprint)
-        made = replace(made, unverified=unverified or (shortage if not probe else ""))
+        made = replace(made, unverified=unverified or (short if not probe else ""))
         write_origin(folder, _origin(source, fingerprint, made, how.dtype or dtype_of(config)))
     return made
 
@@ -101,24 +98,21 @@ def _shortage(model: Path, config: Mapping[str, Any]) -> str:
     """Why the original weights cannot be run here in float32; empty where they can."""
     if method := packed_by(config):
         return f"no other library here computes a checkpoint packed by {method}"
-    needed = HEADROOM * FLOAT32 * sum(math.prod(tensor.shape) for tensor in tensor_headers(model).values())
-    free = psutil.virtual_memory().available
-    if needed <= free:
-        return ""
-    return f"the original weights need {needed / 1e9:.1f} GB of memory in float32, and {free / 1e9:.1f} GB are free"
+    short = shortage(model)
+    return f"the original weights need {short}" if short else ""
 
 
-def _unverified(model: Path, config: Mapping[str, Any], how: How, shortage: str) -> str:
+def _unverified(model: Path, config: Mapping[str, Any], how: How, short: str) -> str:
     """Why nothing will be compared; empty where something will be. Raises UserError where that was asked for and cannot be."""
     is_packed = bool(how.quantisation or packed_by(config))
-    if how.write_probe and (shortage or how.verify is False):
-        raise UserError(f"--write-probe: {shortage or 'nothing is computed with --no-verify'}", hint="leave one out")
+    if how.write_probe and (short or how.verify is False):
+        raise UserError(f"--write-probe: {short or 'nothing is computed with --no-verify'}", hint="leave one out")
     if how.verify is False:
         return "--no-verify"
-    if shortage and (how.verify or how.probe) and not (is_packed and how.probe):
+    if short and (how.verify or how.probe) and not (is_packed and how.probe):
         hint = "leave --verify and --probe out; quantised, --probe of convert --write-probe on a larger machine stands in"
-        raise UserError(f"{model}: cannot be compared with the original: {shortage}", hint=hint)
-    return shortage if not is_packed else ""
+        raise UserError(f"{model}: cannot be compared with the original: {short}", hint=hint)
+    return short if not is_packed else ""
 
 
 def _origin(source: Source, fingerprint: str, made: Converted, dtype: str | None) -> Origin:

@@ -22,6 +22,21 @@ def write_report(folder: Path, verified: Mapping[str, Any]) -> dict[str, Any]:
     return report
 
 
+def told(tensors: int, verified: Mapping[str, Any]) -> list[str]:
+    """What `fuse` did and found, in lines for people; `verified`: as in verification.json."""
+    found = verified["weights"]
+    if found is None:
+        how = f"verified by {verified['backend']}: no missing and no unexpected keys,"
+        apart = f"{verified['largest_difference']:.1e}, allowed {verified['tolerance']:.1e}"
+        return [f"{tensors} tensors changed; {how}", f"largest logit difference from base + adapter {apart}"]
+    how = "recomputed in float64 by other code" if found["independent"] else "recomputed, but by the code that fused them"
+    return [
+        f"not run: {verified['not_run']}; every one of {found['numbers']:,} numbers was recomputed instead",
+        f"{tensors} tensors changed, {how}: no missing and no unexpected keys,",
+        f"largest deviation {found['largest_deviation']:.2f} units in the last place; {found['changed']:,} numbers changed",
+    ]
+
+
 def versions() -> dict[str, str]:
     """Of this program and what it runs on, as far as they are installed."""
     found = {}

@@ -2,7 +2,8 @@
 
 Base + checkpoint comes from the checkpoint folder, not from the fused file: an adapter is opened by peft where torch is
 installed, else added to the weights that MLX loaded; trained weights are put into the loaded base. The engine that trained is
-asked too, where it is installed, and what must not change is compared byte for byte.
+asked too, where it is installed, and what must not change is compared byte for byte. Where memory does not suffice for that,
+nothing is run, and every number that changed is computed again instead (verify_weights.py).
 """
 
 import gc
@@ -34,16 +35,18 @@ from mlx_finetune.export.folder_checks import FolderChecks, check_folder
 from mlx_finetune.export.from_mlx import is_mlx_adapter
 from mlx_finetune.export.fuse import Fused, Progress, fuse_into, write_template
 from mlx_finetune.export.in_engine import exact_length, logits_of, trained_with
+from mlx_finetune.export.memory import running, shortage
 from mlx_finetune.export.mlx_backend import in_mlx
 from mlx_finetune.export.packed_logits import fused_logits, packed_logits, trained_logits
 from mlx_finetune.export.probes import ANSWER, PROBE_TEXTS, bounded, spread, tokens_of
 from mlx_finetune.export.report import write_report
 from mlx_finetune.export.rows import Change
+from mlx_finetune.export.verify_weights import verify_weights
 from mlx_finetune.files import atomic_folder
 
 __all__ = ["PROBE_TEXTS", "InEngine", "VerificationError", "Verified", "fuse_and_verify", "verify"]
 
-Backend = Literal["transformers", "mlx"]
+Backend = Literal["transformers", "mlx", "weights"]
 
 NOISE = 1e-5  # of the largest logit: below this float32 cannot say which of two models is nearer
 TIES = 0.1  # of the rounding's own effect: two float32 sums now and then round to either side of a tie
@@ -69,6 +72,7 @@ class InEngine:
 class Verified:
     """What the comparison of the fused model with the tuned one (base + checkpoint) found, over all `positions` of the texts.
 
+    backend: what ran them; "weights": nothing did, and what only running tells is None, 0 or empty.
     missing, unexpected: tensors that the fused folder lacks (or would have drawn anew) or has too many, those left out that the
     base has alike.
     largest_difference, largest_logit: absolute, of single logits; largest_logit is of the tuned model.
@@ -80,15 +84,17 @@ class Verified:
     folder: what must not have changed.
     trained_on: how far the fused model lies from the one that was trained where that was on quantised weights: largest and rms
     of single logits, kl in nats.
+    weights: `Weights` of verify_weights.py, where nothing was run.
+    not_run: why nothing was; empty where something was.
     """
 
     backend: Backend
     missing: list[str]
     unexpected: list[str]
-    largest_difference: float
-    largest_logit: float
-    kl: float
-    tolerance: float
+    largest_difference: float | None
+    largest_logit: float | None
+    kl: float | None
+    tolerance: float | None
     passed: bool
     outweighed: bool = False
     positions: int = 0
@@ -96,6 +102,8 @@ class Verified:
     engine: dict[str, Any] | None = None
     folder: dict[str, Any] = field(default_factory=dict)
     trained_on: dict[str, float] | None = None
+    weights: dict[str, Any] | None = None
+    not_run: str = ""
 
 
 def fuse_and_verify(
@@ -109,25 +117,34 @@ def fuse_and_verify(
     packed: Path | None = None,
     from_packed: bool = False,
     changes: Mapping[str, Change] | None = None,
+    by_weights: bool | None = None,
 ) -> tuple[Fused, Verified]:
     """`fuse`, then `verify`; `out` appears only if the fused model passed, with verification.json in it.
 
     `template`: the chat template that was trained. `facts`: of the run, for a model card above the base's own. `packed`: the
     quantised weights that were trained on, where `model` is not; `from_packed`: they are in the fused model, which `changes` does.
+    `by_weights`: nothing is run, and every number is computed again; None: where the memory that is free now does not suffice.
 
     Raises:
-        UserError: as `fuse`; or rounding outweighs what was trained, so that nothing of it could be handed back.
+        UserError: as `fuse`; or rounding outweighs what was trained, so that nothing of it could be handed back; or memory ran
+            out while the models were run.
         VerificationError: the fused model is not base + what was trained; nothing is left.
     """
+    short = shortage(model) if by_weights is None else None
     with atomic_folder(out) as folder:
         changes = read_changes(model, checkpoint) if changes is None else changes
         fused = fuse_into(model, checkpoint, folder, progress, changes)
         if template:
             write_template(folder, template)
-        if packed and from_packed:
-            verified = verify_packed(model, packed, checkpoint, folder, texts, template, changes)
+        if by_weights or short:
+            why = f"its weights take {short}" if short else "--by-weights"
+            verified = _by_weights(model, checkpoint, folder, template, changes, from_packed, why)
+        elif packed and from_packed:
+            with running(model):
+                verified = verify_packed(model, packed, checkpoint, folder, texts, template, changes)
         else:
-            verified = verify(model, checkpoint, folder, texts, template, packed)
+            with running(model):
+                verified = verify(model, checkpoint, folder, texts, template, packed)
         if verified.outweighed:
             what = "it changes the weights by less than their stored precision rounds away"
             raise UserError(f"{checkpoint}: {what}; {out} was not written", hint="train longer, or with a higher learning_rate")
@@ -137,6 +154,19 @@ def fuse_and_verify(
         if facts is not None:
             write_card(folder, facts, report)
     return fused, verified
+
+
+def _by_weights(
+    model: Path, checkpoint: Path, fused: Path, template: str, changes: Mapping[str, Change], from_packed: bool, why: str
+) -> Verified:
+    """Passes where every changed number is base + checkpoint, rounded once, and nothing else changed."""
+    found = verify_weights(model, checkpoint, fused, changes, independent=not from_packed)
+    folder = check_folder(model, fused, changes, template)
+    passed = not (found.problems or found.missing or found.unexpected or folder.problems)
+    return Verified(
+        "weights", found.missing, found.unexpected, None, None, None, None, passed,
+        folder=asdict(folder), weights=asdict(found), not_run=why,
+    )  # fmt: skip
 
 
 def verify(
@@ -238,16 +268,18 @@ def _with_engine(found: Verified, model: Path, checkpoint: Path, measured: Measu
     if engine is None or not found.passed:
         return found
     gc.collect()  # one model in memory at a time
+    size, own = measured.distances.largest_logit, found.tolerance
+    assert own is not None
     most = exact_length(model, engine)
     logits = list(logits_of(model, checkpoint, engine, [row[:most] for row in measured.rows]))
     reference = [rows[:most] for rows in measured.reference]
-    tolerance = TOLERANCE + ENGINES * found.largest_logit
+    tolerance = TOLERANCE + ENGINES * size
     apart = distance(reference, logits)
     # the tolerance of the fused model was measured on the texts, without the answers
     texts = [len(row) - count for row, count in zip(measured.rows, answers, strict=True)]
     fused = distance(*([rows[: min(n, most or n)] for rows, n in zip(of, texts, strict=True)] for of in (logits, measured.found)))
     chosen = choices(*_answered(measured, logits, answers), tolerance)
-    passed = apart.largest <= tolerance and fused.largest <= tolerance + found.tolerance and not chosen.different
-    passed = passed and (_nearer(measured.distances, apart.rms) or apart.rms <= ENGINES * TIES * found.largest_logit)
+    passed = apart.largest <= tolerance and fused.largest <= tolerance + own and not chosen.different
+    passed = passed and (_nearer(measured.distances, apart.rms) or apart.rms <= ENGINES * TIES * size)
     said = InEngine(engine, apart.largest, fused.largest, apart.kl, tolerance, chosen, passed)
     return replace(found, engine=asdict(said), passed=passed)

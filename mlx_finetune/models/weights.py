@@ -36,11 +36,8 @@ BITS = {
 }
 BITS |= {"F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 BITS |= {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
-EXPONENTS: dict[str, tuple[Any, int]] = {
-    "F32": (np.dtype("<u4"), 0x7F800000),
-    "F16": (np.dtype("<u2"), 0x7C00),
-    "BF16": (np.dtype("<u2"), 0x7F80),
-}
+TWO, FOUR = np.dtype("<u2"), np.dtype("<u4")
+EXPONENTS: dict[str, tuple[Any, int]] = {"F32": (FOUR, 0x7F800000), "F16": (TWO, 0x7C00), "BF16": (TWO, 0x7F80)}
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # what `to_float32` and `from_float32` know
 REDOWNLOAD = "the file is broken or was cut while copying: download it again"
 

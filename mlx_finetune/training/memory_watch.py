@@ -65,16 +65,18 @@ class NoMemory(UserError):
     """Memory was asked for and there was none."""
 
 
+LOADING = "close other programs, take a smaller model, or, on CUDA, --set quantization=4bit"
+
+
 @contextmanager
-def loading(model: Path) -> Iterator[None]:
-    """Inside a model is loaded: where there is no memory for it, that is one line."""
+def loading(model: Path, what: str = "load it", hint: str = LOADING) -> Iterator[None]:
+    """Inside a model is loaded, or `what`: where there is no memory for it, that is one line."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not SHORTAGE.search(str(error)):
             raise
-        hint = "close other programs, take a smaller model, or, on CUDA, --set quantization=4bit"
-        raise NoMemory(f"{model}: no memory left to load it ({_said(error)})", hint=hint) from error
+        raise NoMemory(f"{model}: no memory left to {what} ({_said(error)})", hint=hint) from error
 
 
 def _said(error: BaseException) -> str:
