@@ -14,6 +14,7 @@ from mlx_finetune.export.backends import Rows, Stored, Tokens, beginnings, dista
 from mlx_finetune.export.changes import is_full
 from mlx_finetune.export.distance import Measured, VerificationError, distance
 from mlx_finetune.export.from_mlx import is_mlx_adapter
+from mlx_finetune.export.mlx_adapter import open_in_mlx_lm
 from mlx_finetune.export.rows import HEAD_WEIGHT
 from mlx_finetune.files import read_json
 from mlx_finetune.models.weights import SINGLE, read_float32, tensor_headers
@@ -57,9 +58,8 @@ def _lost(model: Path, fused: Path) -> tuple[list[str], list[str]]:
 def _open_in_mlx_lm(network: Any, adapter: Path) -> Any:
     """The network with the adapter in its float32 weights, opened and fused by mlx-lm, whose layers add it to what they give."""
     from mlx.utils import tree_unflatten
-    from mlx_lm.tuner.utils import load_adapters
 
-    network = load_adapters(network, str(adapter))
+    network = open_in_mlx_lm(network, adapter)
     fused = [(path, module.fuse()) for path, module in network.named_modules() if hasattr(module, "fuse")]
     if fused:
         network.update_modules(tree_unflatten(fused))

@@ -94,6 +94,8 @@ class Sources:
             mx.clear_cache()
             rows = rows if names.keys() >= set(np.unique(rows).tolist()) else rows - added  # such as 1, added to a norm
             values = np.unique(rows).tolist()
+            if not values and np.prod(self.shapes[parameter]):
+                raise Unmapped(f"{parameter} is cut out at places that do not depend on how large its tensors are")
             if not names.keys() >= set(values):
                 continue
             values = rows[:, 0].tolist() if len(values) == len(rows) and (rows == rows[:, :1]).all() else values
@@ -136,7 +138,7 @@ class Sources:
                 if axis >= len(shape):
                     continue
                 found = found if whole else mx.stack([found[0], found[-1]])
-                row = int(found.reshape(-1)[0].item()) if axis == 1 and len(orders[parameter]) == 1 else 0
+                row = int(np.array(found[0, 0].reshape(-1)[0])) if axis == 1 and len(orders[parameter]) == 1 else 0
                 if mx.array_equal(found - row, mx.broadcast_to(_places(shape, axis)[: len(found)], found.shape)).item():
                     first[parameter] += row
                 else:
@@ -196,8 +198,8 @@ class Sources:
             else:
                 _, pulled = mx.vjp(made, zeros, wanted)
             _, again = mx.jvp(made, zeros, pulled)
-        except ValueError as error:
-            raise _underivable(parameters[0], error) from error
+        except ValueError as reason:
+            raise _underivable(parameters[0], reason) from reason
         for parameter, change, found in zip(parameters, wanted, again, strict=True):
             error, largest = (float(np.array(mx.abs(array).max())) for array in (found - change, change))
             if not error <= EXACT * largest:
