@@ -1,12 +1,15 @@
 """Which tensors of a checkpoint a parameter of mlx-lm is made of, and in which order."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tiny_models import make_joined
 
 from mlx_finetune.engines.mlx.pullback import Sources, Unmapped, _markers
+from mlx_finetune.models.weights import tensor_headers
 
 EXPERTS, ROWS, COLUMNS, LAYERS = 3, 32, 24, 2
 GATE, UP = "layers.{}.gate.weight", "layers.{}.up.weight"
@@ -107,3 +110,17 @@ def test_a_tensor_that_a_class_misses_and_packed_numbers_are_told() -> None:
     packed = stacked(lambda e, array: array)
     with pytest.raises(Unmapped, match="packed numbers"):
         sources(lambda weights: {name: array.view(mx.uint32) for name, array in packed(weights).items()}, APART, GATE)
+
+
+@pytest.mark.parametrize("model_type", ["granitemoe", "qwen3_5_moe_text"])
+def test_experts_that_architectures_join_are_found_where_they_stand(model_type: str, tmp_path: Path) -> None:
+    from mlx.utils import tree_flatten
+
+    from mlx_finetune.engines.mlx.load import empty_model
+
+    model = make_joined(model_type, tmp_path / "model", {})
+    shapes = {name: location.shape for name, location in tensor_headers(model).items()}
+    wanted = [name for name, _ in tree_flatten(empty_model(model).parameters()) if ".switch_mlp." in name]
+    found = Sources(lambda: empty_model(model), shapes, wanted)
+    assert len(wanted) == 12 and found.slices.keys() == set(wanted)
+    assert {row for name, row in found.slices.items() if "up_proj" in name} != {0}

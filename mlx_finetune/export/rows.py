@@ -74,14 +74,24 @@ def fitting(model: Path, headers: Headers, name: str, shape: tuple[int, ...], by
     return location
 
 
-def with_twin(changes: Mapping[str, Change], headers: Headers, is_tied: bool) -> dict[str, Change]:
-    """`changes`, and that of the embeddings for the head too where the weight that they share is stored twice."""
+def tied_twins(headers: Headers, is_tied: bool) -> tuple[str, str] | None:
+    """Embeddings and head of a model where the weight that they share is stored twice."""
     head = next((name for name in headers if is_tied and f".{name}".endswith(f".{HEAD_WEIGHT}")), None)
-    embeddings = next((name for name in changes if name != head and f".{name}".endswith(EMBEDDINGS)), None)
-    if head is None or embeddings is None:
+    embeddings = next((name for name in headers if name != head and f".{name}".endswith(EMBEDDINGS)), None)
+    return (embeddings, head) if embeddings and head else None
+
+
+def with_twin(changes: Mapping[str, Change], headers: Headers, is_tied: bool) -> dict[str, Change]:
+    """`changes`, and that of the embeddings for the head too where the weight that they share is stored twice.
+
+    Raises:
+        UserError: the two are not stored alike.
+    """
+    embeddings, head = tied_twins(headers, is_tied) or ("", "")
+    if embeddings not in changes:
         return dict(changes)
-    location = headers[head]
-    if (location.shape, location.dtype) != (headers[embeddings].shape, headers[embeddings].dtype):
+    location, other = headers[head], headers[embeddings]
+    if (location.shape, location.dtype) != (other.shape, other.dtype):
         raise UserError(f"{location.file}: {head} is not stored as {embeddings}, which it is tied to", hint=BASE)
     return {**changes, head: Change(location, changes[embeddings].open_rows)}
 

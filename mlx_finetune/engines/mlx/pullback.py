@@ -207,6 +207,15 @@ class Sources:
         return dict(zip(needed, pulled, strict=True))
 
 
+def shifted(make: Callable[[], nn.Module], shapes: Shapes) -> dict[str, tuple[str, float]]:
+    """Vectors to which `sanitize` adds a constant, such as 1 to norms: the tensor that each is made of, and the constant."""
+    of_none = Sources(make, shapes, ())
+    zero = of_none._sanitize(_zeros(shapes))
+    vectors = [name for name, array in zero.items() if array.ndim == 1 and array.size]
+    made = of_none._mark(shapes, vectors)
+    return {name: (order[0], float(np.array(zero[name][0]))) for name, (order, added) in made.items() if added and len(order) == 1}
+
+
 def _could_be_experts(shape: tuple[int, ...], stored: Sequence[tuple[int, ...]]) -> bool:
     """Whether a parameter of this shape may be all these tensors one after the other, or rows of one tensor of all experts."""
     if len(stored) > 1:
