@@ -11,10 +11,12 @@ from finished_runs import make_base, make_data, make_run
 from test_architectures import tokens, transformers_logits
 
 from mlx_finetune.export.convert import How, convert
+from mlx_finetune.export.folder_checks import check_folder
 from mlx_finetune.models.importing import find_source
 from mlx_finetune.models.quantisation import Quantisation
 
 Answer = tuple[int, str, str]
+EMBEDDINGS = "model.embed_tokens.weight"
 FOUR = Quantisation(bits=4, group_size=32)
 
 
@@ -167,3 +169,20 @@ def test_what_was_trained_on_awq_goes_back_as_an_adapter_alone(cli: Callable[...
         status, _, err = cli("fuse", run, "--out", "fused", *named)
         assert status == 2 and "AWQ scales weights" in err and "export" in err
     assert cli("export", run, "--to", "mlx-lm", "--out", "adapter")[0] == 0
+
+
+def test_embeddings_that_are_stored_twice_are_unpacked_in_both_places(cli: Callable[..., Answer], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = make_base(tmp_path, "qwen3", dtype="bfloat16", changes={"tie_word_embeddings": True})
+    tensors = load_file(base / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors[EMBEDDINGS].clone()}, base / "model.safetensors", {"format": "pt"})
+    convert(find_source(str(base)), tmp_path / "packed", How(FOUR, verify=False), lambda done, total: None)
+    run = make_run(tmp_path, "mlx", model=str(tmp_path / "packed"), target_modules=("q_proj", "embed_tokens"))
+    status, _, err = cli("fuse", run, "--out", "exact", "--quantised-base")
+    assert status == 0, err
+    found = load_file(tmp_path / "exact" / "model.safetensors")
+    assert found["lm_head.weight"].equal(found[EMBEDDINGS]) and not found[EMBEDDINGS].equal(tensors[EMBEDDINGS])
+    save_file(found | {"lm_head.weight": tensors[EMBEDDINGS].clone()}, tmp_path / "exact" / "model.safetensors", {"format": "pt"})
+    parted = check_folder(base, tmp_path / "exact", [*tensors, "lm_head.weight"]).problems
+    assert parted[:1] == [f"{EMBEDDINGS} and lm_head.weight are one weight, and are not the same"]

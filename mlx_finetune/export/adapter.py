@@ -72,6 +72,8 @@ def read_adapter(checkpoint: Path) -> Adapter:
         parameter: Experts(tensors.pop(pair.a), tensors.pop(pair.b), pair)
         for parameter, pair in experts.pairs_of(tensors, config).items()
     }
+    for parameter, of in of_experts.items():
+        _check_dtypes(f"{path}: {parameter}", of.a, of.b)
     suffixes = [LORA_A, LORA_B, EMBEDDING_A, EMBEDDING_B, *([MAGNITUDE] if is_dora else [])]
     modules: dict[str, dict[str, TensorLocation]] = {}
     for name, location in tensors.items():
@@ -139,6 +141,10 @@ def _check(where: str, pair: Pair, rank: int) -> None:
         raise UserError(f"{where}: A {list(a.shape)} and B {list(b.shape)} are not [{rank}, in] and [out, {rank}]", hint=FINISHED)
     if pair.magnitude and pair.magnitude.shape != pair.shape[:1]:
         raise UserError(f"{where}: magnitudes {list(pair.magnitude.shape)}, but its weight has {pair.shape[0]} rows", hint=FINISHED)
-    for location in (a, b, pair.magnitude):
+    _check_dtypes(where, a, b, pair.magnitude)
+
+
+def _check_dtypes(where: str, *locations: TensorLocation | None) -> None:
+    for location in locations:
         if location and location.dtype not in ITEM_BYTES:
             raise UserError(f"{where}: dtype {location.dtype} is not one of {', '.join(ITEM_BYTES)}", hint=FINISHED)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_finetune.data.policies import policy_of
 from mlx_finetune.export.probes import vocabulary_of
+from mlx_finetune.export.rows import original, tied_twins
 from mlx_finetune.files import read_json
 from mlx_finetune.models.weights import TensorLocation, tensor_headers
 
@@ -43,6 +44,7 @@ def check_folder(model: Path, fused: Path, changed: Collection[str], template: s
     problems: list[str] = []
     same, differing = _compare_tensors(model, fused, changed)
     problems += [f"{name} is not the base's, and was not trained" for name in differing]
+    problems += _parted_twins(model, fused)
     files, wrong = _compare_tokenizers(model, fused)
     problems += [f"{name} is not the base's" for name in wrong]
     if _read(model / GENERATION) != _read(fused / GENERATION):
@@ -81,6 +83,18 @@ def _compare_tensors(model: Path, fused: Path, changed: Collection[str]) -> tupl
     differing = [name for name in kept if not _same(base[name], found[name])]
     differing += [name for name in changed if name in found and name in base and _form(base[name]) != _form(found[name])]
     return len(kept) - len([name for name in differing if name not in changed]), differing
+
+
+def _parted_twins(model: Path, fused: Path) -> list[str]:
+    """Of embeddings and head that share a weight, stored twice and alike in the base: a line where they are not alike any more."""
+    base, is_tied = original(model)
+    twins = tied_twins(base, is_tied)
+    if twins is None or not _same(*(base[name] for name in twins)):
+        return []
+    found = tensor_headers(fused)
+    if all(name in found for name in twins) and _same(*(found[name] for name in twins)):
+        return []
+    return [f"{' and '.join(twins)} are one weight, and are not the same"]
 
 
 def _form(location: TensorLocation) -> tuple[str, tuple[int, ...]]:

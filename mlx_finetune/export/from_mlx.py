@@ -1,11 +1,11 @@
 """What an adapter of mlx-lm changes in the original weights: LoRA, DoRA or whole weights, of any architecture that mlx-lm loads.
 
-Its names are those of mlx-lm's class. Where a parameter is a tensor of the checkpoint, or a stack of them as of experts, the
-matrices are added as they are; elsewhere the change is carried back through the class's own `sanitize`.
+Its names are those of mlx-lm's class. Where a parameter is a tensor of the checkpoint, or a stack or rows of them as of experts,
+matrices are added and whole weights written as they are; elsewhere the change is carried back through its own `sanitize`.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,22 @@ from typing import Any
 import numpy as np
 
 from mlx_finetune.errors import UserError
-from mlx_finetune.export.rows import BASE, DIVERGED, HEAD_WEIGHT, Change, Headers, Rows, factored, fitting, original
+from mlx_finetune.export.mlx_adapter import CONFIG, TENSORS, Parts, open_in_mlx_lm, read_parts, read_settings
+from mlx_finetune.export.rows import (
+    BASE,
+    DIVERGED,
+    ORIGINAL,
+    Change,
+    Headers,
+    Rows,
+    factored,
+    fitting,
+    original,
+    rows_at,
+    with_twin,
+)
 from mlx_finetune.files import read_json
-from mlx_finetune.models.weights import TensorLocation, file_headers, read_float32
-
-CONFIG, TENSORS = "adapter_config.json", "adapters.safetensors"
-KINDS = ("lora", "dora", "full")
-FINISHED = "train it again, or name another adapter"
-Parts = dict[str, TensorLocation]  # of a module: lora_a, lora_b, m; of a parameter trained itself: ""
+from mlx_finetune.models.weights import ITEM_BYTES, TensorLocation, read_float32
 
 
 def is_mlx_adapter(folder: Path) -> bool:
@@ -39,31 +47,36 @@ def mlx_changes(model: Path, adapter: Path) -> dict[str, Change]:
     """
     from mlx_finetune.engines.mlx.pullback import Sources, Unmapped
 
-    kind, scale = _settings(adapter / CONFIG)
-    parts = _parts(adapter / TENSORS, kind)
+    kind, scale = read_settings(adapter / CONFIG)
+    parts = read_parts(adapter / TENSORS, kind)
     headers, is_tied = original(model)
     place = _Place(model, headers)
     try:
         sources = Sources(place.make, {name: one.shape for name, one in headers.items()}, parts)
         groups = sources.groups()
     except Unmapped as error:
-        raise UserError(f"{adapter}: {error}", hint=BASE) from error
+        packed = any(one.dtype not in ITEM_BYTES for one in headers.values())
+        raise UserError(f"{adapter} on {model}: {error}", hint=ORIGINAL if packed else BASE) from error
+    for parameter, own in parts.items():
+        _check_shapes(parameter, own, sources.shapes[parameter], place.is_embedding(parameter))
+    open_in_mlx_lm(place.make(), adapter, evaluated=False)  # what it does not open could not be verified once it is written
     changes: dict[str, Change] = {}
     for group in groups:
         for tensor, rows in _of_group(group, sources, parts, scale, place).items():
             changes[tensor] = Change(fitting(model, headers, tensor, headers[tensor].shape, f"{adapter} changes"), rows)
-    twins = [name for name in changes if is_tied and name != HEAD_WEIGHT and name.endswith(("embed_tokens.weight", "wte.weight"))]
-    if twins and HEAD_WEIGHT in headers:  # the shared weight is stored twice
-        changes[HEAD_WEIGHT] = Change(headers[HEAD_WEIGHT], changes[twins[0]].open_rows)
-    return changes
+    return with_twin(changes, headers, is_tied)
 
 
 class _Place:
     """The model as mlx-lm's class has it, without its weights, and the original's weights in that class's layout."""
 
     def __init__(self, model: Path, headers: Headers) -> None:
+        import mlx.nn as nn
+
         self._folder, self._files = model, sorted({one.file for one in headers.values()})
-        self._made: dict[str, Any] | None = None
+        self._made: dict[str, Any] = {}
+        modules: Any = self.make().named_modules()
+        self._embeddings = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
 
     def make(self) -> Any:
         """A fresh one, not evaluated."""
@@ -71,53 +84,40 @@ class _Place:
 
         return empty_model(self._folder)
 
-    def is_embedding(self, module: str) -> bool:
-        """Whether the module looks tokens up; its matrices are the other way round."""
-        import mlx.nn as nn
-
-        return isinstance(dict(self.make().named_modules()).get(module), nn.Embedding)
+    def is_embedding(self, parameter: str) -> bool:
+        """Whether tokens are looked up in it; its matrices are the other way round."""
+        return parameter in self._embeddings
 
     def weight(self, parameter: str) -> np.ndarray:
-        """Of the original, float32, in the layout of mlx-lm's class."""
+        """Of the original, float32, in the layout of mlx-lm's class, which computes in float32 too; it is not kept."""
         import mlx.core as mx
 
-        if self._made is None:
+        if parameter not in self._made:
             stored: dict[str, Any] = {}
             for file in self._files:
                 stored |= mx.load(str(file))  # type: ignore[arg-type]
+            stored = {n: one.astype(mx.float32) if mx.issubdtype(one.dtype, mx.floating) else one for n, one in stored.items()}
             model = self.make()
-            self._made = model.sanitize(stored) if hasattr(model, "sanitize") else stored
-        return np.array(self._made[parameter].astype(mx.float32))
+            self._made = dict(model.sanitize(stored)) if hasattr(model, "sanitize") else stored
+        return np.array(self._made.pop(parameter).astype(mx.float32))
 
 
-def _settings(path: Path) -> tuple[str, float]:
-    """Kind, and what B A is multiplied by."""
-    config = read_json(path)
-    kind = config.get("fine_tune_type", "lora")
-    scale = 1.0 if kind == "full" else (config.get("lora_parameters") or {}).get("scale")
-    if kind not in KINDS or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise UserError(f"{path}: fine_tune_type {kind!r} with scale {scale!r} is no adapter of mlx-lm", hint=FINISHED)
-    return kind, float(scale)
-
-
-def _parts(path: Path, kind: str) -> dict[str, Parts]:
-    """Of each parameter of the model what the file holds."""
-    found: dict[str, Parts] = {}
-    for name, location in file_headers(path).items():
-        module, _, leaf = name.rpartition(".")
-        if kind == "full":
-            found[name] = {"": location}
-        elif leaf in ("lora_a", "lora_b", "m"):
-            found.setdefault(f"{module}.weight", {})[leaf] = location
-        else:
-            raise UserError(f"{path}: {name} is no matrix of {kind}", hint=FINISHED)
-    wanted = {"lora": {"lora_a", "lora_b"}, "dora": {"lora_a", "lora_b", "m"}, "full": {""}}[kind]
-    for parameter, own in found.items():
-        if own.keys() != wanted:
-            raise UserError(f"{path}: {parameter} has {', '.join(sorted(own))} and not {', '.join(sorted(wanted))}", hint=FINISHED)
-    if not found:
-        raise UserError(f"{path}: no tensors", hint=FINISHED)
-    return found
+def _check_shapes(parameter: str, own: Parts, shape: tuple[int, ...], on_embeddings: bool) -> None:
+    """Raises UserError where a parameter of this shape does not take what the adapter has of it."""
+    if "" in own:
+        fits = own[""].shape == shape
+    elif len(shape) == 3:  # of experts mlx-lm has A as [E r, in] or as [E, r, in]
+        (experts, _, columns), a, b = shape, own["lora_a"].shape, own["lora_b"].shape
+        rank = b[-1] if b else 0
+        fits = "m" not in own and b == (*shape[:2], rank) and a in ((experts, rank, columns), (experts * rank, columns))
+    else:
+        left, right = own["lora_a"].shape, own["lora_b"].shape
+        left, right = (left, right) if on_embeddings else (right[::-1], left[::-1])
+        fits = len(left) == len(right) == 2 and (left[0], right[1]) == shape and left[1] == right[0]
+        fits = fits and ("m" not in own or own["m"].shape == shape[:1])
+    if not fits:
+        has = ", ".join(f"{leaf} {list(one.shape)}".strip() for leaf, one in own.items())
+        raise UserError(f"{next(iter(own.values())).file}: {parameter} {list(shape)} does not take {has}", hint=BASE)
 
 
 def _of_group(
@@ -125,61 +125,71 @@ def _of_group(
 ) -> dict[str, Callable[[], Rows]]:
     """What becomes of the rows of each tensor that the parameters of a group are made of."""
     parameter = group[0]
-    own = parts[parameter]
-    if len(group) == 1 and "" not in own:
-        if parameter in sources.same and len(sources.shapes[parameter]) == 3 and "m" not in own:
-            return {sources.of[parameter][0]: partial(_stack_rows, parameter, own, scale, sources.shapes[parameter])}
-        if parameter in sources.same:
-            return {sources.of[parameter][0]: partial(_factored_rows, parameter, own, scale, place, sources.shapes[parameter])}
-        if parameter in sources.stacks and "m" not in own:
-            shape, experts = sources.shapes[parameter], enumerate(sources.of[parameter])
-            return {tensor: partial(_expert_rows, parameter, own, scale, number, shape) for number, tensor in experts}
+    own, shape, tensors = parts[parameter], sources.shapes[parameter], sources.of[parameter]
+    if all(one in sources.slices for one in group):
+        slices = [(one, parts[one], sources.shapes[one], sources.slices[one]) for one in group]
+        return {tensors[0]: partial(_slices_rows, slices, scale)}
+    if len(group) == 1 and parameter in sources.same and ("" in own or len(shape) == 2):
+        if "" in own:
+            return {tensors[0]: partial(_trained_rows, parameter, own[""])}
+        return {tensors[0]: partial(_factored_rows, parameter, own, scale, place.is_embedding(parameter))}
+    if len(group) == 1 and parameter in sources.stacks:
+        return {tensor: partial(_expert_rows, parameter, own, scale, number, shape) for number, tensor in enumerate(tensors)}
     pulled = _Pulled(group, sources, parts, scale, place)
-    tensors = sorted({tensor for parameter in group for tensor in sources.of[parameter]})
-    return {tensor: partial(pulled.rows, tensor) for tensor in tensors}
+    return {tensor: partial(pulled.rows, tensor) for tensor in sorted({one for name in group for one in sources.of[name]})}
 
 
-def _factored_rows(parameter: str, own: Parts, scale: float, place: _Place, shape: tuple[int, ...]) -> Rows:
-    left, right = _factors(parameter, own, scale, place.is_embedding(parameter.removesuffix(".weight")), shape)
+def _trained_rows(parameter: str, location: TensorLocation) -> Rows:
+    """The trained numbers themselves, whatever stood there."""
+
+    def rows(first: int, before: np.ndarray) -> np.ndarray:
+        here = rows_at(location, first, len(before)) if location.shape else location
+        return _finite(here, parameter).reshape(before.shape)
+
+    return rows
+
+
+def _factored_rows(parameter: str, own: Parts, scale: float, on_embeddings: bool) -> Rows:
+    left, right = _factors(parameter, own, scale, on_embeddings)
     return factored(left, right, _finite(own["m"], parameter) if "m" in own else None)
 
 
 def _expert_rows(parameter: str, own: Parts, scale: float, number: int, shape: tuple[int, ...]) -> Rows:
-    a, b = _stacked(parameter, own, shape)
-    return factored(np.float32(scale) * b[number], a[number], None)
+    if "" in own:
+        one = rows_at(own[""], number, 1)
+        return _trained_rows(parameter, replace(one, shape=shape[1:]))
+    return factored(*_expert_factors(parameter, own, scale, number, shape), None)
 
 
-def _stack_rows(parameter: str, own: Parts, scale: float, shape: tuple[int, ...]) -> Rows:
-    """Of one tensor [E, out, in] for all experts, of which a row is an expert."""
-    a, b = _stacked(parameter, own, shape)
+def _slices_rows(slices: Sequence[tuple[str, Parts, tuple[int, ...], int]], scale: float) -> Rows:
+    """Of one tensor [E, rows, in] for all experts, of which a row is an expert, and in which parameters stand from a row on."""
 
     def rows(first: int, before: np.ndarray) -> np.ndarray:
-        after = np.empty_like(before)
-        for number, row in enumerate(before):
-            after[number] = row + np.float32(scale) * (b[first + number] @ a[first + number]).ravel()
+        after = before.copy()
+        for parameter, own, shape, row in slices:
+            for number, flat in enumerate(after):
+                here = flat.reshape(-1, shape[2])[row : row + shape[1]]
+                if "" in own:
+                    here[:] = _finite(rows_at(own[""], first + number, 1), parameter)[0]
+                else:
+                    left, right = _expert_factors(parameter, own, scale, first + number, shape)
+                    here += left @ right
         return after
 
     return rows
 
 
-def _stacked(parameter: str, own: Parts, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """A [E, r, in] and B [E, out, r] of experts, of which mlx-lm has A as [E r, in] or as [E, r, in]."""
-    a, b = _finite(own["lora_a"], parameter), _finite(own["lora_b"], parameter)
-    experts, _, columns = shape
-    a = a.reshape(experts, -1, columns) if a.size % (experts * columns) == 0 else a
-    if a.ndim != 3 or b.ndim != 3 or (experts, b.shape[1], columns) != shape or b.shape[2] != a.shape[1] or len(b) != experts:
-        raise UserError(f"{own['lora_a'].file}: {parameter} {list(shape)} does not take A {list(a.shape)}, B {list(b.shape)}", BASE)
-    return a, b
+def _expert_factors(parameter: str, own: Parts, scale: float, number: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """scale * B [out, r] and A [r, in] of one expert; nothing else is read."""
+    of_one = own["lora_a"].shape[0] // shape[0]
+    a = _finite(rows_at(own["lora_a"], number * of_one, of_one), parameter).reshape(-1, shape[2])
+    return np.float32(scale) * _finite(rows_at(own["lora_b"], number, 1), parameter)[0], a
 
 
-def _factors(
-    parameter: str, own: Parts, scale: float, on_embeddings: bool, shape: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
+def _factors(parameter: str, own: Parts, scale: float, on_embeddings: bool) -> tuple[np.ndarray, np.ndarray]:
     """scale * B [rows, r] and A [r, columns] of the parameter."""
     a, b = _finite(own["lora_a"], parameter), _finite(own["lora_b"], parameter)
     left, right = (a, b) if on_embeddings else (np.ascontiguousarray(b.T), np.ascontiguousarray(a.T))
-    if left.ndim != 2 or right.ndim != 2 or (left.shape[0], right.shape[1]) != shape or left.shape[1] != right.shape[0]:
-        raise UserError(f"{own['lora_a'].file}: {parameter} {list(shape)} does not take {list(a.shape)}, {list(b.shape)}", BASE)
     return np.float32(scale) * left, right
 
 
@@ -218,15 +228,11 @@ class _Pulled:
         """Of the parameter, float32, in its own shape."""
         own, shape = self._parts[parameter], self._sources.shapes[parameter]
         if "" in own:
-            trained = _finite(own[""], parameter)
-            if trained.shape != shape:
-                raise UserError(f"{own[''].file}: {parameter} is {list(trained.shape)}, the model has {list(shape)}", hint=BASE)
-            return trained - self._place.weight(parameter)
+            return _finite(own[""], parameter) - self._place.weight(parameter)
         if len(shape) == 3:
-            a, b = _stacked(parameter, own, shape)
-            return np.float32(self._scale) * (b @ a)
-        on_embeddings = self._place.is_embedding(parameter.removesuffix(".weight"))
-        left, right = _factors(parameter, own, self._scale, on_embeddings, shape)
+            factors = (_expert_factors(parameter, own, self._scale, number, shape) for number in range(shape[0]))
+            return np.stack([left @ right for left, right in factors])
+        left, right = _factors(parameter, own, self._scale, self._place.is_embedding(parameter))
         if "m" not in own:
             return left @ right
         before = self._place.weight(parameter)

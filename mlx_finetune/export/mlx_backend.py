@@ -14,6 +14,7 @@ from mlx_finetune.export.backends import Rows, Stored, Tokens, beginnings, dista
 from mlx_finetune.export.changes import is_full
 from mlx_finetune.export.distance import Measured, VerificationError, distance
 from mlx_finetune.export.from_mlx import is_mlx_adapter
+from mlx_finetune.export.mlx_adapter import open_in_mlx_lm
 from mlx_finetune.export.rows import HEAD_WEIGHT
 from mlx_finetune.files import read_json
 from mlx_finetune.models.weights import SINGLE, read_float32, tensor_headers
@@ -36,7 +37,7 @@ def in_mlx(model: Path, checkpoint: Path, fused: Path, tokens: Tokens, stored: S
         _add_to_mlx(network, checkpoint, model)
     rows = _answer_mlx(network, tokens, answers)
     reference = list(mlx_logits(network, rows))
-    _round_mlx(network, stored)
+    _round_mlx(network, stored, model)
     rounded = list(mlx_logits(network, rows))
     del network
     gc.collect()  # one model in memory at a time
@@ -57,9 +58,8 @@ def _lost(model: Path, fused: Path) -> tuple[list[str], list[str]]:
 def _open_in_mlx_lm(network: Any, adapter: Path) -> Any:
     """The network with the adapter in its float32 weights, opened and fused by mlx-lm, whose layers add it to what they give."""
     from mlx.utils import tree_unflatten
-    from mlx_lm.tuner.utils import load_adapters
 
-    network = load_adapters(network, str(adapter))
+    network = open_in_mlx_lm(network, adapter)
     fused = [(path, module.fuse()) for path, module in network.named_modules() if hasattr(module, "fuse")]
     if fused:
         network.update_modules(tree_unflatten(fused))
@@ -146,15 +146,24 @@ def _train_mlx(network: Any, checkpoint: Path, model: Path) -> None:
             _put_into_mlx(network, name, value.astype(mx.float32))
 
 
-def _round_mlx(network: Any, stored: Stored) -> None:
-    """The weights as the fused folder must store them, rounded by MLX."""
+def _round_mlx(network: Any, stored: Stored, model: Path) -> None:
+    """The weights as the fused folder must store them, rounded by MLX; norms without the 1 that a class adds to them."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
+
+    from mlx_finetune.engines.mlx.load import empty_model
+    from mlx_finetune.engines.mlx.pullback import shifted
 
     kinds = {"BF16": mx.bfloat16, "F16": mx.float16}
     weights = dict(tree_flatten(network.parameters()))
     for name, dtype in rounded_as(stored, {name: weight.ndim for name, weight in weights.items()}).items():
         _put_into_mlx(network, name, weights[name].astype(kinds[dtype]).astype(mx.float32))
+    shapes = {name: location.shape for name, location in tensor_headers(model).items()}
+    if not any(len(shapes[name]) == 1 for name in stored):
+        return
+    for name, (tensor, added) in shifted(lambda: empty_model(model), shapes).items():
+        if tensor in stored and name in weights:
+            _put_into_mlx(network, name, (weights[name] - added).astype(kinds[stored[tensor]]).astype(mx.float32) + added)
 
 
 def _mlx_weight(network: Any, name: str) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from mlx_finetune.export.backends import load_transformers, lost_keys, transformers_logits
 from mlx_finetune.export.from_mlx import is_mlx_adapter
 from mlx_finetune.export.in_engine import logits_of, on_cpu, trained_with
+from mlx_finetune.export.mlx_adapter import open_in_mlx_lm
 from mlx_finetune.export.mlx_backend import mlx_logits
 
 Rows = Sequence[Sequence[int]]
@@ -22,12 +23,10 @@ def trained_logits(packed: Path, checkpoint: Path, rows: Rows) -> list[np.ndarra
         return list(logits_of(packed, checkpoint, engine, rows, as_trained=True))
     if not (is_mlx_adapter(checkpoint) and find_spec("mlx")):
         return None
-    from mlx_lm.tuner.utils import load_adapters
-
     from mlx_finetune.engines.mlx.load import load_model
 
     with on_cpu():
-        network = load_adapters(load_model(packed, "float32"), str(checkpoint))
+        network = open_in_mlx_lm(load_model(packed, "float32"), checkpoint)
         network.eval()
         return list(mlx_logits(network, rows))
 

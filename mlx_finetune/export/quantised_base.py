@@ -4,7 +4,7 @@ A model trained on packed weights is exactly itself only with them. What packing
 """
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,11 @@ import numpy as np
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.changes import read_changes
-from mlx_finetune.export.rows import Change, Headers, Rows, original
+from mlx_finetune.export.rows import Change, Rows, original, rows_at, with_twin
 from mlx_finetune.files import read_json
-from mlx_finetune.models.weights import TensorLocation, tensor_headers
+from mlx_finetune.models.weights import ITEM_BYTES, read_float32, tensor_headers
 
 BASE = "give the model that it was converted from"
-Packed = Mapping[str, TensorLocation]
 
 
 def changes_from_packed(model: Path, packed: Path, checkpoint: Path) -> dict[str, Change]:
@@ -26,7 +25,7 @@ def changes_from_packed(model: Path, packed: Path, checkpoint: Path) -> dict[str
     Raises:
         UserError: `packed` is not made of `model`, or as `read_changes`.
     """
-    unpacked = _unpacked(model, packed)
+    unpacked = unpacked(model, packed)
     trained = read_changes(model, checkpoint)
     both = {name: Change(one.location, partial(_one_after_other, unpacked.get(name), one)) for name, one in trained.items()}
     return dict(sorted((unpacked | both).items(), key=lambda item: (item[1].location.file.name, item[1].location.start)))
@@ -37,84 +36,118 @@ def _one_after_other(first: Change | None, then: Change) -> Rows:
     return lambda start, before: after(start, rows(start, before))
 
 
-def _unpacked(model: Path, packed: Path) -> dict[str, Change]:
+def unpacked(model: Path, packed: Path) -> dict[str, Change]:
     from mlx_finetune.engines.mlx.load import empty_model
     from mlx_finetune.engines.mlx.pullback import Sources, Unmapped
 
-    headers, _ = original(model)
-    stored = tensor_headers(packed)
-    parameters = [name.removesuffix(".scales") + ".weight" for name in stored if name.endswith(".scales")]
+    headers, is_tied = original(model)
+    base = _PackedBase(packed)
     try:
-        sources = Sources(lambda: empty_model(model), {name: one.shape for name, one in headers.items()}, parameters)
+        sources = Sources(lambda: empty_model(model), {name: one.shape for name, one in headers.items()}, base.parameters)
         groups = sources.groups()
     except Unmapped as error:
         raise UserError(f"{packed}: {error} in {model}", hint=BASE) from error
-    settings = read_json(packed / "config.json")["quantization"]
-    read = lru_cache(maxsize=1)(partial(_read, packed, settings))
     changes: dict[str, Change] = {}
     for group in groups:
-        for tensor, rows in _of_group(group, sources, headers, read).items():
+        for tensor, rows in _of_group(group, sources, base).items():
             changes[tensor] = Change(headers[tensor], rows)
-    return changes
+    return with_twin(changes, headers, is_tied)
 
 
-def _of_group(group: list[str], sources: Any, headers: Headers, read: Callable[[str], np.ndarray]) -> dict[str, Callable[[], Rows]]:
+class _PackedBase:
+    """The packed weights of a folder; of a stack of experts one is read at a time."""
+
+    def __init__(self, packed: Path) -> None:
+        self._headers = tensor_headers(packed)
+        self._settings: Mapping[str, Any] = read_json(packed / "config.json")["quantization"]
+        self.parameters = [name.removesuffix(".scales") + ".weight" for name in self._headers if name.endswith(".scales")]
+
+    def read(self, parameter: str, expert: int | None = None) -> np.ndarray:
+        """The unpacked numbers of a parameter, or of one expert of it; float32."""
+        import mlx.core as mx
+
+        module = parameter.removesuffix(".weight")
+        own = self._settings.get(module)
+        how = own if isinstance(own, Mapping) else self._settings
+        weight, scales, biases = (self._array(f"{module}.{part}", expert) for part in ("weight", "scales", "biases"))
+        unpacked = mx.dequantize(
+            weight, scales, biases,
+            group_size=how["group_size"], bits=how["bits"], mode=how.get("mode", "affine"), dtype=mx.float32,
+        )  # fmt: skip
+        return np.array(unpacked if expert is None else unpacked[0])
+
+    def _array(self, name: str, expert: int | None) -> Any:
+        """A stored tensor, or that of one expert [1, ...]; None where there is none."""
+        import mlx.core as mx
+
+        location = self._headers.get(name)
+        if location is None:
+            return None
+        if expert is not None:
+            location = rows_at(location, expert, 1)
+        if location.dtype in ITEM_BYTES:
+            kinds = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+            return mx.array(read_float32(location)).astype(kinds[location.dtype])
+        with location.file.open("rb") as file:
+            file.seek(location.start)
+            data = file.read(location.end - location.start)
+        return mx.array(np.frombuffer(data, {"U32": "<u4", "U8": "u1"}[location.dtype]).reshape(location.shape))
+
+
+def _of_group(group: list[str], sources: Any, base: _PackedBase) -> dict[str, Callable[[], Rows]]:
+    tensors = sources.of[group[0]]
+    if all(one in sources.slices for one in group):
+        return {tensors[0]: partial(_slices_rows, [(one, sources.shapes[one], sources.slices[one]) for one in group], base)}
     if len(group) == 1 and group[0] in sources.same:
-        return {sources.of[group[0]][0]: partial(_instead, group[0], None, read)}
+        return {tensors[0]: partial(_instead, group[0], None, base)}
     if len(group) == 1 and group[0] in sources.stacks:
-        return {tensor: partial(_instead, group[0], number, read) for number, tensor in enumerate(sources.of[group[0]])}
-    tensors = sorted({tensor for parameter in group for tensor in sources.of[parameter]})
-    pulled = lru_cache(maxsize=1)(lambda: _pulled(group, sources, read))
-    return {tensor: partial(_pulled_rows, tensor, pulled) for tensor in tensors}
+        return {tensor: partial(_instead, group[0], number, base) for number, tensor in enumerate(tensors)}
+    pulled = _Pulled(group, sources, base)
+    return {tensor: partial(pulled.rows, tensor) for tensor in sorted({one for name in group for one in sources.of[name]})}
 
 
-def _instead(parameter: str, number: int | None, read: Callable[[str], np.ndarray]) -> Rows:
+def _instead(parameter: str, expert: int | None, base: _PackedBase) -> Rows:
     """Rows of the parameter, or of one expert of it, whatever stood there."""
-    whole = read(parameter)
-    matrix = whole if number is None else whole[number]
+    matrix = base.read(parameter, expert)
     flat = matrix.reshape(len(matrix), -1)
     return lambda first, before: flat[first : first + len(before)]
 
 
-def _pulled(group: list[str], sources: Any, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
-    """As all that is packed is a rearrangement of what it was made of, its numbers are carried back like any change from zero."""
-    import mlx.core as mx
+def _slices_rows(slices: list[tuple[str, tuple[int, ...], int]], base: _PackedBase) -> Rows:
+    """Of one tensor [E, rows, in] for all experts, of which a row is an expert, and in which parameters stand from a row on."""
 
-    return {name: np.array(array) for name, array in sources.pull(group, [mx.array(read(one)) for one in group]).items()}
+    def rows(first: int, before: np.ndarray) -> np.ndarray:
+        after = before.copy()
+        for parameter, shape, row in slices:
+            for number, flat in enumerate(after):
+                flat.reshape(-1, shape[2])[row : row + shape[1]] = base.read(parameter, first + number)
+        return after
 
-
-def _pulled_rows(tensor: str, pulled: Callable[[], dict[str, np.ndarray]]) -> Rows:
-    array = pulled()[tensor]
-    flat = array.reshape(len(array), -1)
-    return lambda first, before: flat[first : first + len(before)].reshape(before.shape)
-
-
-def _read(packed: Path, settings: Mapping[str, Any], parameter: str) -> np.ndarray:
-    """The unpacked numbers of a parameter, float32."""
-    import mlx.core as mx
-
-    module = parameter.removesuffix(".weight")
-    own = settings.get(module)
-    how = own if isinstance(own, Mapping) else settings
-    arrays = {part: _array(packed, f"{module}.{part}") for part in ("weight", "scales", "biases")}
-    weight = mx.dequantize(
-        arrays["weight"], arrays["scales"], arrays["biases"],
-        group_size=how["group_size"], bits=how["bits"], mode=how.get("mode", "affine"), dtype=mx.float32,
-    )  # fmt: skip
-    return np.array(weight)
+    return rows
 
 
-@lru_cache(maxsize=2)
-def _headers(packed: Path) -> Packed:
-    return tensor_headers(packed)
+class _Pulled:
+    """The numbers of a group of parameters carried back like a change from zero, as packing changes no place of them.
 
+    Once, and each tensor is kept until it is written.
+    """
 
-def _array(packed: Path, name: str) -> Any:
-    """A stored tensor, read when it is computed with; None where there is none."""
-    import mlx.core as mx
+    def __init__(self, group: list[str], sources: Any, base: _PackedBase) -> None:
+        self._group, self._sources, self._base = group, sources, base
+        self._left: dict[str, np.ndarray] = {}
 
-    location = _headers(packed).get(name)
-    if location is None:
-        return None
-    stored: Any = mx.load(str(location.file))
-    return stored[name]
+    def rows(self, tensor: str) -> Rows:
+        """Of one tensor; of a tensor that is stored twice they are asked for twice."""
+        from mlx_finetune.engines.mlx.pullback import Unmapped
+
+        if tensor not in self._left:
+            import mlx.core as mx
+
+            try:
+                pulled = self._sources.pull(self._group, [mx.array(self._base.read(one)) for one in self._group])
+            except Unmapped as error:
+                raise UserError(f"{error}: it has no place in the checkpoint", hint=BASE) from error
+            self._left = {name: np.array(array) for name, array in pulled.items()}
+        array = self._left.pop(tensor)
+        flat = array.reshape(len(array), -1)
+        return lambda first, before: flat[first : first + len(before)].reshape(before.shape)

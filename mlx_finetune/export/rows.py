@@ -1,7 +1,7 @@
 """What becomes of a tensor of the original checkpoint, a few rows at a time."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ Rows = Callable[[int, np.ndarray], np.ndarray]
 Headers = dict[str, TensorLocation]
 
 HEAD_WEIGHT = f"{HEAD}.weight"
+EMBEDDINGS = (".embed_tokens.weight", ".wte.weight")
 BASE = "give the model it was trained on"
 ORIGINAL = "fuse into the original, unquantised model"
 DIVERGED = "the training diverged: take an earlier checkpoint"
@@ -71,3 +72,32 @@ def fitting(model: Path, headers: Headers, name: str, shape: tuple[int, ...], by
         what = f"is stored as {location.dtype}, not as one of {', '.join(ITEM_BYTES)}"
         raise UserError(f"{model}: {name} {what}", hint=ORIGINAL)
     return location
+
+
+def tied_twins(headers: Headers, is_tied: bool) -> tuple[str, str] | None:
+    """Embeddings and head of a model where the weight that they share is stored twice."""
+    head = next((name for name in headers if is_tied and f".{name}".endswith(f".{HEAD_WEIGHT}")), None)
+    embeddings = next((name for name in headers if name != head and f".{name}".endswith(EMBEDDINGS)), None)
+    return (embeddings, head) if embeddings and head else None
+
+
+def with_twin(changes: Mapping[str, Change], headers: Headers, is_tied: bool) -> dict[str, Change]:
+    """`changes`, and that of the embeddings for the head too where the weight that they share is stored twice.
+
+    Raises:
+        UserError: the two are not stored alike.
+    """
+    embeddings, head = tied_twins(headers, is_tied) or ("", "")
+    if embeddings not in changes:
+        return dict(changes)
+    location, other = headers[head], headers[embeddings]
+    if (location.shape, location.dtype) != (other.shape, other.dtype):
+        raise UserError(f"{location.file}: {head} is not stored as {embeddings}, which it is tied to", hint=BASE)
+    return {**changes, head: Change(location, changes[embeddings].open_rows)}
+
+
+def rows_at(location: TensorLocation, first: int, count: int) -> TensorLocation:
+    """Where `count` rows, by the first axis, of a stored tensor lie."""
+    size = (location.end - location.start) // max(1, location.shape[0])
+    start = location.start + first * size
+    return replace(location, shape=(count, *location.shape[1:]), start=start, end=start + count * size)

@@ -12,8 +12,8 @@ import numpy as np
 
 from mlx_finetune.export.expected_weights import SUMS, Rows, expected_weights
 from mlx_finetune.export.from_mlx import is_mlx_adapter
-from mlx_finetune.export.fuse import BLOCK as FUSED_AT_ONCE
 from mlx_finetune.export.rows import Change
+from mlx_finetune.export.writing import BLOCK as FUSED_AT_ONCE
 from mlx_finetune.models.weights import ITEM_BYTES, TensorLocation, tensor_headers, to_float32
 
 BLOCK = 1 << 18  # numbers compared at once: 2 MiB of float64
