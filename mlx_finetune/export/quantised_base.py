@@ -25,10 +25,10 @@ def changes_from_packed(model: Path, packed: Path, checkpoint: Path) -> dict[str
     Raises:
         UserError: `packed` is not made of `model`, or as `read_changes`.
     """
-    unpacked = unpacked(model, packed)
+    base = unpacked(model, packed)
     trained = read_changes(model, checkpoint)
-    both = {name: Change(one.location, partial(_one_after_other, unpacked.get(name), one)) for name, one in trained.items()}
-    return dict(sorted((unpacked | both).items(), key=lambda item: (item[1].location.file.name, item[1].location.start)))
+    both = {name: Change(one.location, partial(_one_after_other, base.get(name), one)) for name, one in trained.items()}
+    return dict(sorted((base | both).items(), key=lambda item: (item[1].location.file.name, item[1].location.start)))
 
 
 def _one_after_other(first: Change | None, then: Change) -> Rows:
@@ -37,6 +37,7 @@ def _one_after_other(first: Change | None, then: Change) -> Rows:
 
 
 def unpacked(model: Path, packed: Path) -> dict[str, Change]:
+    """What becomes of the tensors of `model` where `packed` was quantised from it; raises as `changes_from_packed`."""
     from mlx_finetune.engines.mlx.load import empty_model
     from mlx_finetune.engines.mlx.pullback import Sources, Unmapped
 
