@@ -28,7 +28,7 @@ from mlx_finetune.export.mlx_backend import mlx_paths
 from mlx_finetune.export.report import write_report
 from mlx_finetune.export.rows import HEAD_WEIGHT
 from mlx_finetune.files import atomic_folder, read_json, write_json
-from mlx_finetune.models.mlx_config import check_supported, is_tied, text_config
+from mlx_finetune.models.mlx_config import is_tied, text_config
 from mlx_finetune.models.weights import TensorLocation, file_headers, read_float32, tensor_headers
 
 Format = Literal["peft", "mlx-lm"]
@@ -68,7 +68,7 @@ def export_adapter(
     quantised = "quantization" in config  # by MLX; of what others packed, such as mxfp4, the attention may be as it was
     if not quantised:
         base_weights(model, adapter)
-    lacking = {"peft": _not_for_peft(model, adapter, tied, quantised), "mlx-lm": _not_for_mlx_lm(config)}
+    lacking = {"peft": _not_for_peft(model, adapter, tied, quantised), "mlx-lm": _not_for_mlx_lm(model)}
     if lacking[to]:
         other = next((name for name in FORMATS if not lacking[name]), None)
         raise UserError(f"{checkpoint}: {to} cannot have it: {lacking[to]}", hint=f"--to {other}" if other else FUSE)
@@ -95,9 +95,11 @@ def _not_for_peft(model: Path, adapter: Adapter, tied: bool, quantised: bool) ->
     return "on embeddings that are the head too, which its merge_and_unload changes twice" if tied and on_embeddings else ""
 
 
-def _not_for_mlx_lm(config: Mapping[str, Any]) -> str:
+def _not_for_mlx_lm(model: Path) -> str:
+    from mlx_finetune.engines.mlx.load import open_model
+
     try:
-        check_supported(config)
+        open_model(model)
     except UserError as error:
         return error.message
     return ""

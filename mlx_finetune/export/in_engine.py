@@ -87,7 +87,7 @@ def _open(model: Path, checkpoint: Path, config: RunConfig, engine: str) -> Engi
     plain |= {"device": "cpu"} if engine == "torch" else {}
     with loading(model):
         opened = open_engine(for_a_look(config, engine).model_copy(update=plain), model)
-    state, progress = load_checkpoint(checkpoint)
+    state, progress = load_checkpoint(checkpoint, moments=False)
     own = {name: state.get(name) for name in (f"adapter/{name}" for name in opened.trained)}
     for name, array in own.items():
         if array is None or array.shape != opened.trained[name.removeprefix("adapter/")]:

@@ -22,6 +22,7 @@ Tokens = Sequence[Sequence[int]]
 Logits = Sequence[np.ndarray]  # [T, V] of each text
 
 TOLERANCE = 1e-3  # of the largest logit: float32 sums in another order stay below 1e-4, a wrong setting gives 1e-1
+UNAIDED = 1e-4  # mlx-lm's known defects of forward passes lie between 2e-4 and 7e-4
 PREFIX = 24  # tokens of two rows that are multiplied with packed weights, which is slow on a CPU
 ORIGINAL_IN_MLX, MADE_IN_MLX, MADE_IN_TRANSFORMERS, PACKED = "original_in_mlx", "made_in_mlx", "made_in_transformers", "packed"
 
@@ -53,7 +54,7 @@ class Verified:
     @property
     def read_by_mlx_lm(self) -> bool:
         """Whether `mlx_lm.load` computes the same from config.json alone."""
-        return self.mlx_lm is not None and self.mlx_lm <= self.tolerance
+        return self.mlx_lm is not None and self.mlx_lm <= UNAIDED
 
 
 @dataclass(frozen=True)

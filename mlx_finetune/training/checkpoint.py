@@ -75,8 +75,8 @@ def point(link: Path, folder: Path) -> None:
     temporary.replace(link)
 
 
-def load_checkpoint(folder: Path) -> tuple[Arrays, dict[str, Any]]:
-    """The engine's state and `progress.json`.
+def load_checkpoint(folder: Path, moments: bool = True) -> tuple[Arrays, dict[str, Any]]:
+    """The engine's state, without those of the optimizer where `moments` is false, and `progress.json`.
 
     Raises:
         UserError: the folder is not a whole checkpoint.
@@ -85,13 +85,13 @@ def load_checkpoint(folder: Path) -> tuple[Arrays, dict[str, Any]]:
     try:
         is_adapter = (folder / ADAPTER).exists()
         trained = load_file(folder / (ADAPTER if is_adapter else WEIGHTS))
-        moments = load_file(folder / "optimizer.safetensors")
+        of_optimizer = load_file(folder / "optimizer.safetensors") if moments else {}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: not a whole checkpoint: {error}", hint=DAMAGED) from error
     trained = {name.removeprefix(PEFT_PREFIX): array for name, array in trained.items()}
     if is_adapter and holds_experts(trained):
         trained = from_peft(trained, read_json(folder / "adapter_config.json"))
-    return {f"adapter/{name}": array for name, array in trained.items()} | moments, progress
+    return {f"adapter/{name}": array for name, array in trained.items()} | of_optimizer, progress
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
