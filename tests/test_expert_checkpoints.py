@@ -1,5 +1,6 @@
 """Adapters of experts are kept, handed on and named: between engines, from peft, and back into original checkpoints."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -23,6 +24,7 @@ from mlx_finetune.engines.adapter import Target, choose_targets
 from mlx_finetune.engines.experts import EXPERTS, MISREAD, Pair, expert_deltas, from_peft, pairs_of, stored_at, to_peft
 from mlx_finetune.engines.supported import COMPILERS
 from mlx_finetune.errors import UserError
+from mlx_finetune.export.adapter import read_adapter
 from mlx_finetune.export.backends import in_transformers
 from mlx_finetune.export.fuse import fuse
 from mlx_finetune.files import read_json
@@ -304,3 +306,15 @@ def test_quantised_experts_are_trained_with_the_gradient_of_what_they_stand_for(
     for step in range(10):
         engine.step([batch], 1e-2, seed=step)
     assert engine.loss_sum(batch) < before - 1
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_numbers_of_experts_of_another_kind_than_16_or_32_bits_are_refused(side: str, tmp_path: Path) -> None:
+    path = "base_model.model.model.layers.0.mlp.experts.lora_{}.weight"
+    arrays = {path.format("A"): np.ones((8, 6), np.float32), path.format("B"): np.ones((5, 8), np.float32)}
+    arrays[path.format(side)] = arrays[path.format(side)].astype(np.float64)
+    save_file(arrays, tmp_path / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"experts\.down_proj: dtype F64 is not one of"):
+        read_adapter(tmp_path)

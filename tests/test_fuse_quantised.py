@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from finished_runs import make_base, make_data, make_run
-from test_architectures import tokens, transformers_logits
+from test_architectures import RELATIVE, tokens, transformers_logits
+from tiny_models import make_tiny
 
 from mlx_finetune.export.convert import How, convert
 from mlx_finetune.export.folder_checks import check_folder
+from mlx_finetune.export.fuse import fuse_into
+from mlx_finetune.export.packed_logits import packed_logits
+from mlx_finetune.export.quantised_base import _unpacked
 from mlx_finetune.models.importing import find_source
 from mlx_finetune.models.quantisation import Quantisation
 
@@ -186,3 +190,13 @@ def test_embeddings_that_are_stored_twice_are_unpacked_in_both_places(cli: Calla
     save_file(found | {"lm_head.weight": tensors[EMBEDDINGS].clone()}, tmp_path / "exact" / "model.safetensors", {"format": "pt"})
     parted = check_folder(base, tmp_path / "exact", [*tensors, "lm_head.weight"]).problems
     assert parted[:1] == [f"{EMBEDDINGS} and lm_head.weight are one weight, and are not the same"]
+
+
+@pytest.mark.parametrize(("model_type", "sizes"), [("granitemoe", {"intermediate_size": 128}), ("qwen3_moe", {})])
+def test_packed_experts_are_unpacked_one_by_one_where_they_stand(model_type: str, sizes: dict[str, int], tmp_path: Path) -> None:
+    base = make_tiny(model_type, tmp_path / "base", tokenizer=True, changes=sizes)
+    convert(find_source(str(base)), tmp_path / "packed", How(FOUR, verify=False), lambda done, total: None)
+    (tmp_path / "exact").mkdir()
+    fuse_into(base, tmp_path / "packed", tmp_path / "exact", changes=_unpacked(base, tmp_path / "packed"))
+    expected = np.stack(packed_logits(tmp_path / "packed", tokens(24).tolist()))
+    assert np.abs(transformers_logits(tmp_path / "exact", tokens(24)) - expected).max() < RELATIVE * np.abs(expected).max()

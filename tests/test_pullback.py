@@ -81,6 +81,12 @@ def test_experts_whose_numbers_move_are_no_stack(turn: Callable[[int, Any], Any]
     assert not found.stacks and set(found.of[GATE.format(0)]) == {f"layers.0.experts.{e}.gate.weight" for e in range(EXPERTS)}
 
 
+def test_biases_of_experts_are_a_stack_too() -> None:
+    biases: dict[str, tuple[int, ...]] = {name: (ROWS,) for name in APART}
+    assert sources(stacked(lambda e, array: array), biases, GATE).stacks == {GATE.format(n) for n in range(LAYERS)}
+    assert not sources(stacked(lambda e, array: array[::-1]), biases, GATE).stacks
+
+
 @pytest.mark.parametrize("sanitize", [halved, cut])
 def test_halves_of_a_tensor_of_all_experts_are_slices_of_it(sanitize: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     found = sources(sanitize, JOINED, GATE, UP)

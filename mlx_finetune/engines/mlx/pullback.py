@@ -90,6 +90,8 @@ class Sources:
         zero = self._sanitize(_zeros(shapes))
         found = {}
         for parameter in parameters:
+            if parameter not in marked:
+                raise Unmapped(f"{parameter} is made of tensors of some sizes only")
             rows, added = _corners(marked.pop(parameter)), _corners(zero.pop(parameter))
             mx.clear_cache()
             rows = rows if names.keys() >= set(np.unique(rows).tolist()) else rows - added  # such as 1, added to a norm
@@ -111,14 +113,13 @@ class Sources:
         for parameter, row in first.items():
             order = orders[parameter]
             one = ones[_kind(parameter, order, self._shapes)]
-            large, small = self._shapes[orders[one][0]], seen[orders[one][0]]
-            if one not in again or again[one] * small[-2] != first[one] * large[-2]:
-                continue
-            if len(order) > 1:
+            if one in again and len(order) > 1:
                 self.of[parameter] = order
                 self.stacks.add(parameter)
-            else:
-                self.slices[parameter] = row * large[-2] // small[-2]
+            elif one in again:
+                large, small = self._shapes[order[0]][1], seen[order[0]][1]
+                if again[one] * small == first[one] * large:
+                    self.slices[parameter] = row * large // small
 
     def _first_rows(self, orders: Mapping[str, tuple[str, ...]], shapes: Shapes, whole: bool) -> dict[str, int]:
         """Those whose numbers stand as in their tensors; and in which row of a tensor of all experts the first of them.
