@@ -23,7 +23,7 @@ from mlx_finetune.engines.supported import check_settings as check_settings_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file, new_folder, read_json, refuse_existing
 from mlx_finetune.models.hub import check_model_folder, model_folder
-from mlx_finetune.models.mlx_config import check_supported, hidden_size, max_exact_length, names_of, text_config
+from mlx_finetune.models.mlx_config import PROVEN, check_supported, hidden_size, max_exact_length, names_of, text_config
 from mlx_finetune.models.quantised_sources import packed_by
 from mlx_finetune.models.tensor_names import names_in_files, tensor_of, transformers_name
 from mlx_finetune.models.weights import fingerprint, tensor_headers
@@ -285,7 +285,8 @@ def packed(config: RunConfig, dataset: Dataset) -> RunConfig:
 def folding_advice(plan: Plan) -> str | None:
     """What `pack_length` would save where the examples of a step begin alike, in a sentence; None where that is little."""
     config, dataset = packed(plan.config, plan.dataset), plan.dataset
-    if not config.pack_length or plan.config.pack_length:
+    architecture = PROVEN.get(str(text_config(read_json(plan.model / "config.json")).get("model_type")))
+    if not config.pack_length or plan.config.pack_length or (architecture and architecture.own_attention):
         return None
     now, folded, most = 0, 0, 0
     for step in range(min(STEPS_LOOKED_AT, dataset.steps_per_epoch(config))):
