@@ -72,7 +72,7 @@ def measure(folder: Path) -> list[Table]:
     return [
         Table("Held-out loss", TEXT, rows, promised=("no worse than as trained",)),
         Table("Packed and unpacked", "The same weights.", apart, {"largest logit difference, relative": 1e-3}),
-        Table("In llama.cpp", GGUF, [answers(folders[ORIGINAL], folder)], promised=("same",)),
+        Table("In llama.cpp", GGUF, [answers(folders[ORIGINAL], folder)], promised=("says Paris",)),
     ]
 
 
