@@ -1,8 +1,13 @@
 """The command line: one function a verb; everything heavy is imported inside."""
 
 import errno
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +18,7 @@ from mlx_finetune.cli_convert import convert
 from mlx_finetune.cli_export import export, push
 from mlx_finetune.config import FIELDS, RunConfig, default
 from mlx_finetune.errors import UserError
-from mlx_finetune.launched import rank_of
+from mlx_finetune.launched import launched, rank_of
 from mlx_finetune.terminal import one_line
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -200,10 +205,34 @@ def demo(
     run_demo(out, engine, as_json)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs a verb. Exit status 0: done; 2: a mistake of the user, in one line and a hint; 130: interrupted."""
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """While inside, SIGTERM raises SystemExit, as Python does for Ctrl-C, so that what is half-written is removed.
+
+    A launcher's processes go on as they are: one that waits for another in the engine's own code would not hear it.
+    """
+    mine = threading.current_thread() is threading.main_thread() and not launched()
+    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would break off the removing
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
     try:
-        status: Any = app(args=arguments, prog_name="mlx-finetune", standalone_mode=False)
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a verb. Exit status 0: done; 2: a mistake of the user, in one line and a hint; 130: interrupted; 143: asked to end."""
+    try:
+        with ended_by_sigterm():
+            status: Any = app(args=arguments, prog_name="mlx-finetune", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
     except UserError as error:
         _fail(error.message, error.hint)

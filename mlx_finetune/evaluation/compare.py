@@ -45,6 +45,9 @@ def find_checkpoint(run: Path, name: str) -> Path:
     for folder in (run / name, run / "checkpoints" / name):
         if (folder / "progress.json").is_file():
             return folder.resolve()
+    if damaged := [folder for folder in (run / name, run / "checkpoints" / name) if folder.exists() and name]:
+        hint = "bring the file back, remove that folder, or name another --checkpoint"
+        raise UserError(f"{damaged[0].resolve()}: no progress.json: not a whole checkpoint", hint)
     there = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     raise UserError(
         f"{run}: no checkpoint {name!r}", hint=f"there are {', '.join(there)}" if there else "train has not saved one yet"

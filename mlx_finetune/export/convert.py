@@ -10,9 +10,10 @@ from typing import Any
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.memory import shortage
-from mlx_finetune.export.probe import read_probe, write_probe
+from mlx_finetune.export.probe import probe_tokens, read_probe, write_probe
 from mlx_finetune.export.verify_converted import Compared, Verified, verify_converted
 from mlx_finetune.files import atomic_folder, read_json, refuse_existing, write_json
+from mlx_finetune.models.config_checks import check_config
 from mlx_finetune.models.importing import Source, as_hugging_face, copy_beside
 from mlx_finetune.models.mlx_config import check_supported
 from mlx_finetune.models.origin import Origin, write_origin
@@ -71,6 +72,8 @@ def convert(source: Source, out: Path, how: How, progress: Progress) -> Converte
         short, fingerprint = _shortage(model, config), source.fingerprint()
         unverified = _unverified(model, config, how, short)
         probe = read_probe(how.probe, fingerprint) if how.probe else None
+        if not (unverified or probe):
+            probe_tokens(model)  # a tokenizer that cannot be read is found before weights are written
         made = _write(model, config, folder, how, progress)
         if not unverified:
             original = model if source.format == "gguf" else source.path
@@ -86,9 +89,8 @@ def convert(source: Source, out: Path, how: How, progress: Progress) -> Converte
 
 def _check(folder: Path, how: How) -> dict[str, Any]:
     """config.json of the folder; raises UserError for what MLX does not compute, or what cannot be packed."""
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.json'}: not a JSON object", hint="download the model again")
+    config: dict[str, Any] = read_json(folder / "config.json")
+    check_config(config, f"{folder / 'config.json'}")
     check_not_packed(folder, config, how.quantisation, how.dtype)
     check_supported(config)
     return config

@@ -49,7 +49,8 @@ def probe_tokens(folder: Path) -> list[list[int]]:
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{folder}: transformers cannot load the tokenizer: {reason}", hint="is the download whole?") from error
-    count = config["vocab_size"]
+    if type(count := config.get("vocab_size")) is not int:
+        raise UserError(f"{folder / 'config.json'}: no vocab_size", hint="download the model again")
     rows = [[token for token in tokenizer(text)["input_ids"] if token < count][:longest] for text in PROBE_TEXTS]
     return [row for row in [*rows, np.linspace(0, count - 1, longest, dtype=int).tolist()] if row]
 

@@ -79,11 +79,12 @@ def _open(path: Path) -> Any:
     import gguf
 
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file", hint="give the path of a .gguf file")
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise UserError(f"{path}: not a GGUF file: it begins with {magic!r}")
+        begins = f"it begins with {magic!r}" if magic else "it is empty"
+        raise UserError(f"{path}: not a GGUF file: {begins}", hint="was the download whole? download it again")
     try:
         return gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError, OverflowError) as error:

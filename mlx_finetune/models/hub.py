@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
+from mlx_finetune.models.config_checks import check_config
 from mlx_finetune.models.weights import tensor_headers
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -52,8 +53,7 @@ def check_model_folder(folder: Path, with_template: bool = True) -> None:
         raise UserError(f"{folder}: no such model folder", hint="give a local folder or a Hub id such as org/name")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json", hint="give the Hugging Face folder that holds config.json and *.safetensors")
-    if not isinstance(read_json(folder / "config.json"), dict):
-        raise UserError(f"{folder / 'config.json'}: not a JSON object", hint="download the model again")
+    check_config(read_json(folder / "config.json"), f"{folder / 'config.json'}")
     tensor_headers(folder)
     if not any((folder / file).is_file() for file in TOKENIZERS):
         raise UserError(

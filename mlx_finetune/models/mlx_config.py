@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from mlx_finetune.errors import UserError
-from mlx_finetune.models.mlx_overlays import FULL, SLIDING, canonical, overlay_of
+from mlx_finetune.models.config_checks import check_config, nearest
+from mlx_finetune.models.mlx_overlays import FULL, SLIDING, TORCH, canonical, overlay_of
 from mlx_finetune.models.mpt_config import MPT, check_mpt
 
 Config = Mapping[str, Any]
@@ -192,11 +193,12 @@ def mlx_overlay(config: Config) -> dict[str, Any]:
 
 def check_supported(config: Config) -> None:
     """Raises UserError, by name, for what mlx-lm would refuse or would compute otherwise than transformers."""
+    check_config(config, "config.json")
     config = text_config(config)
     model_type = str(config.get("model_type"))
     check_mpt(config)
     if model_type not in PROVEN:
-        _refuse(f"architecture {model_type!r} (MLX: {', '.join(sorted(PROVEN))})")
+        _refuse(f"architecture {model_type!r} ({nearest(model_type, PROVEN)}docs/models.md lists those that are)")
     _check_quantisation(config)
     if PROVEN[model_type].by_transformers:
         _check_read(config)
@@ -231,7 +233,7 @@ def hidden_size(config: Config) -> int:
 
 
 def _refuse(what: str) -> NoReturn:
-    raise UserError(f"{what} is not supported with MLX", hint="use --engine torch")
+    raise UserError(f"{what} is not supported with MLX", TORCH)
 
 
 def _check_quantisation(config: Config) -> None:
@@ -259,8 +261,8 @@ def _check_read(config: Config) -> None:
     model_type, read = config["model_type"], canonical(config)
     one = PROVEN[model_type]
     ropes = read.get("rope_parameters") or {}
-    for rope in ropes.values() if any(isinstance(value, Mapping) for value in ropes.values()) else [ropes]:
-        if (kind := _kind(rope or {})) not in one.scalings | {"default"}:
+    for rope in [value for value in ropes.values() if isinstance(value, Mapping)] or [ropes]:
+        if (kind := _kind(rope)) not in one.scalings | {"default"}:
             _refuse(f"RoPE scaling {kind!r} of {model_type}")
     key, expected = one.activation
     if read.get(key, expected) != expected:
@@ -305,7 +307,7 @@ def _check_scaling(rope: Rope, model_type: str) -> None:
     if kind == "dynamic" and not rope.get("alpha"):
         _refuse("RoPE scaling 'dynamic' without alpha")
     factor = rope.get("attention_factor")
-    if factor is not None and not math.isclose(factor, 0.1 * math.log(rope["factor"]) + 1, rel_tol=1e-6):
+    if factor is not None and not math.isclose(factor, 0.1 * math.log(rope.get("factor") or 1) + 1, rel_tol=1e-6):
         _refuse(f"RoPE scaling {kind!r} with attention_factor {factor}")
 
 
@@ -369,6 +371,8 @@ def _pattern(config: Config) -> int | str:
     """The period of the layers with full attention; a letter for each layer for exaone4."""
     count, model_type = config["num_hidden_layers"], config["model_type"]
     period = config.get("sliding_window_pattern") or PROVEN[model_type].pattern
+    if isinstance(period, str):  # exaone4's letters, where `layer_types` stands beside them
+        period = PROVEN[model_type].pattern
     types = config.get("layer_types") or [FULL if (layer + 1) % period == 0 else SLIDING for layer in range(count)]
     if FULL not in types:
         _refuse(f"{model_type} without a layer of full attention")

@@ -10,6 +10,7 @@ from mlx_finetune.errors import UserError
 
 Config = Mapping[str, Any]
 FULL, SLIDING = "full_attention", "sliding_attention"
+TORCH = "train it with --engine torch"
 
 # Of the file and of its loading, not of the network; and what acts in training alone, which this project does not ask for.
 IDLE = frozenset(
@@ -34,6 +35,16 @@ DERIVED: Mapping[str, frozenset[str]] = {
         "expand chunk_size time_step_min time_step_max time_step_floor rescale_prenorm_residual residual_in_fp32".split()
     ),
 }
+# What code of others raises where it computes with a setting that it did not look at.
+REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 KEPT_NESTED = frozenset({"gemma4_text", "ministral3"})  # whose classes read `rope_parameters` themselves
 
 
@@ -43,13 +54,14 @@ def canonical(config: Config) -> dict[str, Any]:
     Raises:
         UserError: its class refuses a value.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     apart = ("quantization", "quantization_config", "model_type")
     given = {key: _floats(value) for key, value in config.items() if key not in apart}
     try:
         read: dict[str, Any] = CONFIG_MAPPING[config["model_type"]].from_dict(given).to_dict()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # its validation raises subclasses of these
+    except (*REFUSALS, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"config.json: transformers refuses it: {reason}", hint="download the model again") from error
     return read
@@ -104,7 +116,7 @@ def _period(read: Config) -> dict[str, Any]:
     types = read["layer_types"]
     period = types.index(FULL) + 1 if FULL in types else len(types) + 1
     if any((kind == FULL) != ((layer + 1) % period == 0) for layer, kind in enumerate(types)):
-        raise UserError("layer_types without a period is not supported with MLX", hint="use --engine torch")
+        raise UserError("layer_types without a period is not supported with MLX", TORCH)
     return {"full_attention_interval": period}
 
 
@@ -130,11 +142,11 @@ def _gemma4_text(read: Config) -> dict[str, Any]:
         here = dict(own.get(f"{number:02d}") or own.get(str(number)) or {})
         size = here.pop("head_dim", read["head_dim"])
         if here or (kind != FULL and size != read["head_dim"]):
-            raise UserError(f"layer {number} with settings of its own is not supported with MLX", hint="use --engine torch")
+            raise UserError(f"layer {number} with settings of its own is not supported with MLX", TORCH)
         if kind == FULL:
             sizes.add(size)
     if len(sizes) > 1:
-        raise UserError("layers of full attention with unlike heads are not supported with MLX", hint="use --engine torch")
+        raise UserError("layers of full attention with unlike heads are not supported with MLX", TORCH)
     return {"global_head_dim": sizes.pop() if sizes else read["head_dim"]}
 
 

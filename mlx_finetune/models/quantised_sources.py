@@ -40,7 +40,7 @@ def check_not_packed(folder: Path, config: Mapping[str, Any], how: Quantisation 
     if not found:
         return
     name = _name(found)
-    if packed_by(config) is None:
+    if not isinstance(found, Mapping) or packed_by(config) is None:
         raise UserError(f"{folder}: quantised with {name}, which MLX does not read exactly", hint=_use_original(folder))
     if how or dtype:
         raise UserError(
@@ -50,14 +50,17 @@ def check_not_packed(folder: Path, config: Mapping[str, Any], how: Quantisation 
 
 def _name(found: Any) -> str:
     """As people call it, with what tells its kinds apart."""
-    method = str(found.get("quant_method", "an unknown method")) if isinstance(found, dict) else "an unknown method"
+    if not isinstance(found, Mapping):
+        return "an unknown method"
+    method = str(found.get("quant_method", "an unknown method"))
     name = NAMES.get(method, method)
     if method == "fp8":
         return f"{name} in blocks" if found.get("weight_block_size") else f"{name} per tensor"
     if method == "bitsandbytes":
         return f"{name} ({'4' if found.get('load_in_4bit') else '8'} bits)"
     if method in ("awq", "gptq"):
-        return f"{name} ({found.get('bits', '?')} bits{', ' + found['version'] if found.get('version') else ''})"
+        version = f", {found['version']}" if found.get("version") else ""
+        return f"{name} ({found.get('bits', '?')} bits{version})"
     return f"{name} ({found['format']})" if isinstance(found.get("format"), str) else name
 
 

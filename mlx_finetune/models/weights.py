@@ -15,7 +15,7 @@ from typing import IO, Any, TypeGuard
 import numpy as np
 
 from mlx_finetune.errors import UserError
-from mlx_finetune.files import read_json
+from mlx_finetune.files import DAMAGED, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -91,7 +91,11 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         return (folder / SINGLE,)
     found = tuple(sorted(path for path in folder.glob("*.safetensors") if path.is_file() and not path.name.startswith(".")))
     if not found:
-        raise UserError(f"{folder}: no *.safetensors", hint="use a Hugging Face model folder with weights in safetensors")
+        is_bin = any(folder.glob("pytorch_model*.bin"))
+        hint = (
+            f"mlx-finetune convert {folder} --out DIR" if is_bin else "use a Hugging Face model folder with weights in safetensors"
+        )
+        raise UserError(f"{folder}: no *.safetensors{', only pytorch_model.bin' if is_bin else ''}", hint)
     return found
 
 
@@ -105,8 +109,12 @@ def file_headers(file: Path) -> dict[str, TensorLocation]:
         size = file.stat().st_size
         with file.open("rb") as opened:
             header, data_start = _read_header(opened, size, file)
+    except FileNotFoundError as error:
+        is_bin = file.with_suffix(".bin").is_file()
+        hint = f"{file.with_suffix('.bin').name} is not read: save it as safetensors" if is_bin else DAMAGED
+        raise UserError(f"{file}: no such file", hint) from error
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from error
+        raise UserError(f"{file}: {error.strerror}", hint=DAMAGED) from error
     header.pop("__metadata__", None)
     tensors = {name: _location(file, name, entry, data_start, size) for name, entry in header.items()}
     position = data_start

@@ -112,11 +112,14 @@ def _mpt_as_llama(config: Config, place: str) -> Config:
     for key in ("d_model", "n_heads", "n_layers"):
         if not isinstance(config.get(key), int):
             _missing(place, key)
+    ratio = 4 if config.get("expansion_ratio") is None else config["expansion_ratio"]
+    if type(ratio) is not int:
+        _missing(place, "expansion_ratio")
     return {
         "hidden_size": config["d_model"],
         "num_hidden_layers": config["n_layers"],
         "num_attention_heads": config["n_heads"],
-        "intermediate_size": config["d_model"] * config.get("expansion_ratio", 4),
+        "intermediate_size": config["d_model"] * ratio,
         "vocab_size": config.get("vocab_size"),
         "tie_word_embeddings": config.get("tie_word_embeddings"),
         "max_position_embeddings": config.get("max_seq_len"),

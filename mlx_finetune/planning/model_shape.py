@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
+from mlx_finetune.models.config_checks import check_config
 from mlx_finetune.models.hub import HUB_ID
 from mlx_finetune.models.mlx_config import PROVEN, max_exact_length
 from mlx_finetune.models.weights import tensor_headers
@@ -113,8 +114,7 @@ def shape_of(config: Any, name: str, stored: Iterable[Stored]) -> ModelShape:
     Raises:
         UserError: an architecture or a quantisation that is not known here, or files of another model.
     """
-    if not isinstance(config, dict):
-        raise UserError(f"{name}: config.json is not a JSON object", hint="download the model again")
+    check_config(config, f"{name}: config.json")
     sizes = read_layers(config, f"{name}: config.json")
     exact = max_exact_length(config) if sizes.architecture in PROVEN else None  # beyond it, train refuses with MLX
     if exact and (sizes.longest or exact) >= exact:

@@ -15,8 +15,9 @@ from mlx_finetune.engines.mlx.corrected import correct
 from mlx_finetune.engines.mlx.layouts import classes_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
+from mlx_finetune.models.config_checks import check_config
 from mlx_finetune.models.mlx_config import PROVEN, check_supported, mlx_overlay, text_config
-from mlx_finetune.models.mlx_overlays import unread
+from mlx_finetune.models.mlx_overlays import REFUSALS, TORCH, unread
 from mlx_finetune.models.weights import weight_files
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -41,8 +42,7 @@ def open_model(folder: Path, widened: bool = False) -> tuple[nn.Module, dict[str
     `widened`: vectors in float32, see `classes_of`.
     """
     config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.json'}: not a JSON object", hint="download the model again")
+    check_config(config, f"{folder / 'config.json'}")
     check_supported(config)
     overlay = mlx_overlay(config)
     _check_all_is_read(text_config(config))
@@ -50,11 +50,9 @@ def open_model(folder: Path, widened: bool = False) -> tuple[nn.Module, dict[str
     try:
         how: Any = {"get_model_classes": partial(classes_of, widened=widened), "trust_remote_code": False}
         model, config = load_mlx_lm(folder, lazy=True, model_config=overlay, **how)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:  # damaged file; key or tensor missing; other tensors
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{folder}: not loadable with MLX: {reason}", hint="is the download whole? if so: --engine torch"
-        ) from error
+    except REFUSALS as error:  # damaged file; key or tensor missing; other tensors; a setting that cannot be computed with
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
+        raise UserError(f"{folder}: not loadable with MLX: {reason}", hint=f"is the download whole? if so, {TORCH}") from error
     correct(model, text_config(read_json(folder / "config.json")))
     return model, config
 
@@ -68,15 +66,14 @@ def empty_model(folder: Path) -> nn.Module:
         UserError: mlx-lm has no such class, or it does not take this config.
     """
     config = read_json(folder / "config.json")
-    laid_over = {**config, **(mlx_overlay(config) if text_config(config).get("model_type") in PROVEN else {})}
+    check_config(config, f"{folder / 'config.json'}")
     try:
+        laid_over = {**config, **(mlx_overlay(config) if text_config(config).get("model_type") in PROVEN else {})}
         model, arguments = classes_of(laid_over)
         made: nn.Module = model(arguments.from_dict(laid_over))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{folder}: mlx-lm does not make a model of its config.json: {reason}", hint="use --engine torch"
-        ) from error
+    except REFUSALS as error:
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
+        raise UserError(f"{folder}: mlx-lm does not make a model of its config.json: {reason}", TORCH) from error
     return made
 
 
@@ -93,7 +90,7 @@ def _check_all_is_read(text: Mapping[str, Any]) -> None:
         known |= {"sliding_window", "use_sliding_window"}
     if found := unread(text, known):
         key, value = found
-        raise UserError(f"{text['model_type']} with {key} = {value!r} is not supported with MLX", hint="use --engine torch")
+        raise UserError(f"{text['model_type']} with {key} = {value!r} is not supported with MLX", TORCH)
 
 
 def _check_weight_files(folder: Path) -> None:
