@@ -14,6 +14,7 @@ import numpy as np
 from mlx_finetune.export.changes import is_full
 from mlx_finetune.export.distance import Distance, Distances, Measured, VerificationError, distance, largest
 from mlx_finetune.export.rows import HEAD_WEIGHT
+from mlx_finetune.models.quiet import quietly
 from mlx_finetune.models.weights import SINGLE
 
 Tokens = Sequence[Sequence[int]]
@@ -81,9 +82,10 @@ def load_transformers(folder: Path) -> tuple[Any, dict[str, set[str]]]:
     from mlx_finetune.engines.torch.load import auto_class
 
     logging.disable_progress_bar()
-    model, keys = auto_class(folder).from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
-    )
+    with quietly():
+        model, keys = auto_class(folder).from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
+        )
     named = {kind: {str(name[0] if isinstance(name, tuple) else name) for name in names} for kind, names in keys.items()}
     return model.eval(), {"mismatched_keys": set[str]()} | named
 

@@ -10,6 +10,7 @@ from mlx_finetune.data.policies import policy_of
 from mlx_finetune.export.probes import vocabulary_of
 from mlx_finetune.export.rows import original, tied_twins
 from mlx_finetune.files import read_json
+from mlx_finetune.models.quiet import quietly
 from mlx_finetune.models.weights import TensorLocation, tensor_headers
 
 # Besides tokenizer_config.json, which a chat template of the run's own may take its template out of.
@@ -148,7 +149,8 @@ def _special_tokens(model: Path, fused: Path) -> tuple[dict[str, list[int]], lis
 def _ids(folder: Path) -> dict[str, list[int]]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with quietly():
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else read_json(folder / "config.json")
     ends = generation.get("eos_token_id")
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}

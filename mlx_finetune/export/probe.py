@@ -17,6 +17,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.export.verify import PROBE_TEXTS
 from mlx_finetune.files import read_json, refuse_existing
 from mlx_finetune.models.mlx_config import max_exact_length, text_config
+from mlx_finetune.models.quiet import quietly
 from mlx_finetune.models.weights import file_headers
 
 LONGEST = 64  # tokens of a text
@@ -45,7 +46,8 @@ def probe_tokens(folder: Path) -> list[list[int]]:
     config = text_config(read_json(folder / "config.json"))
     longest = min(LONGEST, max_exact_length(config) or LONGEST, config.get("max_position_embeddings") or LONGEST)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with quietly():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{folder}: transformers cannot load the tokenizer: {reason}", hint="is the download whole?") from error
@@ -70,9 +72,10 @@ def transformers_logits(folder: Path, tokens: Sequence[Sequence[int]], rounded: 
     logging.set_verbosity_error()
     hint = "is the download whole? --no-verify converts what transformers cannot load"
     try:
-        model, keys = auto_class(folder).from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
-        )
+        with quietly():
+            model, keys = auto_class(folder).from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise UserError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:160]}", hint) from error
     if wrong := sorted(map(str, keys["missing_keys"] | keys["unexpected_keys"])):

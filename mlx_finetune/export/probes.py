@@ -8,6 +8,7 @@ import numpy as np
 from mlx_finetune.engines.adapter import EMBEDDING_A
 from mlx_finetune.export.adapter import TENSORS
 from mlx_finetune.files import read_json
+from mlx_finetune.models.quiet import quietly
 from mlx_finetune.models.weights import file_headers
 
 # What a tuned model is compared on: prose, a gptme turn, code.
@@ -25,7 +26,8 @@ def tokens_of(model: Path, texts: Iterable[str]) -> list[list[int]]:
     """The first LONGEST tokens of each text that has any."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    with quietly():
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     tokens = [list(tokenizer(text)["input_ids"])[:LONGEST] for text in texts]
     assert any(tokens), "nothing to compare"
     return [row for row in tokens if row]

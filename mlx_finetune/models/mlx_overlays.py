@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mlx_finetune.errors import UserError
+from mlx_finetune.models.quiet import quietly
 
 Config = Mapping[str, Any]
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -60,7 +61,8 @@ def canonical(config: Config) -> dict[str, Any]:
     apart = ("quantization", "quantization_config", "model_type")
     given = {key: _floats(value) for key, value in config.items() if key not in apart}
     try:
-        read: dict[str, Any] = CONFIG_MAPPING[config["model_type"]].from_dict(given).to_dict()
+        with quietly():
+            read: dict[str, Any] = CONFIG_MAPPING[config["model_type"]].from_dict(given).to_dict()
     except (*REFUSALS, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"config.json: transformers refuses it: {reason}", hint="download the model again") from error

@@ -15,6 +15,7 @@ from mlx_finetune.engines.torch.device import half_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.mpt_config import check_mpt
+from mlx_finetune.models.quiet import quietly
 
 
 def load_model(folder: Path, config: RunConfig, device: str) -> PreTrainedModel:
@@ -29,9 +30,10 @@ def load_model(folder: Path, config: RunConfig, device: str) -> PreTrainedModel:
     dtype = "float32" if config.fine_tune_type == "full" else config.dtype if config.dtype != "auto" else half_of(device)
     how = _quantised(config, dtype, device) | ({"attn_implementation": "flash_attention_2"} if config.attention == "flash" else {})
     try:
-        model, found = auto_class(folder).from_pretrained(
-            folder, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True, output_loading_info=True, **how
-        )
+        with quietly():
+            model, found = auto_class(folder).from_pretrained(
+                folder, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True, output_loading_info=True, **how
+            )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -60,7 +62,8 @@ def auto_class(folder: Path) -> Any:
     Raises:
         KeyError, OSError, ValueError: as transformers' reading of config.json.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with quietly():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     sees = type(config) in AutoModelForImageTextToText._model_mapping
     alone = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForImageTextToText if sees and not alone else AutoModelForCausalLM
