@@ -18,6 +18,7 @@ from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
 from mlx_finetune.models.mlx_config import PROVEN, check_supported, max_exact_length, mlx_overlay
+from mlx_finetune.models.mlx_config import SEEING as SEEING_TYPES
 from mlx_finetune.models.weights import tensor_headers
 from mlx_finetune.training.run import check_mlx
 
@@ -310,3 +311,9 @@ def test_evaluating_with_mlx_beyond_the_sliding_window_is_refused(tmp_path: Path
     prepare([tmp_path / "c.jsonl"], ChatTemplate.load(model), make_config({}, "test"), tmp_path / "data", {})
     with pytest.raises(UserError, match="exact up to 32"):
         check_mlx(model, Dataset.open(tmp_path / "data"))
+
+
+def test_the_docs_name_every_kind_of_model_that_mlx_computes() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    line = next(line for line in text.splitlines() if line.startswith("As config.json calls them"))
+    assert {name.strip("`") for name in line.rstrip(".").partition(": ")[2].split(", ")} == PROVEN.keys() | SEEING_TYPES.keys()
