@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from mlx_finetune.errors import UserError
+from mlx_finetune.errors import REFUSALS, UserError
 from mlx_finetune.export.verify import PROBE_TEXTS
 from mlx_finetune.files import read_json, refuse_existing
 from mlx_finetune.models.mlx_config import max_exact_length, text_config
-from mlx_finetune.models.mlx_overlays import REFUSALS
 from mlx_finetune.models.quiet import quietly
 from mlx_finetune.models.weights import file_headers
 

@@ -13,10 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.engines.torch.device import half_of
-from mlx_finetune.errors import UserError
+from mlx_finetune.errors import REFUSALS, UserError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.config_checks import check_config
-from mlx_finetune.models.mlx_overlays import REFUSALS
 from mlx_finetune.models.mpt_config import check_mpt
 from mlx_finetune.models.quiet import quietly
 
