@@ -1,5 +1,8 @@
 """The one error of a user: what is wrong and where, and what to do next."""
 
+# What code of others raises where it computes with a setting that it did not look at; huggingface_hub has one more of its own.
+REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 
 class UserError(Exception):
     """A mistake that the person can mend. The command line prints it as one line plus one line of hint, exit status 2."""

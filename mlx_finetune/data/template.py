@@ -25,7 +25,7 @@ from mlx_finetune.data.provenance import Refused, locate
 from mlx_finetune.data.rows import rows_of
 from mlx_finetune.data.segments import Segments
 from mlx_finetune.data.token_text import texts_of_tokens
-from mlx_finetune.errors import UserError
+from mlx_finetune.errors import REFUSALS, UserError
 from mlx_finetune.files import read_json
 
 CALL_OVERHEAD = 24  # tokens that a template adds to a call, about: its tags and the names of its fields
@@ -292,11 +292,12 @@ class ChatTemplate:
 
 
 def _tokenizer(folder: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ImportError, StrictDataclassError, *REFUSALS) as error:  # it reads config.json too
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{folder}: tokenizer cannot be read: {reason}", hint="use a model with a tokenizer.json") from error
     if not tokenizer.chat_template:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_finetune.errors import REFUSALS, UserError
 from mlx_finetune.export.changes import is_full
 from mlx_finetune.export.distance import Distance, Distances, Measured, VerificationError, distance, largest
 from mlx_finetune.export.rows import HEAD_WEIGHT
@@ -75,17 +76,26 @@ def lost_keys(keys: Mapping[str, set[str]], base: Mapping[str, set[str]]) -> tup
 
 
 def load_transformers(folder: Path) -> tuple[Any, dict[str, set[str]]]:
-    """The model in float32, and names of tensors by what was wrong with them: missing_keys and others of transformers."""
+    """The model in float32, and names of tensors by what was wrong with them: missing_keys and others of transformers.
+
+    Raises:
+        UserError: transformers cannot load the folder.
+    """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.utils import logging
 
     from mlx_finetune.engines.torch.load import auto_class
 
     logging.disable_progress_bar()
-    with quietly():
-        model, keys = auto_class(folder).from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
-        )
+    try:
+        with quietly():
+            model, keys = auto_class(folder).from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
+            )
+    except (OSError, ImportError, StrictDataclassError, *REFUSALS) as error:
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
+        raise UserError(f"{folder}: transformers cannot load it: {reason}", hint="see that the base is complete") from error
     named = {kind: {str(name[0] if isinstance(name, tuple) else name) for name in names} for kind, names in keys.items()}
     return model.eval(), {"mismatched_keys": set[str]()} | named
 

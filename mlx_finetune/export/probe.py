@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_finetune.errors import UserError
+from mlx_finetune.errors import REFUSALS, UserError
 from mlx_finetune.export.verify import PROBE_TEXTS
 from mlx_finetune.files import read_json, refuse_existing
 from mlx_finetune.models.mlx_config import max_exact_length, text_config
@@ -41,6 +41,7 @@ def probe_tokens(folder: Path) -> list[list[int]]:
 
     None is longer than 64 tokens, nor than MLX is exact.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     config = text_config(read_json(folder / "config.json"))
@@ -48,7 +49,7 @@ def probe_tokens(folder: Path) -> list[list[int]]:
     try:
         with quietly():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ImportError, StrictDataclassError, *REFUSALS) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{folder}: transformers cannot load the tokenizer: {reason}", hint="is the download whole?") from error
     if type(count := config.get("vocab_size")) is not int:
@@ -64,6 +65,7 @@ def transformers_logits(folder: Path, tokens: Sequence[Sequence[int]], rounded: 
         UserError: transformers cannot load the folder, or finds tensors missing or too many.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.utils import logging
 
     from mlx_finetune.engines.torch.load import auto_class
@@ -76,7 +78,7 @@ def transformers_logits(folder: Path, tokens: Sequence[Sequence[int]], rounded: 
             model, keys = auto_class(folder).from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ImportError, StrictDataclassError, *REFUSALS) as error:
         raise UserError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:160]}", hint) from error
     if wrong := sorted(map(str, keys["missing_keys"] | keys["unexpected_keys"])):
         raise UserError(f"{folder}: transformers finds {wrong[0]} missing or too many ({len(wrong)} in all)", hint)

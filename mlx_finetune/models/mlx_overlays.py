@@ -6,7 +6,7 @@ Files of transformers 4 and 5 mean the same here because one library reads both;
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mlx_finetune.errors import UserError
+from mlx_finetune.errors import REFUSALS, UserError
 from mlx_finetune.models.quiet import quietly
 
 Config = Mapping[str, Any]
@@ -36,16 +36,6 @@ DERIVED: Mapping[str, frozenset[str]] = {
         "expand chunk_size time_step_min time_step_max time_step_floor rescale_prenorm_residual residual_in_fp32".split()
     ),
 }
-# What code of others raises where it computes with a setting that it did not look at.
-REFUSALS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 KEPT_NESTED = frozenset({"gemma4_text", "ministral3"})  # whose classes read `rope_parameters` themselves
 
 

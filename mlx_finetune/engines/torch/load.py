@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.engines.torch.device import half_of
-from mlx_finetune.errors import UserError
+from mlx_finetune.errors import REFUSALS, UserError
 from mlx_finetune.files import read_json
+from mlx_finetune.models.config_checks import check_config
 from mlx_finetune.models.mpt_config import check_mpt
 from mlx_finetune.models.quiet import quietly
 
@@ -24,7 +26,9 @@ def load_model(folder: Path, config: RunConfig, device: str) -> PreTrainedModel:
     Raises:
         UserError: transformers cannot load it or would compute it otherwise, or tensors are missing or too many.
     """
-    check_mpt(read_json(folder / "config.json"))
+    settings = read_json(folder / "config.json")
+    check_config(settings, f"{folder / 'config.json'}")
+    check_mpt(settings)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     dtype = "float32" if config.fine_tune_type == "full" else config.dtype if config.dtype != "auto" else half_of(device)
@@ -34,7 +38,7 @@ def load_model(folder: Path, config: RunConfig, device: str) -> PreTrainedModel:
             model, found = auto_class(folder).from_pretrained(
                 folder, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True, output_loading_info=True, **how
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ImportError, StrictDataclassError, *REFUSALS) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = " ".join(str(error).split())[:160]
