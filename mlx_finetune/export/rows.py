@@ -36,7 +36,8 @@ def factored(left: np.ndarray, right: np.ndarray, magnitude: np.ndarray | None) 
 
     def rows(first: int, before: np.ndarray) -> np.ndarray:
         here = slice(first, first + len(before))
-        after: np.ndarray = before + left[here] @ right
+        after: np.ndarray = left[here] @ right
+        after += before
         if magnitude is None:
             return after
         with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is refused where it is written

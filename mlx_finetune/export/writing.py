@@ -14,13 +14,14 @@ from typing import IO
 
 from threadpoolctl import threadpool_limits
 
+from mlx_finetune.allocator import keep_blocks
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.rows import Change, Rows
 from mlx_finetune.files import clone_file
 from mlx_finetune.models.weights import ITEM_BYTES, are_finite, stored_numbers, to_float32
 
 Advance = Callable[[int], None]
-BLOCK = 1 << 16  # numbers computed at once: what is made of them stays in a core's cache
+BLOCK = 1 << 18  # numbers computed at once: what is made of them stays in a core's cache
 WORKERS = min(8, os.cpu_count() or 1)
 AHEAD = 4 * WORKERS  # blocks that may wait
 COPIED = 1 << 23  # bytes copied at once
@@ -48,6 +49,7 @@ def write_file(source: Path, target: Path, changes: Sequence[tuple[str, Change]]
     Raises:
         UserError: a number that the dtype cannot hold, or as `Change.open_rows`.
     """
+    keep_blocks()
     is_clone = clone_file(source, target)
     changed: set[str] = set()
     with (
@@ -67,7 +69,7 @@ def write_file(source: Path, target: Path, changes: Sequence[tuple[str, Change]]
                 for block in _blocks(name, change):
                     if len(waiting) >= AHEAD:
                         _finish(waiting.popleft(), changed, advance)
-                    waiting.append(pool.submit(_write, original.fileno(), written.fileno(), block))
+                    waiting.append(pool.submit(_write, original.fileno(), written.fileno(), block, name in changed))
             _between(original, written, position, size, is_clone, advance)
             while waiting:
                 _finish(waiting.popleft(), changed, advance)
@@ -93,8 +95,8 @@ def _blocks(name: str, change: Change) -> Iterator[Block]:
         yield Block(name, change, become, first, min(step, count - first))
 
 
-def _write(original: int, written: int, block: Block) -> tuple[str, bool, int]:
-    """By file descriptors: several blocks at once. Name, whether anything changed, and bytes."""
+def _write(original: int, written: int, block: Block, is_changed: bool) -> tuple[str, bool, int]:
+    """By file descriptors: several blocks at once. Name, whether anything changed (which is known where it `is_changed`), bytes."""
     location = block.change.location
     start = location.start + block.first * block.width * ITEM_BYTES[location.dtype]
     before = _read(original, block.rows * block.width * ITEM_BYTES[location.dtype], start)
@@ -103,7 +105,7 @@ def _write(original: int, written: int, block: Block) -> tuple[str, bool, int]:
     if not are_finite(stored, location.dtype):
         raise UserError(f"{block.name}: the sum has numbers that {location.dtype} cannot hold", hint="take an earlier checkpoint")
     _put(written, memoryview(stored).cast("B"), start)  # type: ignore[arg-type]
-    return block.name, before != stored.tobytes(), len(before)
+    return block.name, is_changed or before != stored.tobytes(), len(before)
 
 
 def _put(file: int, data: memoryview, start: int) -> None:

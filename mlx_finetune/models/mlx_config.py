@@ -148,12 +148,12 @@ def text_config(config: Config) -> Config:
 
 def is_tied(config: Config) -> bool:
     """Whether the head is the embeddings, by config.json and what transformers takes where that is silent."""
-    from transformers import CONFIG_MAPPING
-
     text = text_config(config)
     said = text.get("tie_word_embeddings")
-    if said is None and text.get("model_type") in CONFIG_MAPPING:
-        said = canonical(text).get("tie_word_embeddings")
+    if said is None:  # only then: to import it takes seconds
+        from transformers import CONFIG_MAPPING
+
+        said = canonical(text).get("tie_word_embeddings") if text.get("model_type") in CONFIG_MAPPING else None
     return bool(said)
 
 

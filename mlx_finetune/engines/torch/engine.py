@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from mlx_finetune.allocator import keep_blocks
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
 from mlx_finetune.data.trees import Tree
@@ -37,7 +38,6 @@ from mlx_finetune.engines.torch.fused import take_over
 from mlx_finetune.engines.torch.load import load_model
 from mlx_finetune.engines.torch.lora import LoRAEmbedding, LoRALinear, TiedHead, to_numpy
 from mlx_finetune.engines.torch.loss import loss_sum
-from mlx_finetune.engines.torch.memory import keep_blocks
 from mlx_finetune.engines.torch.optimizers import updater_of
 from mlx_finetune.engines.torch.ranks import gathering, ranks_of, sum_gradients
 from mlx_finetune.engines.work import Work, in_step, share_of, works_of

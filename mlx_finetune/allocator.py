@@ -1,4 +1,4 @@
-"""How a Linux CPU gives torch its memory."""
+"""How Linux gives numpy and torch their memory."""
 
 import ctypes
 import sys
