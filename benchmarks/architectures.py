@@ -17,7 +17,7 @@ from tables import Table, run
 from test_architectures import OF_EXPERTS, rope
 from tiny_models import SEEING, make_joined, make_seeing, make_tiny
 
-from mlx_finetune.models.mlx_config import PROVEN
+from mlx_finetune.models.mlx_proven import PROVEN
 
 TEXT = """\
 Largest difference over the largest logit, float32: `load` of MLX from transformers; `loss` and `norm` of a training step, MLX's

@@ -17,8 +17,9 @@ from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
-from mlx_finetune.models.mlx_config import PROVEN, check_supported, max_exact_length, mlx_overlay
-from mlx_finetune.models.mlx_config import SEEING as SEEING_TYPES
+from mlx_finetune.models.mlx_config import check_supported, max_exact_length, mlx_overlay
+from mlx_finetune.models.mlx_proven import PROVEN
+from mlx_finetune.models.mlx_proven import SEEING as SEEING_TYPES
 from mlx_finetune.models.weights import tensor_headers
 from mlx_finetune.training.run import check_mlx
 

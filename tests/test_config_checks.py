@@ -13,7 +13,8 @@ from tiny_replit import convert_replit, make_replit
 from mlx_finetune.errors import UserError
 from mlx_finetune.models.config_checks import check_config
 from mlx_finetune.models.hub import check_model_folder
-from mlx_finetune.models.mlx_config import PROVEN, SEEING, check_supported, max_exact_length, mlx_overlay
+from mlx_finetune.models.mlx_config import check_supported, max_exact_length, mlx_overlay
+from mlx_finetune.models.mlx_proven import PROVEN, SEEING
 from mlx_finetune.models.plain_config import plain_config
 from mlx_finetune.models.quantised_sources import check_not_packed
 from mlx_finetune.planning.model_shape import shape_of

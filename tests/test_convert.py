@@ -16,7 +16,7 @@ from mlx_finetune.export.convert import Converted, How, convert
 from mlx_finetune.export.distance import VerificationError
 from mlx_finetune.export.verify_converted import Compared, verify_converted
 from mlx_finetune.models.importing import find_source
-from mlx_finetune.models.mlx_config import PROVEN
+from mlx_finetune.models.mlx_proven import PROVEN
 from mlx_finetune.models.quantisation import RECIPES, Quantisation, quantisation_of
 from mlx_finetune.models.weights import tensor_headers
 

@@ -309,7 +309,7 @@ def test_a_word_piece_model_without_tokenizer_json_gets_one(tiny_llama: Path, tm
 
 
 def test_the_last_token_of_the_vocabulary_is_compared_too(tiny_llama: Path) -> None:
-    from mlx_finetune.export.probe import probe_tokens
+    from mlx_finetune.export.stored_logits import probe_tokens
 
     rows = probe_tokens(tiny_llama)
     assert {0, VOCABULARY - 1} <= set(rows[-1]) and len(rows) == 4

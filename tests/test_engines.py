@@ -11,7 +11,7 @@ from mlx_finetune.data.batches import Batch, Example
 from mlx_finetune.engines import Engine, open_engine
 from mlx_finetune.engines.adapter import Target, choose_targets, initial_adapter
 from mlx_finetune.errors import UserError
-from mlx_finetune.models.mlx_config import PROVEN
+from mlx_finetune.models.mlx_proven import PROVEN
 
 VOCABULARY = 320
 

@@ -6,7 +6,7 @@ import pytest
 from architecture_row import Row, row_of
 from tiny_models import SEEING, make_seeing, make_tiny
 
-from mlx_finetune.models.mlx_config import PROVEN
+from mlx_finetune.models.mlx_proven import PROVEN
 
 EXACT = 1e-4  # float32; mlx-lm's recurrences sum in another order: 5e-5 to 2e-4
 RECURRENT = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")

@@ -14,7 +14,7 @@ from tiny_models import make_tiny
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.fuse import fuse
 from mlx_finetune.export.verify import fuse_and_verify
-from mlx_finetune.models.mlx_config import PROVEN
+from mlx_finetune.models.mlx_proven import PROVEN
 from mlx_finetune.models.weights import tensor_headers
 
 DORA = ("cohere", "gemma2", "gpt_neox", "llama", "phi3", "qwen2", "qwen3_5_text")

@@ -14,7 +14,7 @@ from tiny_models import SIZES, make_tiny
 
 from mlx_finetune.config import load_config
 from mlx_finetune.errors import UserError
-from mlx_finetune.models.mlx_config import PROVEN, UNPLANNED
+from mlx_finetune.models.mlx_proven import PROVEN, UNPLANNED
 from mlx_finetune.planning.advice import SHORTEST, Wanted, choose, needed, refuse_what_cannot_fit
 from mlx_finetune.planning.architectures import KINDS
 from mlx_finetune.planning.machine import CHIPS, GIB, find_chip, metal_limit, parse_memory, planned_machine, this_machine

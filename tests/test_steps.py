@@ -13,7 +13,7 @@ from mlx_finetune.data.batches import Batch, Example
 from mlx_finetune.engines import open_engine
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
-from mlx_finetune.models.mlx_config import PROVEN
+from mlx_finetune.models.mlx_proven import PROVEN
 
 RELATIVE = 1e-4
 PLAIN = {"attention": "fused", "share_prefixes": "never"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.memory import shortage
-from mlx_finetune.export.probe import probe_tokens, read_probe, write_probe
+from mlx_finetune.export.stored_logits import probe_tokens, read_probe, write_probe
 from mlx_finetune.export.verify_converted import Compared, Verified, verify_converted
 from mlx_finetune.files import atomic_folder, read_json, refuse_existing, write_json
 from mlx_finetune.models.config_checks import check_config

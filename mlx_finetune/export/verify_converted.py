@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.distance import VerificationError, distance, largest
-from mlx_finetune.export.probe import Probe, named, probe_tokens, transformers_logits
+from mlx_finetune.export.stored_logits import Probe, named, probe_tokens, transformers_logits
 
 Tokens = Sequence[Sequence[int]]
 Logits = Sequence[np.ndarray]  # [T, V] of each text

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from mlx_finetune.errors import UserError
-from mlx_finetune.models.mlx_config import PROVEN
+from mlx_finetune.models.mlx_proven import PROVEN
 
 Config = Mapping[str, Any]
 Bias = bool | str  # always, never, or where the config's key of that name says so

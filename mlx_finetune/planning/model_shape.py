@@ -10,7 +10,8 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.config_checks import check_config
 from mlx_finetune.models.hub import HUB_ID
-from mlx_finetune.models.mlx_config import PROVEN, max_exact_length
+from mlx_finetune.models.mlx_config import max_exact_length
+from mlx_finetune.models.mlx_proven import PROVEN
 from mlx_finetune.models.weights import tensor_headers
 from mlx_finetune.planning.architectures import Layers, read_layers
 

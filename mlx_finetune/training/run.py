@@ -23,7 +23,8 @@ from mlx_finetune.engines.supported import check_settings as check_settings_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file, new_folder, read_json, refuse_existing
 from mlx_finetune.models.hub import check_model_folder, model_folder
-from mlx_finetune.models.mlx_config import PROVEN, check_supported, hidden_size, max_exact_length, names_of, text_config
+from mlx_finetune.models.mlx_config import check_supported, hidden_size, max_exact_length, names_of, text_config
+from mlx_finetune.models.mlx_proven import PROVEN
 from mlx_finetune.models.quantised_sources import packed_by
 from mlx_finetune.models.tensor_names import names_in_files, tensor_of, transformers_name
 from mlx_finetune.models.weights import fingerprint, tensor_headers

@@ -15,7 +15,8 @@ import numpy as np
 
 from mlx_finetune.data.trees import Segment
 from mlx_finetune.engines.mlx.exponential import exp_is_slow, softmax, swiglu
-from mlx_finetune.models.mlx_config import PROVEN, text_config
+from mlx_finetune.models.mlx_config import text_config
+from mlx_finetune.models.mlx_proven import PROVEN
 
 BLOCK, FEWEST = 256, 64  # queries whose scores exist at once
 SCORES = 2**20  # numbers that exist at once, where FEWEST queries have no more

@@ -16,8 +16,9 @@ from mlx_finetune.engines.mlx.layouts import classes_of
 from mlx_finetune.errors import REFUSALS, UserError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.config_checks import check_config
-from mlx_finetune.models.mlx_config import PROVEN, check_supported, mlx_overlay, text_config
+from mlx_finetune.models.mlx_config import check_supported, mlx_overlay, text_config
 from mlx_finetune.models.mlx_overlays import TORCH, unread
+from mlx_finetune.models.mlx_proven import PROVEN
 from mlx_finetune.models.weights import weight_files
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}

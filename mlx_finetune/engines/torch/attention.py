@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mlx_finetune.data.trees import Segment, Tree
-from mlx_finetune.models.mlx_config import PROVEN
+from mlx_finetune.models.mlx_proven import PROVEN
 
 NAME = "mlx_finetune_tree"
 Masks = dict[tuple[int, int, int | None], torch.Tensor]  # by segment and window
