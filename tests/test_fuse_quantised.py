@@ -15,7 +15,7 @@ from mlx_finetune.export.convert import How, convert
 from mlx_finetune.export.folder_checks import check_folder
 from mlx_finetune.export.fuse import fuse_into
 from mlx_finetune.export.packed_logits import packed_logits
-from mlx_finetune.export.quantised_base import _unpacked
+from mlx_finetune.export.quantised_base import unpacked
 from mlx_finetune.models.importing import find_source
 from mlx_finetune.models.quantisation import Quantisation
 
@@ -197,6 +197,6 @@ def test_packed_experts_are_unpacked_one_by_one_where_they_stand(model_type: str
     base = make_tiny(model_type, tmp_path / "base", tokenizer=True, changes=sizes)
     convert(find_source(str(base)), tmp_path / "packed", How(FOUR, verify=False), lambda done, total: None)
     (tmp_path / "exact").mkdir()
-    fuse_into(base, tmp_path / "packed", tmp_path / "exact", changes=_unpacked(base, tmp_path / "packed"))
+    fuse_into(base, tmp_path / "packed", tmp_path / "exact", changes=unpacked(base, tmp_path / "packed"))
     expected = np.stack(packed_logits(tmp_path / "packed", tokens(24).tolist()))
     assert np.abs(transformers_logits(tmp_path / "exact", tokens(24)) - expected).max() < RELATIVE * np.abs(expected).max()

@@ -37,7 +37,7 @@ COUNT = ("a whole number, 0 or more", lambda value: _is_count(value) and 0 <= va
 SIZE = ("a positive whole number", _is_size)
 LAYERS = (f"a whole number from 1 to {MOST_LAYERS:,}", lambda value: _is_size(value) and value <= MOST_LAYERS)
 SIZES = ("a positive whole number, or a list of them", _list_of(_is_size))  # some models have one for each layer
-PERIOD = ("a positive whole number, or a pattern of letters", lambda value: _is_size(value) or isinstance(value, str))
+PERIOD = ("a whole number, 0 or more, or a pattern of letters", lambda value: COUNT[1](value) or isinstance(value, str))
 WINDOW = ("a whole number of tokens", lambda value: _is_count(value) and -1 <= value <= LARGEST)
 TOKENS = ("the number of a token, or a list of them", _list_of(_is_count))
 NUMBER = ("a number", _is_number)
@@ -51,13 +51,13 @@ SETTINGS = ("an object", lambda value: isinstance(value, Mapping))
 KNOWN: Mapping[tuple[str, Check], str] = {
     LAYERS: "num_hidden_layers n_layers",
     SIZE: "hidden_size vocab_size num_attention_heads global_head_dim d_model n_heads max_seq_len "
-    "max_position_embeddings original_max_position_embeddings shared_expert_intermediate_size "
+    "max_position_embeddings original_max_position_embeddings "
     "decoder_sparse_step full_attention_interval linear_num_key_heads linear_num_value_heads linear_key_head_dim "
     "linear_value_head_dim linear_conv_kernel_dim v_head_dim kv_lora_rank state_size "
     "mamba_n_heads mamba_d_head mamba_d_state n_groups",
-    SIZES: "intermediate_size moe_intermediate_size num_key_value_heads",
+    SIZES: "intermediate_size num_key_value_heads",
     COUNT: "head_dim qk_rope_head_dim qk_nope_head_dim num_experts num_local_experts n_routed_experts "
-    "num_kv_shared_layers hidden_size_per_layer_input",
+    "num_kv_shared_layers hidden_size_per_layer_input shared_expert_intermediate_size moe_intermediate_size",
     PERIOD: "sliding_window_pattern",
     WINDOW: "sliding_window",
     TOKENS: "bos_token_id eos_token_id pad_token_id",
