@@ -16,6 +16,7 @@ from mlx_finetune.export.distance import ENGINES, TOLERANCE, VerificationError, 
 from mlx_finetune.export.in_engine import any_engine, exact_length, logits_of, on_cpu
 from mlx_finetune.export.mlx_backend import mlx_logits
 from mlx_finetune.export.probes import PROBE_TEXTS, bounded, spread_of, tokens_of
+from mlx_finetune.training.memory_watch import loading
 
 NOISE = 3e-5  # of the largest logit: below this nobody can say which of two models is nearer
 Rows = Sequence[Sequence[int]]
@@ -68,7 +69,8 @@ def check_readers(model: Path, checkpoint: Path, folder: Path, formats: Sequence
     highest = largest(reference)
     readers = {}
     for name in asked:
-        base, found = READERS[name](model, folder, rows)
+        with loading(model, "run it in float32"):
+            base, found = READERS[name](model, folder, rows)
         readers[name] = _reading(reference, base, found, highest)
         if not _passes(readers[name], highest):
             raise VerificationError(f"{name} makes other logits of the adapter than the {engine} engine: {readers[name]}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_finetune.errors import REFUSALS, UserError
+from mlx_finetune.errors import REFUSALS, UserError, no_memory
 from mlx_finetune.export.changes import is_full
 from mlx_finetune.export.distance import Distance, Distances, Measured, VerificationError, distance, largest
 from mlx_finetune.export.rows import HEAD_WEIGHT
@@ -94,6 +94,8 @@ def load_transformers(folder: Path) -> tuple[Any, dict[str, set[str]]]:
                 folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
             )
     except (OSError, ImportError, StrictDataclassError, *REFUSALS) as error:
+        if no_memory(error):
+            raise
         reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
         raise UserError(f"{folder}: transformers cannot load it: {reason}", hint="see that the base is complete") from error
     named = {kind: {str(name[0] if isinstance(name, tuple) else name) for name in names} for kind, names in keys.items()}

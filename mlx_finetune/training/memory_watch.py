@@ -1,6 +1,5 @@
 """Whether the machine runs out of memory while a run is on."""
 
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from mlx_finetune.config import RunConfig
-from mlx_finetune.errors import UserError
+from mlx_finetune.errors import UserError, no_memory
 from mlx_finetune.launched import launched
 
 # How this process was started, by its launcher.
@@ -18,7 +17,6 @@ GIB = 2**30
 LEAST_LEFT = 0.03  # of all memory; below it systems begin to swap what is in use
 MOST_SWAPPED = GIB  # more than at the start: idle programs may go there, a run may not
 EVERY = 0.25  # seconds
-SHORTAGE = re.compile(r"out of memory|insufficient memory|allocate|bad_alloc|alloc_failed", re.IGNORECASE)
 
 
 class MemoryWatch:
@@ -74,7 +72,7 @@ def loading(model: Path, what: str = "load it", hint: str = LOADING) -> Iterator
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not SHORTAGE.search(str(error)):
+        if not no_memory(error):
             raise
         raise NoMemory(f"{model}: no memory left to {what} ({_said(error)})", hint=hint) from error
 
@@ -99,7 +97,7 @@ def memory_errors(step: int, config: RunConfig) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is the former, numpy's the latter
-        if isinstance(error, RuntimeError) and not SHORTAGE.search(str(error)):
+        if not no_memory(error):
             raise
         tried = f"batch_size = {config.batch_size}, grad_checkpoint = {config.grad_checkpoint}"
         hint = f"{less_memory(config)}; what was learned so far is kept"

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.engines.torch.device import half_of
-from mlx_finetune.errors import REFUSALS, UserError
+from mlx_finetune.errors import REFUSALS, UserError, no_memory
 from mlx_finetune.files import read_json
 from mlx_finetune.models.config_checks import check_config
 from mlx_finetune.models.mpt_config import check_mpt
@@ -39,7 +39,7 @@ def load_model(folder: Path, config: RunConfig, device: str) -> PreTrainedModel:
                 folder, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True, output_loading_info=True, **how
             )
     except (OSError, ImportError, StrictDataclassError, *REFUSALS) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if no_memory(error):
             raise
         reason = " ".join(str(error).split())[:160]
         hint = "see that the folder is complete, and that this transformers knows the architecture"
