@@ -10,16 +10,16 @@ from typing import Any
 
 import typer
 
-from mlx_finetune.config import RunConfig
 from mlx_finetune.errors import UserError
-from mlx_finetune.export.facts import Facts, read_facts
-from mlx_finetune.files import atomic_folder, refuse_existing
+from mlx_finetune.export.facts import Facts
+from mlx_finetune.files import atomic_folder, read_json, refuse_existing
+from mlx_finetune.fusing import Opened, check_quantised, fuse_opened, open_trained
+from mlx_finetune.installed import versions
 from mlx_finetune.models.hub import HUB_ID, check_model_folder
-from mlx_finetune.originals import is_quantised, original_of, was_awq
 from mlx_finetune.terminal import finish, progress, say, table
 
 ADAPTERS, MODELS = ("peft", "mlx-lm"), ("gguf", "ollama")
-CHECKPOINT, QUANTISATION = "best", "q8_0"  # where none is named
+QUANTISATION = "q8_0"  # where none is named
 # Ways of a fused model folder into the new one; gives back the file that was written.
 Write = Callable[[Path, Path, Callable[..., None]], Path]
 
@@ -81,43 +81,34 @@ def _check(options: ExportOptions) -> None:
     is_run = (options.run / "config.yaml").is_file()
     if options.quantised_base and not is_file:
         raise UserError(f"--quantised-base: an adapter for {options.to} has no base in it", hint="leave it out")
-    of_runs = {"quantised-base": "yes" if options.quantised_base else "", "original": options.original}
-    for name, value in (("checkpoint", options.checkpoint), ("base", options.base), *of_runs.items()):
-        if value and is_file and not is_run:
-            raise UserError(f"--{name} {value}: {options.run} is no run", hint="leave it out for a model folder")
+    of_runs = {
+        f"--checkpoint {options.checkpoint}": options.checkpoint,
+        f"--base {options.base}": options.base,
+        f"--original {options.original}": options.original,
+        "--quantised-base": options.quantised_base,
+    }
+    for option, given in of_runs.items():
+        if given and is_file and not is_run:
+            raise UserError(f"{option}: {options.run} is no run", hint="leave it out for a model folder")
     refuse_existing(options.out)
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A run: what it was trained on, the unquantised weights of that, and what a card says."""
-
-    config: RunConfig
-    model: Path
-    into: Path
-    checkpoint: Path
-    facts: Facts
-
-
-def _open(options: ExportOptions) -> Opened:
-    from mlx_finetune.evaluation.compare import open_run
-
-    config, model, checkpoint = open_run(options.run, options.checkpoint or CHECKPOINT)
-    into = model if options.to == "mlx-lm" and was_awq(model) else original_of(model, options.original)
-    if options.quantised_base and not is_quantised(model):
-        raise UserError(f"--quantised-base: {model} is not quantised", hint="leave it out")
-    return Opened(config, model, into, checkpoint, read_facts(options.run, checkpoint, into, config, options.base))
+def _open(options: ExportOptions) -> tuple[Opened, Facts]:
+    opened = open_trained(options.run, options.checkpoint, options.original, options.base, into_awq=options.to == "mlx-lm")
+    if options.quantised_base:
+        check_quantised(opened)
+    assert opened.facts is not None
+    return opened, opened.facts
 
 
 def _export_adapter(options: ExportOptions) -> None:
     from mlx_finetune.export.adapter_folder import FORMATS, export_adapter
-    from mlx_finetune.training.checkpoint import trained_template
 
-    opened_run = _open(options)
-    checkpoint, facts = opened_run.checkpoint, opened_run.facts
+    trained, facts = _open(options)
+    checkpoint = trained.checkpoint
     (to,) = (name for name in FORMATS if name == options.to)
     say(f"writing the adapter of {checkpoint} for {to} into {options.out}, and comparing it with the engine that trained it")
-    exported, opened = export_adapter(opened_run.into, checkpoint, options.out, to, trained_template(options.run), facts)
+    exported, opened = export_adapter(trained.into, checkpoint, options.out, to, trained.template, facts)
     for remark in exported.remarks:
         say(remark)
     if not facts.on_hub:
@@ -138,15 +129,15 @@ def _export_adapter(options: ExportOptions) -> None:
 def _export_gguf_adapter(options: ExportOptions) -> None:
     from mlx_finetune.export.card import write_card
     from mlx_finetune.export.gguf_adapter import write_gguf_adapter
-    from mlx_finetune.export.report import versions
+    from mlx_finetune.export.report import RAN
 
-    opened = _open(options)
-    checkpoint, facts = opened.checkpoint, opened.facts
+    opened, facts = _open(options)
+    checkpoint = opened.checkpoint
     say(f"writing the adapter of {checkpoint} as GGUF into {options.out}")
     with atomic_folder(options.out) as folder:
         name = f"{facts.base.rpartition('/')[2]}-lora.gguf"
         write_gguf_adapter(checkpoint, opened.into, folder / name)
-        write_card(folder, facts, {"verified": {}, "versions": versions()}, "gguf adapter")
+        write_card(folder, facts, {"verified": {}, "versions": versions(RAN)}, "gguf adapter")
     say("what llama.cpp makes of it was not compared with the engine that trained it")
     following = f"llama-server -m BASE.gguf --lora {options.out / name}"
     finish({"file": str(options.out / name), "out": str(options.out)}, options.as_json, lambda: None, options.out, following)
@@ -161,15 +152,17 @@ def _export_model(options: ExportOptions) -> None:
             raise UserError(f"{options.run}: neither a run nor a model folder", hint="mlx-finetune train or fuse makes one")
         check_model_folder(options.run)
     from mlx_finetune.export.gguf_kinds import check_kind
+    from mlx_finetune.export.gguf_write import need_gguf
 
     kind = options.quantisation or QUANTISATION
     check_kind(kind)
+    need_gguf()
     say(f"writing {options.run} as {options.to} ({kind}) into {options.out}")
     with (
         atomic_folder(options.out) as folder,
         tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{options.out.name}.") as beside,
     ):
-        fused, report, facts = (Path(beside) / "fused", None, None) if is_run else (options.run, None, None)
+        fused, report, facts = Path(beside) / "fused" if is_run else options.run, None, None
         if is_run:
             report, facts = _fuse(options, fused)
         with progress(options.to) as advance:
@@ -188,24 +181,16 @@ def _export_model(options: ExportOptions) -> None:
 
 def _fuse(options: ExportOptions, fused: Path) -> tuple[dict[str, Any], Facts]:
     from mlx_finetune.export.gguf_metadata import read_config
-    from mlx_finetune.export.quantised_base import changes_from_packed
+    from mlx_finetune.export.ollama import translated
     from mlx_finetune.export.report import FILE
-    from mlx_finetune.export.verify import PROBE_TEXTS, fuse_and_verify
-    from mlx_finetune.files import read_json
-    from mlx_finetune.training.checkpoint import trained_template
 
-    opened = _open(options)
+    opened, facts = _open(options)
     read_config(opened.into)  # refuses what llama.cpp does not have, before anything is fused
-    changes = changes_from_packed(opened.into, opened.model, opened.checkpoint) if options.quantised_base else None
-    packed = opened.model if is_quantised(opened.model) else None
-    with progress("fuse") as advance:
-        _, verified = fuse_and_verify(
-            opened.into, opened.checkpoint, fused, PROBE_TEXTS, advance, trained_template(options.run), opened.facts,
-            packed=packed, from_packed=options.quantised_base, changes=changes,
-        )  # fmt: skip
+    if options.to == "ollama":
+        translated(opened.into, opened.template)  # and a template that cannot be translated
+    _, verified = fuse_opened(opened, fused, options.quantised_base)
     if verified.not_run:
         say(verified.not_run)
-    facts = opened.facts
     return read_json(fused / FILE), facts
 
 

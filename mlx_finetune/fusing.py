@@ -5,11 +5,18 @@ from pathlib import Path
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.errors import UserError
+from mlx_finetune.evaluation.compare import open_run
+from mlx_finetune.export.changes import read_changes
 from mlx_finetune.export.facts import Facts, read_facts
+from mlx_finetune.export.fuse import Fused
+from mlx_finetune.export.quantised_base import changes_from_packed
+from mlx_finetune.export.report import told
+from mlx_finetune.export.verify import PROBE_TEXTS, Verified, fuse_and_verify
 from mlx_finetune.files import read_json, refuse_existing
 from mlx_finetune.models.hub import HUB_ID, check_model_folder, model_folder
-from mlx_finetune.originals import is_quantised, original_of
+from mlx_finetune.originals import is_quantised, original_of, was_awq
 from mlx_finetune.terminal import finish, progress, say
+from mlx_finetune.training.checkpoint import trained_template
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -48,11 +55,6 @@ class Opened:
 
 def fuse_command(options: FuseOptions) -> None:
     """`mlx-finetune fuse`."""
-    from mlx_finetune.export.changes import read_changes
-    from mlx_finetune.export.quantised_base import changes_from_packed
-    from mlx_finetune.export.report import told
-    from mlx_finetune.export.verify import PROBE_TEXTS, fuse_and_verify
-
     refuse_existing(options.out)
     opened = _open(options)
     say(f"adding {opened.checkpoint} to the weights of {opened.into}, into {options.out}")
@@ -60,17 +62,7 @@ def fuse_command(options: FuseOptions) -> None:
         say(f"they become those that it was trained on: the quantised ones of {opened.model}, unpacked")
     elif is_quantised(opened.model):
         say(f"it was trained on the quantised weights of {opened.model}; these are the original ones")
-    changes = (
-        changes_from_packed(opened.into, opened.model, opened.checkpoint)
-        if options.quantised_base
-        else read_changes(opened.into, opened.checkpoint)
-    )
-    with progress("fuse") as advance:
-        fused, verified = fuse_and_verify(
-            opened.into, opened.checkpoint, options.out, PROBE_TEXTS, advance, opened.template, opened.facts,
-            packed=opened.model if opened.is_packed else None, from_packed=options.quantised_base, changes=changes,
-            by_weights=True if options.by_weights else None,
-        )  # fmt: skip
+    fused, verified = fuse_opened(opened, options.out, options.quantised_base, options.by_weights)
 
     def show() -> None:
         print(*told(fused.tensors, asdict(verified)), sep="\n")
@@ -82,6 +74,42 @@ def fuse_command(options: FuseOptions) -> None:
 
     result = {"fused": asdict(fused), "verified": asdict(verified), "out": str(options.out)}
     finish(result, options.as_json, show, options.out, "use the folder like any Hugging Face model")
+
+
+def fuse_opened(opened: Opened, out: Path, quantised_base: bool, by_weights: bool = False) -> tuple[Fused, Verified]:
+    """`fuse_and_verify` with a progress bar; `quantised_base`: into the weights that were trained on, unpacked."""
+    changes = (
+        changes_from_packed(opened.into, opened.model, opened.checkpoint)
+        if quantised_base
+        else read_changes(opened.into, opened.checkpoint)
+    )
+    with progress("fuse") as advance:
+        return fuse_and_verify(
+            opened.into, opened.checkpoint, out, PROBE_TEXTS, advance, opened.template, opened.facts,
+            packed=opened.model if opened.is_packed else None, from_packed=quantised_base, changes=changes,
+            by_weights=by_weights or None,
+        )  # fmt: skip
+
+
+def open_trained(run: Path, checkpoint: str, original: str, base: str, into_awq: bool = False) -> Opened:
+    """A run that `train` made; `into_awq`: what was trained on weights of AWQ is for them alone.
+
+    Raises:
+        UserError: no such run or checkpoint, a model that is not the one that was trained on, or no original weights.
+    """
+    config, model, folder = open_run(run, checkpoint or "best")
+    keeps = into_awq and was_awq(model)
+    if keeps and original:
+        raise UserError(f"--original {original}: what was trained on {model} is for its own weights, of AWQ", hint="leave it out")
+    into = model if keeps else original_of(model, original)
+    return Opened(model, into, folder, trained_template(run), config, read_facts(run, folder, into, config, base))
+
+
+def check_quantised(opened: Opened) -> None:
+    """Raises UserError where --quantised-base is given and there are no quantised weights on the disk."""
+    if not is_quantised(opened.model):
+        what = "was trained on weights that are quantised only while they are loaded" if opened.is_packed else "is not quantised"
+        raise UserError(f"--quantised-base: {opened.model} {what}", hint="leave it out")
 
 
 def _open(options: FuseOptions) -> Opened:
@@ -96,22 +124,15 @@ def _open(options: FuseOptions) -> Opened:
     if not is_run and not (options.run / ADAPTER_CONFIG).is_file():
         raise UserError(f"{options.run}: neither a run nor the folder of an adapter", hint="mlx-finetune train makes a run")
     opened = _open_run(options) if is_run else _open_adapter(options)
-    if options.quantised_base and not is_quantised(opened.model):
-        what = "was trained on weights that are quantised only while they are loaded" if opened.is_packed else "is not quantised"
-        raise UserError(f"--quantised-base: {opened.model} {what}", hint="leave it out")
+    if options.quantised_base:
+        check_quantised(opened)
     return opened
 
 
 def _open_run(options: FuseOptions) -> Opened:
-    from mlx_finetune.evaluation.compare import open_run
-    from mlx_finetune.training.checkpoint import trained_template
-
     if options.model:
         raise UserError(f"--model {options.model}: a run knows its model", hint="--original names the weights to fuse into")
-    config, model, checkpoint = open_run(options.run, options.checkpoint or "best")
-    into = original_of(model, options.original)
-    facts = read_facts(options.run, checkpoint, into, config, options.base)
-    return Opened(model, into, checkpoint, trained_template(options.run), config, facts)
+    return open_trained(options.run, options.checkpoint, options.original, options.base)
 
 
 def _open_adapter(options: FuseOptions) -> Opened:

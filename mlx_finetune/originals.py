@@ -29,8 +29,7 @@ def original_of(model: Path, named: str) -> Path:
         if origin is None and quantised:
             hint = "--original FOLDER or org/name: the unquantised model"
             raise UserError(f"{model}: quantised, and no origin.json says from what", hint=hint)
-        found = original_folder(model)
-        return model if found == model else found
+        return original_folder(model)
     if origin is None and not quantised:
         raise UserError(f"--original {named}: {model} is the original itself", hint="leave it out")
     found = model_folder(named)
@@ -51,10 +50,10 @@ def _is_packed_from(model: Path, original: Path) -> bool:
 
 
 def was_awq(model: Path) -> bool:
-    """Whether the folder was converted from one that AWQ packed, and that is still there."""
+    """Whether the folder was converted from one that AWQ packed, and that is still there or on the hub."""
     origin = read_origin(model)
-    if not origin or not Path(origin.model).is_dir():
+    if not origin or origin.format != "huggingface" or not (origin.revision or Path(origin.model).is_dir()):
         return False
-    config = read_json(Path(origin.model) / "config.json")
+    config = read_json(model_folder(origin.model, origin.revision) / "config.json")
     how = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(how, dict) and how.get("quant_method") == "awq"

@@ -76,12 +76,12 @@ def targets_of(model: Path) -> str:
     return "all-linear,experts"
 
 
-def written(engine: Engine, folder: Path) -> Path:
+def written(engine: Engine, folder: Path, base: str | Path = "base") -> Path:
     """The adapter of an engine as a checkpoint has it."""
     folder.mkdir(parents=True)
     arrays = {name.removeprefix("adapter/"): a for name, a in engine.state().items() if name.startswith("adapter/")}
     save_file(peft_tensors(arrays, engine.targets), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", peft_config(engine.targets, engine.config, "base"))
+    write_json(folder / "adapter_config.json", peft_config(engine.targets, engine.config, str(base)))
     return folder
 
 

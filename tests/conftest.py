@@ -25,6 +25,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder: a tiny qwen3_moe whose first layer is dense, with a tokenizer."""
+    return make_tiny("qwen3_moe", tmp_path_factory.mktemp("mixture") / "model", tokenizer=True, changes={"mlp_only_layers": [0]})
+
+
+@pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct in float32, as a Hugging Face folder."""
     out = tmp_path_factory.mktemp("smollm2") / "SmolLM2-135M-Instruct"

@@ -11,12 +11,13 @@ from finished_runs import WORDS, make_base, make_run
 from mlx_finetune.evaluation.compare import compare, open_run
 from mlx_finetune.export.card import card, split_card
 from mlx_finetune.export.facts import Facts, HeldOut, base_name, read_facts
-from mlx_finetune.export.report import versions
+from mlx_finetune.export.report import RAN
+from mlx_finetune.installed import versions
 from mlx_finetune.training.metrics import read_metrics
 
 REPORT = {
     "verified": {"backend": "transformers", "largest_difference": 1.25e-5, "engine": {"name": "mlx"}, "missing": []},
-    "versions": versions(),
+    "versions": versions(RAN),
 }
 
 
@@ -53,6 +54,8 @@ def test_the_front_matter_is_what_the_hub_reads(facts):
     }
     adapter, _ = split_card(card(replace(facts, base="org/base", on_hub=True), REPORT, "adapter"))
     assert (adapter["base_model_relation"], adapter["library_name"]) == ("adapter", "peft")
+    of_mlx, _ = split_card(card(facts, {"verified": {"readers": {"mlx-lm": {}}}, "versions": {}}, "adapter"))
+    assert of_mlx["library_name"] == "mlx"
 
 
 def test_a_base_that_is_a_folder_is_called_by_its_name_and_never_by_its_place(facts, run):
@@ -156,8 +159,15 @@ def test_what_the_base_says_of_itself_cannot_break_out_of_the_front_matter(facts
 
 def test_the_card_says_how_gptme_reaches_it(facts):
     assert "gptme -m local/DIR --tool-format" in card(facts, REPORT) and "mlx_lm.server --model DIR" in card(facts, REPORT)
-    assert "--adapter-path DIR" in card(facts, REPORT, "adapter") and "11434" in card(facts, REPORT, "gguf")
+    assert "11434" in card(facts, REPORT, "gguf")
     assert "--lora DIR/FILE.gguf" in card(facts, REPORT, "gguf adapter")
+
+
+@pytest.mark.parametrize("formats", [("peft",), ("mlx-lm",), ("peft", "mlx-lm")])
+def test_the_card_of_an_adapter_names_what_opens_it_and_nothing_else(formats, facts):
+    first, *others = formats
+    text = card(facts, {"verified": {"readers": {first: {}}, "not_asked": others}, "versions": {}}, "adapter")
+    assert ("--adapter-path DIR" in text, "PeftModel.from_pretrained" in text) == ("mlx-lm" in formats, "peft" in formats)
 
 
 def test_no_word_of_a_conversation_stands_in_it(facts, run):

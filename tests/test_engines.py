@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import PARTICULAR, SEEING, make_seeing, make_tiny
+from tiny_models import SEEING, make_seeing, make_tiny
 
 from mlx_finetune.config import RunConfig, make_config
 from mlx_finetune.data.batches import Batch, Example
@@ -215,8 +215,8 @@ def both_agree(model: Path, model_type: str) -> Engine:
         results[name] = engine.step([random_batch(1), random_batch(2)], 1e-3, seed=0)
         states[name] = engine.state()
     assert results["mlx"].loss == pytest.approx(results["torch"].loss, rel=1e-5)
-    # a recurrence sums in another order in each library: 2e-4 was seen
-    close = 4e-4 if "linear_attention" in PARTICULAR.get(model_type, {}).get("layer_types", ()) else 1e-4
+    # torch's own norm moves by as much where each weight of this one is moved by float32's rounding, 6e-8 of itself
+    close = 4e-4 if model_type == "qwen3_next" else 1e-4
     assert results["mlx"].grad_norm == pytest.approx(results["torch"].grad_norm, rel=close)
     assert states["mlx"].keys() == states["torch"].keys()
     for name in states["mlx"]:

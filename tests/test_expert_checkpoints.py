@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from architecture_row import written
 from peft_oracle import loss_sum
 from safetensors.numpy import load_file, save_file
 from test_engines import config, random_batch, spread
-from test_experts import BOTH, DENSE_FIRST, MORE, saved
-from test_portable import BETWEEN, tensors_of
+from test_experts import BOTH, MORE
+from test_portable import check_it_goes_on, tensors_of
 from test_ranks import SAME, command, finished, start
 from test_torch_architectures import TRAINED, made
 from test_training import cut_after, losses, prepared, run, settings
@@ -30,15 +31,10 @@ from mlx_finetune.export.fuse import fuse
 from mlx_finetune.files import read_json
 from mlx_finetune.models.weights import tensor_headers
 from mlx_finetune.training.remarks import experts_left_alone
-from mlx_finetune.training.run import execute, moved, plan_resume
+from mlx_finetune.training.run import execute, plan_resume
 from mlx_finetune.training.start import begin, started
 
 PATH = "model.layers.1.mlp.experts"
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny("qwen3_moe", tmp_path_factory.mktemp("mixture") / "model", tokenizer=True, changes=DENSE_FIRST)
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +47,7 @@ def test_a_run_that_adapts_experts_goes_on_on_the_other_engine(
     first: str, then: str, mixture: Path, data: Path, tmp_path: Path
 ) -> None:
     whole = run(settings(mixture, data, tmp_path / "whole", first, **BOTH))
-    plan = plan_resume(cut_after(whole, 5, tmp_path / "moved"), {"engine": then})
-    assert (moved(plan) or "").startswith(f"goes on with engine {first} -> {then}: ")
-    execute(plan, lambda done, steps, note: None)
-    np.testing.assert_allclose(losses(plan.run, "train"), losses(whole, "train"), atol=BETWEEN)
-    np.testing.assert_allclose(losses(plan.run, "valid"), losses(whole, "valid"), atol=BETWEEN)
-    ours, theirs = tensors_of(plan.run), tensors_of(whole)
-    assert ours.keys() == theirs.keys() and all(ours[name].shape == theirs[name].shape for name in ours)
+    ours = check_it_goes_on(whole, first, then, tmp_path / "moved")
     assert f"base_model.model.{PATH}.base_layer.lora_A.weight" in ours
 
 
@@ -84,11 +74,17 @@ def test_experts_cut_over_two_processes_train_what_one_trains(mixture: Path, dat
 @pytest.mark.long
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="needs a C++ compiler")
 def test_compiled_experts_train_as_those_that_are_not(tmp_path: Path) -> None:
+    import torch
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()  # else what another test compiled is used again
     model, told = make_tiny("qwen3_moe", tmp_path / "model", tokenizer=False, changes={"num_hidden_layers": 1}), []
     for compiled in (False, True):
+        counters.clear()
         engine = open_engine(config("torch", torch_compile=compiled, **BOTH), model)
         spread(engine)
         told.append([engine.step([random_batch(i)], 1e-3, seed=i) for i in range(3)])
+        assert (counters["stats"]["unique_graphs"] > 0) is compiled
     for plain, other in zip(*told, strict=True):
         assert other.loss == pytest.approx(plain.loss, abs=1e-5) and other.grad_norm == pytest.approx(plain.grad_norm, rel=3e-5)
 
@@ -105,7 +101,7 @@ def test_layers_beside_experts_are_fused_although_peft_is_told_their_weights(mix
 def test_an_adapter_of_experts_is_the_start_of_a_run_on_either_engine(rslora: bool, mixture: Path, tmp_path: Path) -> None:
     first, batch = open_engine(config("mlx", use_rslora=rslora, num_layers=2, **BOTH), mixture), random_batch(3)
     spread(first, scale=0.1)
-    folder = saved(first, mixture, tmp_path / "adapter")
+    folder = written(first, tmp_path / "adapter", mixture)
     for name in ("mlx", "torch"):
         resolved = started(make_config({"engine": name, "dtype": "float32", "adapter_path": str(folder)}, "test"), 4)
         assert (resolved.rank, resolved.num_layers, resolved.use_rslora) == (4, 2, rslora)
@@ -142,6 +138,23 @@ def test_an_adapter_that_peft_trained_on_experts_is_the_start_of_a_run(engine_na
     assert engine.loss_sum(batch) == pytest.approx(expected, rel=1e-5) and abs(fresh / expected - 1) > 1e-3
 
 
+def test_an_adapter_of_peft_that_was_not_trained_yet_is_a_start_too(engine_name: str, mixture: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32)
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    how = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=parameters)
+    get_peft_model(base, how).save_pretrained(tmp_path / "adapter")
+    values = {"engine": engine_name, "dtype": "float32", "adapter_path": str(tmp_path / "adapter")}
+    resolved = started(make_config(values, "test"), 4)
+    engine, batch = open_engine(resolved, mixture), random_batch(3)
+    before = engine.loss_sum(batch)
+    begin(engine, resolved, 4)
+    assert engine.loss_sum(batch) == pytest.approx(before, rel=1e-6)
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "granitemoe"])
 @pytest.mark.parametrize("together", [False, True])
 def test_the_deltas_of_a_checkpoint_added_to_the_original_weights_are_the_tuned_model(
@@ -159,7 +172,7 @@ def test_the_deltas_of_a_checkpoint_added_to_the_original_weights_are_the_tuned_
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).save_pretrained(model, save_original_format=False)
     engine, batch = open_engine(config("torch", target_modules="experts", use_rslora=True), model), random_batch(3)
     spread(engine, scale=0.1)
-    folder = saved(engine, model, tmp_path / "checkpoint")
+    folder = written(engine, tmp_path / "checkpoint", model)
     weights, shapes = load_file(model / "model.safetensors"), {n: t.shape for n, t in tensor_headers(model).items()}
     stored = {n.removeprefix("base_model.model."): a for n, a in load_file(folder / "adapter_model.safetensors").items()}
     pairs, patched = pairs_of(stored, read_json(folder / "adapter_config.json")), 0

@@ -7,22 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from architecture_row import written
 from peft_oracle import loss_sum
-from safetensors.numpy import save_file
 from test_engines import config, random_batch, spread
 from test_parity import ADAPTER, FALLING, LOSS, NORM, check_parity
 from test_torch_architectures import SMALL, made
 from tiny_models import make_tiny
 
 from mlx_finetune.engines import Engine, open_engine
-from mlx_finetune.engines.adapter import peft_config, peft_tensors
 from mlx_finetune.engines.optimizers import rule_of, slots_of, update
-from mlx_finetune.files import write_json
 from mlx_finetune.training.schedule import learning_rate
 
 MIXTURES = ("qwen3_moe", "mixtral", "olmoe")
 BOTH = {"target_modules": "all-linear,experts"}
-DENSE_FIRST = {"mlp_only_layers": [0]}  # of qwen3_moe: its first layer has gate_proj and the like of its own
 STEPS = 4
 SETTINGS: dict[str, dict[str, Any]] = {
     "experts alone, rslora": {"target_modules": "experts", "use_rslora": True},
@@ -46,12 +43,6 @@ MORE: dict[str, dict[str, Any]] = {
         **{"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     },
 }
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny qwen3_moe with a dense layer, and a tokenizer."""
-    return make_tiny("qwen3_moe", tmp_path_factory.mktemp("mixture") / "model", tokenizer=True, changes=DENSE_FIRST)
 
 
 def steps(engine: str, model: Path, settings: dict[str, Any]) -> tuple[list[float], list[float], dict[str, np.ndarray]]:
@@ -315,15 +306,6 @@ def test_experts_multiplied_at_once_give_what_one_after_the_other_gives(dtype: s
         torch.testing.assert_close(one, other)
 
 
-def saved(engine: Any, model: Path, folder: Path) -> Path:
-    """Adapter and settings as a checkpoint has them."""
-    folder.mkdir()
-    arrays = {name.removeprefix("adapter/"): array for name, array in engine.state().items() if name.startswith("adapter/")}
-    save_file(peft_tensors(arrays, engine.targets), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", peft_config(engine.targets, engine.config, str(model)))
-    return folder
-
-
 def check_peft_reads_it(engine: Engine, model: Path, folder: Path) -> None:
     import torch
     from peft import PeftModel
@@ -334,7 +316,7 @@ def check_peft_reads_it(engine: Engine, model: Path, folder: Path) -> None:
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
         base = loss_sum(network, batch).item()
-        opened = PeftModel.from_pretrained(network, saved(engine, model, folder))
+        opened = PeftModel.from_pretrained(network, written(engine, folder, model))
         expected = loss_sum(opened, batch).item()
         merged = loss_sum(opened.merge_and_unload(), batch).item()
     assert engine.loss_sum(batch) == pytest.approx(expected, rel=1e-5) == pytest.approx(merged, rel=1e-5)

@@ -11,6 +11,7 @@ from finished_runs import make_base, make_data, make_run
 from test_architectures import RELATIVE, tokens, transformers_logits
 from tiny_models import make_tiny
 
+from mlx_finetune.errors import UserError
 from mlx_finetune.export.convert import How, convert
 from mlx_finetune.export.folder_checks import check_folder
 from mlx_finetune.export.fuse import fuse_into
@@ -18,6 +19,7 @@ from mlx_finetune.export.packed_logits import packed_logits
 from mlx_finetune.export.quantised_base import unpacked
 from mlx_finetune.models.importing import find_source
 from mlx_finetune.models.quantisation import Quantisation
+from mlx_finetune.originals import original_of
 
 Answer = tuple[int, str, str]
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -172,7 +174,25 @@ def test_what_was_trained_on_awq_goes_back_as_an_adapter_alone(cli: Callable[...
     for named in ((), ("--original", "base")):
         status, _, err = cli("fuse", run, "--out", "fused", *named)
         assert status == 2 and "AWQ scales weights" in err and "export" in err
+    status, _, err = cli("export", run, "--to", "mlx-lm", "--out", "adapter", "--original", "base")
+    assert status == 2 and "--original base" in err
     assert cli("export", run, "--to", "mlx-lm", "--out", "adapter")[0] == 0
+
+
+def test_awq_of_the_hub_is_known_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+    from awq_checkpoints import make_awq
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    commit, cached = "c" * 40, tmp_path / "cache" / "models--org--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots").mkdir()
+    make_awq(make_base(tmp_path, changes=sizes), cached / "snapshots" / commit, tmp_path / "unpacked", tmp_path / "rounded")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    convert(find_source("org/tiny"), tmp_path / "packed", How(verify=False), lambda done, total: None)
+    with pytest.raises(UserError, match="AWQ scales weights"):
+        original_of(tmp_path / "packed", "")
 
 
 def test_embeddings_that_are_stored_twice_are_unpacked_in_both_places(cli: Callable[..., Answer], tmp_path: Path) -> None:

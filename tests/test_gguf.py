@@ -144,6 +144,7 @@ def small_gguf(
         ({"tensor": "blk.0.attn_k.weight"}, r"blk\.0\.attn_k\.weight \[2, 8\] does not divide into 2 heads"),
         ({"more": {"tokenizer.ggml.eos_token_id": 7}}, r"eos_token_id is 7, of 2 tokens"),
         ({"more": {"llama.expert_count": 4}}, r"llama\.expert_count is 4"),
+        ({"more": {"tokenizer.ggml.add_bos_token": 1}}, r"add_bos_token without bos_token_id"),
     ],
 )
 def test_what_is_not_read_is_refused_by_name_and_nothing_is_left(given: dict[str, Any], named: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from architecture_row import relative
 from peft_oracle import greedy, loss_and_norm, put
 from test_engines import config, random_batch, spread
 from test_parity import SETTINGS, check_parity
@@ -22,7 +23,7 @@ from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.engines import open_engine
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.verify import fuse_and_verify
-from mlx_finetune.models.mpt_config import check_mpt
+from mlx_finetune.models.mpt_config import check_mpt, longest_of
 from mlx_finetune.models.weights import read_float32, tensor_headers
 from mlx_finetune.training.longest import check_length
 
@@ -93,10 +94,6 @@ def tokens(length: int, rows: int = 2) -> np.ndarray:
     return np.random.default_rng(0).integers(3, PIECES, (rows, length))
 
 
-def far(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.abs(one - other).max() / np.abs(other).max())
-
-
 def test_the_weights_are_those_of_the_shards_and_no_code_came_along(converted: Path) -> None:
     headers = tensor_headers(converted)
     assert {name: read_float32(header).tobytes() for name, header in headers.items()} == {
@@ -108,22 +105,22 @@ def test_the_weights_are_those_of_the_shards_and_no_code_came_along(converted: P
 def test_mlx_computes_what_transformers_makes_of_the_original_shards(replit: Path, converted: Path) -> None:
     inputs = tokens(500)
     expected = transformers_logits(replit, inputs)
-    assert far(mlx_logits(converted, inputs), expected) < CLOSE
-    assert far(transformers_logits(converted, inputs), expected) == 0
+    assert relative(mlx_logits(converted, inputs), expected) < CLOSE
+    assert relative(transformers_logits(converted, inputs), expected) == 0
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_variant_is_computed_as_transformers_does(name: str, replit: Path, tmp_path: Path) -> None:
     folder, inputs = varied(replit, tmp_path / "model", VARIANTS[name]), tokens(300)
     expected = transformers_logits(folder, inputs)
-    assert far(mlx_logits(folder, inputs), expected) < CLOSE
-    assert name == "as Replit" or far(expected, transformers_logits(replit, inputs)) > 0.1  # the variant has an effect
+    assert relative(mlx_logits(folder, inputs), expected) < CLOSE
+    assert name == "as Replit" or relative(expected, transformers_logits(replit, inputs)) > 0.1  # the variant has an effect
 
 
 def test_bfloat16_is_as_near_as_its_own_rounding(converted: Path) -> None:
     inputs = tokens(400)
     exact = mlx_logits(converted, inputs)
-    assert 1e-4 < far(mlx_logits(converted, inputs, "bfloat16"), exact) < 4e-2  # 8 bits, through 3 layers of random weights
+    assert 1e-4 < relative(mlx_logits(converted, inputs, "bfloat16"), exact) < 4e-2  # 8 bits, through 3 layers of random weights
 
 
 def test_a_text_read_token_by_token_gives_the_logits_of_the_whole(converted: Path) -> None:
@@ -134,7 +131,7 @@ def test_a_text_read_token_by_token_gives_the_logits_of_the_whole(converted: Pat
     cache = make_prompt_cache(model)
     parts = [model(mx.array(inputs[:, :17]), cache=cache)]
     parts += [model(mx.array(inputs[:, i : i + 1]), cache=cache) for i in range(17, 40)]
-    assert far(np.array(mx.concatenate(parts, axis=1)), np.array(model(mx.array(inputs)))) < CLOSE
+    assert relative(np.array(mx.concatenate(parts, axis=1)), np.array(model(mx.array(inputs)))) < CLOSE
 
 
 def test_rows_of_different_lengths_in_a_batch_give_the_logits_of_each_alone(converted: Path) -> None:
@@ -148,7 +145,7 @@ def test_rows_of_different_lengths_in_a_batch_give_the_logits_of_each_alone(conv
     first, then = (model(mx.array(part), cache=cache) for part in (rows[:, :25], rows[:, 25:]))
     found = np.array(mx.concatenate([first, then], axis=1))
     alone = [np.array(model(mx.array(row[None])))[0] for row in (long, short[padding:])]
-    assert far(found[0], alone[0]) < CLOSE and far(found[1, padding:], alone[1]) < CLOSE
+    assert relative(found[0], alone[0]) < CLOSE and relative(found[1, padding:], alone[1]) < CLOSE
 
 
 def test_attention_in_blocks_gives_the_loss_and_the_gradient_of_the_whole(replit: Path, tmp_path: Path) -> None:
@@ -241,8 +238,8 @@ def test_what_was_trained_is_handed_back_in_the_weights(
     assert fused.tensors == (12 if kind == "lora" else len(tensor_headers(converted)))
     inputs = tokens(200)
     after = transformers_logits(tmp_path / "tuned", inputs)
-    assert far(mlx_logits(tmp_path / "tuned", inputs), after) < CLOSE
-    assert far(after, transformers_logits(converted, inputs)) > 1e-3
+    assert relative(mlx_logits(tmp_path / "tuned", inputs), after) < CLOSE
+    assert relative(after, transformers_logits(converted, inputs)) > 1e-3
     losses = [json.loads(line)["loss"] for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
 
@@ -258,7 +255,9 @@ def test_a_model_that_mlx_quantised_is_loaded_and_trained(tmp_path: Path) -> Non
     save_model(tmp_path / "packed", model)
     save_config(told, tmp_path / "packed" / "config.json")
     inputs, packed = tokens(60), loaded(tmp_path / "packed")
-    assert far(np.array(packed(mx.array(inputs))), np.array(dequantize_model(model)(mx.array(inputs)))) < 1e-4  # its own products
+    assert (
+        relative(np.array(packed(mx.array(inputs))), np.array(dequantize_model(model)(mx.array(inputs)))) < 1e-4
+    )  # its own products
     engine = open_engine(config("mlx", learning_rate=1e-2), tmp_path / "packed")
     losses = [engine.step([random_batch(0)], 1e-2, seed=i).loss for i in range(4)]
     assert losses[-1] < losses[0] - 0.1
@@ -333,3 +332,7 @@ def test_more_tokens_than_the_model_takes_are_refused(converted: Path, data: Pat
         check_length(short, Dataset.open(data))
     with pytest.raises(UserError, match=r"an example of \d+ tokens; .* takes 40 \(its max_seq_len\)"):
         run(settings(short, data, tmp_path / "run", "torch"))
+
+
+def test_a_length_that_is_null_is_what_transformers_takes() -> None:
+    assert longest_of({**CONFIG, "max_seq_len": None}) == 2048 == longest_of({"model_type": "mpt"})

@@ -1,6 +1,7 @@
 """A run begins on one engine and goes on on the other; an adapter made elsewhere is the start of a run."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from test_training import cut_after, losses, prepared, run, settings, tensors
 from mlx_finetune.config import make_config
 from mlx_finetune.engines import open_engine
 from mlx_finetune.errors import UserError
-from mlx_finetune.training.run import execute, moved, plan_resume, plan_run
+from mlx_finetune.training.run import execute, layers_of, moved, plan_resume, plan_run
 
 # In the middle of a run: micro-batches accumulated, the rate on its way down.
 KINDS: dict[str, dict[str, Any]] = {
@@ -40,13 +41,19 @@ def test_a_run_of_any_kind_goes_on_on_the_other_engine(
     kind: str, first: str, then: str, tiny_llama: Path, data: Path, tmp_path: Path
 ) -> None:
     whole = run(settings(tiny_llama, data, tmp_path / "whole", first, **KINDS[kind]))
-    plan = plan_resume(cut_after(whole, 5, tmp_path / "moved"), {"engine": then})
+    check_it_goes_on(whole, first, then, tmp_path / "moved")
+
+
+def check_it_goes_on(whole: Path, first: str, then: str, out: Path) -> dict[str, np.ndarray]:
+    """The run `whole`, cut after 5 steps and gone on with on the other engine in `out`: the tensors of its last checkpoint."""
+    plan = plan_resume(cut_after(whole, 5, out), {"engine": then})
     assert (moved(plan) or "").startswith(f"goes on with engine {first} -> {then}: ")
     execute(plan, lambda done, steps, note: None)
     np.testing.assert_allclose(losses(plan.run, "train"), losses(whole, "train"), atol=BETWEEN)
     np.testing.assert_allclose(losses(plan.run, "valid"), losses(whole, "valid"), atol=BETWEEN)
     ours, theirs = tensors_of(plan.run), tensors_of(whole)
     assert ours.keys() == theirs.keys() and all(ours[name].shape == theirs[name].shape for name in ours)
+    return ours
 
 
 def tensors_of(run: Path) -> dict[str, np.ndarray]:
@@ -265,3 +272,11 @@ def test_a_full_checkpoint_holds_the_weights_by_their_own_names(engine_name: str
     names = {name.removeprefix("adapter/") for name in engine.state() if name.startswith("adapter/")}
     assert names == set(load_file(tiny_llama / "model.safetensors"))
     assert engine.targets == {}
+
+
+def test_the_layers_of_a_model_that_sees_stand_in_the_settings_of_its_text(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    config_file = tmp_path / "model" / "config.json"
+    text = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({"model_type": "llava", "num_hidden_layers": None, "text_config": text}))
+    assert layers_of(tmp_path / "model") == 4

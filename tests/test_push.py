@@ -113,9 +113,10 @@ def test_what_says_who_one_is_is_found_by_file_and_line_unless_it_is_allowed(spo
     assert find_private(folder, names, HOME, ["something else"]) == found
 
 
-def test_paths_of_other_peoples_machines_stay(folder):
+@pytest.mark.parametrize("place", ["/fsx/somebody/checkpoints/step-9", f"/fsx/{'name' * 100}/step-9"])
+def test_paths_of_other_peoples_machines_stay(place, folder):
     settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"_name_or_path": "/fsx/somebody/checkpoints/step-9"}))
+    (folder / "config.json").write_text(json.dumps(settings | {"_name_or_path": place}))
     (folder / "README.md").write_text("cd /home/user/project\n")
     assert find_private(folder, list(choose_files(folder).files), HOME) == []
 

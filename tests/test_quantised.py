@@ -129,7 +129,23 @@ def test_a_run_with_moments_in_8_bits_and_a_quantised_base_goes_on_with_mlx_in_f
     np.testing.assert_allclose(losses(plan.run, "train"), losses(whole, "train"), rtol=0.02)
 
 
-def test_the_gradient_through_8_bits_is_that_of_what_they_stand_for_and_keeps_no_input(tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpointed", [0, 1])
+def test_the_gradient_through_8_bits_is_that_of_what_they_stand_for(checkpointed: int, tmp_path: Path) -> None:
+    import torch
+
+    engine = open_engine(
+        config("torch", quantization="8bit", grad_checkpoint=checkpointed), make_tiny("llama", tmp_path / "m", tokenizer=False)
+    )
+    base = next(module.base for module in engine.model.modules() if type(getattr(module, "base", None)).__name__ == "Linear8bitLt")
+    layer = next(module for module in engine.model.modules() if getattr(module, "base", None) is base)
+    x = torch.randn(5, base.in_features, requires_grad=True)
+    columns = base(torch.eye(base.in_features)).detach()  # [in, out]
+    upstream = torch.randn(5, base.out_features)
+    layer(x).backward(upstream)
+    assert torch.allclose(x.grad, upstream @ columns.T, rtol=1e-3, atol=1e-3 * float(x.grad.abs().max()))
+
+
+def test_what_goes_into_8_bits_is_not_kept_where_layers_are_computed_again(tmp_path: Path) -> None:
     import torch
     from torch.utils.checkpoint import checkpoint
 

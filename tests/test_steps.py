@@ -69,7 +69,8 @@ def first_step(model: Path, given: Sequence[Batch], **settings: Any) -> tuple[fl
 
 def check_alike(one: tuple[float, dict[str, np.ndarray]], other: tuple[float, dict[str, np.ndarray]]) -> None:
     assert abs(one[0] - other[0]) < 1e-5 * abs(one[0])
-    assert one[1].keys() == other[1].keys() and len(one[1]) >= 8
+    fewest = 8 if any("mixer" in name for name in one[1]) else 11  # mamba2 adapts one layer in each of its four blocks
+    assert one[1].keys() == other[1].keys() and len(one[1]) >= fewest
     for name, gradient in one[1].items():
         largest = np.abs(gradient).max()
         assert largest > 0, name

@@ -147,6 +147,7 @@ def make_tiny(
 
     sizes = {key: size for key, size in SIZES.items() if model_type != "mamba2" or "head" not in key}
     config = CONFIG_MAPPING[model_type](**sizes | dict(PARTICULAR.get(model_type, {})) | dict(changes or {}))
+    torch.manual_seed(seed)  # transformers draws what `_randomise` leaves near where it is
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     _randomise(model, seed)
     model.save_pretrained(folder)
@@ -195,6 +196,7 @@ def make_seeing(model_type: str, text: str, folder: Path, tokenizer: bool = Fals
     }.get(model_type, QWEN_EYES)
     others = {"audio_config": None} if model_type == "gemma4" else {}
     config = CONFIG_MAPPING[model_type](text_config=settings, vision_config=dict(eyes), **others)
+    torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     _randomise(model, 0)
     model.save_pretrained(folder)

@@ -9,7 +9,7 @@ from mlx_finetune.config import RunConfig
 from mlx_finetune.engines.adapter import LAYER, check_some, last_layers, named
 from mlx_finetune.errors import UserError
 from mlx_finetune.models.tensor_names import stored_name
-from mlx_finetune.models.weights import ITEM_BYTES, read_float32, tensor_headers
+from mlx_finetune.models.weights import ITEM_BYTES, TensorLocation, read_float32, tensor_headers
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -34,13 +34,15 @@ def _module_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """The trained weights as they are in the checkpoint of `folder`, float32.
+def read_weights(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], headers: Mapping[str, TensorLocation] | None = None
+) -> dict[str, np.ndarray]:
+    """The trained weights as they are in the checkpoint of `folder`, float32; `headers`: of that, where they were read.
 
     Raises:
         UserError: a weight that the checkpoint does not have by that name and shape: it could not be handed back.
     """
-    headers = tensor_headers(folder)
+    headers = tensor_headers(folder) if headers is None else headers
     arrays = {}
     for name, shape in shapes.items():
         tensor = headers.get(stored_name(name, headers))

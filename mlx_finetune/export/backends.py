@@ -75,7 +75,7 @@ def lost_keys(keys: Mapping[str, set[str]], base: Mapping[str, set[str]]) -> tup
     return sorted(fresh), sorted(keys["unexpected_keys"] - base["unexpected_keys"])
 
 
-def load_transformers(folder: Path) -> tuple[Any, dict[str, set[str]]]:
+def load_transformers(folder: Path, hint: str = "see that the base is complete") -> tuple[Any, dict[str, set[str]]]:
     """The model in float32, and names of tensors by what was wrong with them: missing_keys and others of transformers.
 
     Raises:
@@ -97,7 +97,7 @@ def load_transformers(folder: Path) -> tuple[Any, dict[str, set[str]]]:
         if no_memory(error):
             raise
         reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
-        raise UserError(f"{folder}: transformers cannot load it: {reason}", hint="see that the base is complete") from error
+        raise UserError(f"{folder}: transformers cannot load it: {reason}", hint) from error
     named = {kind: {str(name[0] if isinstance(name, tuple) else name) for name in names} for kind, names in keys.items()}
     return model.eval(), {"mismatched_keys": set[str]()} | named
 

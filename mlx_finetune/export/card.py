@@ -4,7 +4,7 @@ The base's own card stays below ours. Nothing of a conversation, and no path, go
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,9 +40,10 @@ def write_card(folder: Path, facts: Facts, report: Mapping[str, Any], kind: Kind
 def card(facts: Facts, report: Mapping[str, Any], kind: Kind = "model") -> str:
     """The text of the card; `kind`: a whole model, an adapter, or a GGUF file."""
     of_base, below = split_card(facts.base_card)
-    sections = [_about(facts, kind), _data(facts), _method(facts), _results(facts), _serving(facts, kind)]
+    formats = {*report["verified"].get("readers", ()), *report["verified"].get("not_asked", ())}  # of an adapter
+    sections = [_about(facts, kind), _data(facts), _method(facts), _results(facts), _serving(facts, kind, formats)]
     sections += [_verification(report["verified"], kind), _licence(facts, of_base), _versions(facts, report["versions"])]
-    text = front_matter(facts, of_base, kind) + "\n" + "\n\n".join(filter(None, sections)) + "\n"
+    text = front_matter(facts, of_base, kind, formats) + "\n" + "\n\n".join(filter(None, sections)) + "\n"
     return text + (
         f"\n---\n\nThe card of the base model, {_code(facts.base)}:\n\n{below[:MOST].strip()}\n" if below.strip() else ""
     )
@@ -60,11 +61,11 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     return (values if isinstance(values, dict) else {}), text[found.end() :]
 
 
-def front_matter(facts: Facts, of_base: Mapping[str, Any], kind: Kind) -> str:
+def front_matter(facts: Facts, of_base: Mapping[str, Any], kind: Kind, formats: Set[str]) -> str:
     """YAML between two lines of dashes; base_model only where the base has an id on the Hub."""
     lora = [] if facts.method.get("fine_tune_type") == "full" else [str(facts.method.get("fine_tune_type", "lora"))]
     values: dict[str, Any] = {"base_model": facts.base, "base_model_relation": RELATION[kind]} if facts.on_hub else {}
-    values |= {"library_name": LIBRARY[kind], "pipeline_tag": "text-generation"}
+    values |= {"library_name": "mlx" if formats == {"mlx-lm"} else LIBRARY[kind], "pipeline_tag": "text-generation"}
     values |= {key: of_base[key] for key in CARRIED if _is_plain(of_base.get(key))}
     values["tags"] = ["mlx-finetune", "gptme", *lora]
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
@@ -114,7 +115,7 @@ def _results(facts: Facts) -> str:
     return f"## Results\n\n{table}\n\nMean cross entropy in nats a token{over}; lower is better. Its uncertainty was not measured."
 
 
-def _serving(facts: Facts, kind: Kind) -> str:
+def _serving(facts: Facts, kind: Kind, formats: Set[str]) -> str:
     base = facts.base if facts.on_hub else "BASE"
     commands = {
         "model": ("transformers serve DIR --port 8000", "mlx_lm.server --model DIR --port 8000 --max-tokens 8192"),
@@ -126,14 +127,17 @@ def _serving(facts: Facts, kind: Kind) -> str:
     ask = f"OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=none gptme -m local/{name} --tool-format markdown"
     lines = "\n".join(["# one of these, where DIR is this folder" if len(commands) > 1 else "# DIR is this folder", *commands, ask])
     note = "`--tool-format` is to be the one of the conversations that it learned from: markdown, tool or xml."
-    peft = (
-        "\n\nIn transformers: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), DIR)`."
-        if kind == "adapter"
-        else ""
-    )
     if kind == "gguf":
         note += "\n\nWhere a Modelfile stands beside it: `ollama create NAME -f DIR/Modelfile`, and port 11434, `local/NAME`."
-    return f"## Serving it for gptme\n\n```shell\n{lines}\n```\n\n{note}{peft}"
+    shell = f"```shell\n{lines}\n```\n\n{note}"
+    if kind == "adapter" and "mlx-lm" not in formats:
+        shell = "mlx-lm does not open this adapter; `mlx-finetune fuse RUN --out DIR` hands back a whole model, which servers take."
+    peft = (
+        "\n\nIn transformers: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), DIR)`."
+        if kind == "adapter" and "peft" in formats
+        else ""
+    )
+    return f"## Serving it for gptme\n\n{shell}{peft}"
 
 
 def _verification(verified: Mapping[str, Any], kind: Kind) -> str:

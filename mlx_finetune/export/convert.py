@@ -4,7 +4,6 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from mlx_finetune.export.memory import shortage
 from mlx_finetune.export.stored_logits import probe_tokens, read_probe, write_probe
 from mlx_finetune.export.verify_converted import Compared, Verified, verify_converted
 from mlx_finetune.files import atomic_folder, read_json, refuse_existing, write_json
+from mlx_finetune.installed import PACKAGES, versions
 from mlx_finetune.models.config_checks import check_config
 from mlx_finetune.models.importing import Source, as_hugging_face, copy_beside
 from mlx_finetune.models.mlx_config import check_supported
@@ -22,9 +22,9 @@ from mlx_finetune.models.quantisation import Quantisation
 from mlx_finetune.models.quantised_sources import check_not_packed, packed_by
 from mlx_finetune.models.rewriting import rewrite
 from mlx_finetune.models.weights import tensor_headers
+from mlx_finetune.training.memory_watch import loading
 
 Progress = Callable[[int, int], None]
-PACKAGES = ("mlx-finetune", "mlx", "mlx-lm", "transformers", "torch")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ def convert(source: Source, out: Path, how: How, progress: Progress) -> Converte
         if not unverified:
             original = model if source.format == "gguf" else source.path
             what = Compared(original, model, folder, made.quantization is not None, how.dtype, whole=not short)
-            verified, reference = verify_converted(what, probe)
+            with loading(model, "run it in float32", "--no-verify converts without running it"):
+                verified, reference = verify_converted(what, probe)
             made = replace(made, verified=verified)
             if how.write_probe and reference:
                 write_probe(how.write_probe, reference, fingerprint)
@@ -108,7 +109,8 @@ def _unverified(model: Path, config: Mapping[str, Any], how: How, short: str) ->
     """Why nothing will be compared; empty where something will be. Raises UserError where that was asked for and cannot be."""
     is_packed = bool(how.quantisation or packed_by(config))
     if how.write_probe and (short or how.verify is False):
-        raise UserError(f"--write-probe: {short or 'nothing is computed with --no-verify'}", hint="leave one out")
+        hint = "leave --write-probe out" if short else "leave one out"
+        raise UserError(f"--write-probe: {short or 'nothing is computed with --no-verify'}", hint=hint)
     if how.verify is False:
         return "--no-verify"
     if short and (how.verify or how.probe) and not (is_packed and how.probe):
@@ -125,16 +127,9 @@ def _origin(source: Source, fingerprint: str, made: Converted, dtype: str | None
         fingerprint=fingerprint,
         quantization=made.quantization,
         dtype=dtype,
-        versions={name: found for name in PACKAGES if (found := _version(name))},
+        versions=versions(PACKAGES),
         verified=asdict(made.verified) if made.verified else None,
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _write(model: Path, config: Mapping[str, Any], folder: Path, how: How, progress: Progress) -> Converted:

@@ -18,7 +18,7 @@ from mlx_finetune.export.adapter import Experts, Pair, read_adapter
 from mlx_finetune.export.changes import EMBEDDINGS, is_full
 from mlx_finetune.export.rows import HEAD_WEIGHT, Headers
 from mlx_finetune.files import read_json
-from mlx_finetune.models.mlx_config import text_config
+from mlx_finetune.models.mlx_config import is_tied
 from mlx_finetune.models.tensor_names import names_in_files, stored_name, tensor_of
 from mlx_finetune.models.weights import ITEM_BYTES, SINGLE, TensorLocation, file_headers, read_float32, to_float32
 
@@ -144,13 +144,9 @@ def _trained(model: Path, checkpoint: Path, headers: Headers) -> dict[str, Calla
     trained = file_headers(checkpoint / SINGLE)
     found: dict[str, Callable[[], Rows]] = {stored_name(name, headers): partial(_instead, at) for name, at in trained.items()}
     embeddings = next((name for name in found if name.endswith(f"{EMBEDDINGS}.weight")), None)
-    if embeddings and HEAD_WEIGHT in headers and HEAD_WEIGHT not in found and _is_tied(model):
+    if embeddings and HEAD_WEIGHT in headers and HEAD_WEIGHT not in found and is_tied(read_json(model / "config.json")):
         found[HEAD_WEIGHT] = found[embeddings]  # the shared weight is stored twice
     return found
-
-
-def _is_tied(model: Path) -> bool:
-    return bool(text_config(read_json(model / "config.json")).get("tie_word_embeddings"))
 
 
 def _instead(source: TensorLocation) -> Rows:

@@ -44,10 +44,10 @@ def in_mlx(model: Path, checkpoint: Path, fused: Path, tokens: Tokens, stored: S
     found = list(mlx_logits(load_model(fused, "float32"), rows))
     gc.collect()
     from_base = distance(beginnings(reference, tokens), base)
-    return Measured(distances_of(tokens, reference, rounded, found, from_base, _lost(model, fused)), rows, reference, found)
+    return Measured(distances_of(tokens, reference, rounded, found, from_base, lost(model, fused)), rows, reference, found)
 
 
-def _lost(model: Path, fused: Path) -> tuple[list[str], list[str]]:
+def lost(model: Path, fused: Path) -> tuple[list[str], list[str]]:
     """Tensors missing from the fused folder, and too many; as transformers opens both where torch is installed."""
     if find_spec("torch"):
         return lost_keys(load_transformers(fused)[1], load_transformers(model)[1])

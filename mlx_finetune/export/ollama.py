@@ -12,7 +12,7 @@ from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.gguf_metadata import context_length, read_config
 from mlx_finetune.export.gguf_tokenizer import leading_token
-from mlx_finetune.export.ollama_template import translate
+from mlx_finetune.export.ollama_template import Translation, translate
 from mlx_finetune.files import atomic_file, read_json, refuse_existing
 
 MODELFILE = "Modelfile"
@@ -53,8 +53,7 @@ def write_ollama(folder: Path, model: Path, settings: OllamaSettings) -> tuple[s
     if not (folder / settings.gguf).is_file():
         raise UserError(f"{folder / settings.gguf}: no such file", hint="write the GGUF first")
     config, naming = read_config(model)
-    template = ChatTemplate.load(model, served=settings.template)
-    translation = translate(template, leading_token(model), str(model))
+    template, translation = translated(model, settings.template)
     lines = [f"FROM ./{settings.gguf}", f'TEMPLATE """{translation.source}"""']
     lines += [f"PARAMETER stop {_quoted(text)}" for text in template.stop_texts]
     lines += [f"PARAMETER num_ctx {settings.num_ctx or min(context_length(config, naming), CONTEXT)}"]
@@ -63,6 +62,12 @@ def write_ollama(folder: Path, model: Path, settings: OllamaSettings) -> tuple[s
     with atomic_file(path) as file:
         file.write("\n".join(lines) + "\n")
     return translation.remarks
+
+
+def translated(model: Path, served: str) -> tuple[ChatTemplate, Translation]:
+    """The chat template `served`, empty: the model's own, and the same in Ollama's language; raises UserError as `translate`."""
+    template = ChatTemplate.load(model, served=served)
+    return template, translate(template, leading_token(model), str(model))
 
 
 def _quoted(text: str) -> str:

@@ -11,7 +11,7 @@ from mlx_finetune.export.backends import load_transformers, lost_keys, transform
 from mlx_finetune.export.from_mlx import is_mlx_adapter
 from mlx_finetune.export.in_engine import logits_of, on_cpu, trained_with
 from mlx_finetune.export.mlx_adapter import open_in_mlx_lm
-from mlx_finetune.export.mlx_backend import mlx_logits
+from mlx_finetune.export.mlx_backend import lost, mlx_logits
 
 Rows = Sequence[Sequence[int]]
 
@@ -40,10 +40,10 @@ def packed_logits(packed: Path, rows: Rows) -> list[np.ndarray]:
 
 
 def fused_logits(model: Path, fused: Path, rows: Rows, backend: str) -> tuple[list[np.ndarray], list[str], list[str]]:
-    """And the tensors that are missing or too many beside those of `model`, where transformers opens both."""
+    """And the tensors that are missing or too many beside those of `model`."""
     gc.collect()  # one model in memory at a time
     if backend == "mlx":
-        return packed_logits(fused, rows), [], []
+        return packed_logits(fused, rows), *lost(model, fused)
     network, keys = load_transformers(fused)
     logits = list(transformers_logits(network, rows))
     del network

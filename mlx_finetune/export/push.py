@@ -150,8 +150,15 @@ def _local_paths(text: str) -> Iterator[str]:
             values += value
         elif isinstance(value, str) and len(value) < 4096 and "\0" not in value:
             path = Path(value)
-            if path.is_absolute() and len(path.parts) > 2 and path.exists():
+            if path.is_absolute() and len(path.parts) > 2 and _exists(path):
                 yield value
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long a name, or a folder into which this user may not look
+        return False
 
 
 def check_repo(repo: str) -> None:

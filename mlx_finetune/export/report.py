@@ -1,14 +1,14 @@
 """verification.json: what was proven of a folder before it appeared, the same on every machine, with no text of anyone's in it."""
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from mlx_finetune.files import write_json
-from mlx_finetune.training.checkpoint import PACKAGES
+from mlx_finetune.installed import PACKAGES, versions
 
 FILE, VERSION = "verification.json", 1
+RAN = (*PACKAGES, "peft")
 
 
 def write_report(folder: Path, verified: Mapping[str, Any]) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def write_report(folder: Path, verified: Mapping[str, Any]) -> dict[str, Any]:
     version: of these keys. verified: what `Verified` (verify.py) or `Opened` (adapter_folder.py) says, by its field names.
     versions: of the packages that were asked, by name.
     """
-    report = {"version": VERSION, "verified": dict(verified), "versions": versions()}
+    report = {"version": VERSION, "verified": dict(verified), "versions": versions(RAN)}
     write_json(folder / FILE, report)
     return report
 
@@ -35,14 +35,3 @@ def told(tensors: int, verified: Mapping[str, Any]) -> list[str]:
         f"{tensors} tensors changed, {how}: no missing and no unexpected keys,",
         f"largest deviation {found['largest_deviation']:.2f} units in the last place; {found['changed']:,} numbers changed",
     ]
-
-
-def versions() -> dict[str, str]:
-    """Of this program and what it runs on, as far as they are installed."""
-    found = {}
-    for package in (*PACKAGES, "peft"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from mlx_finetune.errors import REFUSALS, UserError
-from mlx_finetune.export.verify import PROBE_TEXTS
+from mlx_finetune.export import backends
+from mlx_finetune.export.probes import PROBE_TEXTS
 from mlx_finetune.files import read_json, refuse_existing
 from mlx_finetune.models.mlx_config import max_exact_length, text_config
 from mlx_finetune.models.quiet import quietly
@@ -65,29 +66,16 @@ def transformers_logits(folder: Path, tokens: Sequence[Sequence[int]], rounded: 
         UserError: transformers cannot load the folder, or finds tensors missing or too many.
     """
     import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers.utils import logging
 
-    from mlx_finetune.engines.torch.load import auto_class
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     hint = "is the download whole? --no-verify converts what transformers cannot load"
-    try:
-        with quietly():
-            model, keys = auto_class(folder).from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
-            )
-    except (OSError, ImportError, StrictDataclassError, *REFUSALS) as error:
-        raise UserError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:160]}", hint) from error
+    model, keys = backends.load_transformers(folder, hint)
     if wrong := sorted(map(str, keys["missing_keys"] | keys["unexpected_keys"])):
         raise UserError(f"{folder}: transformers finds {wrong[0]} missing or too many ({len(wrong)} in all)", hint)
     if rounded:
         for value in model.state_dict().values():
             if value.is_floating_point():
                 value.copy_(value.to(getattr(torch, rounded)))
-    with torch.inference_mode():
-        return [model.eval()(torch.tensor([row])).logits[0].float().numpy() for row in tokens]
+    return list(backends.transformers_logits(model, tokens))
 
 
 def named(package: str) -> str:

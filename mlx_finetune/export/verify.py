@@ -18,7 +18,7 @@ import numpy as np
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.backends import in_transformers
 from mlx_finetune.export.card import write_card
-from mlx_finetune.export.changes import EMBEDDINGS, read_changes
+from mlx_finetune.export.changes import read_changes
 from mlx_finetune.export.distance import (
     ENGINES,
     TOLERANCE,
@@ -41,7 +41,7 @@ from mlx_finetune.export.mlx_backend import in_mlx
 from mlx_finetune.export.packed_logits import fused_logits, packed_logits, trained_logits
 from mlx_finetune.export.probes import ANSWER, PROBE_TEXTS, bounded, spread, tokens_of
 from mlx_finetune.export.report import write_report
-from mlx_finetune.export.rows import Change
+from mlx_finetune.export.rows import EMBEDDINGS, Change
 from mlx_finetune.export.verify_weights import verify_weights
 from mlx_finetune.files import atomic_folder
 
@@ -146,7 +146,7 @@ def fuse_and_verify(
                 verified = verify_packed(model, packed, checkpoint, folder, texts, template, changes)
         else:
             with running(model):
-                verified = verify(model, checkpoint, folder, texts, template, packed)
+                verified = verify(model, checkpoint, folder, texts, template, packed, changes)
         if verified.outweighed:
             what = "it changes the weights by less than their stored precision rounds away"
             raise UserError(f"{checkpoint}: {what}; {out} was not written", hint="train longer, or with a higher learning_rate")
@@ -172,7 +172,13 @@ def _by_weights(
 
 
 def verify(
-    model: Path, checkpoint: Path, fused: Path, texts: Sequence[str], template: str = "", packed: Path | None = None
+    model: Path,
+    checkpoint: Path,
+    fused: Path,
+    texts: Sequence[str],
+    template: str = "",
+    packed: Path | None = None,
+    changes: Mapping[str, Change] | None = None,
 ) -> Verified:
     """Compares the folder `fused` with `model` + what `checkpoint` trained, in float32, one model at a time.
 
@@ -182,8 +188,8 @@ def verify(
     same but for ties; when the engine that trained says the same; and when nothing else changed (`check_folder`).
     Of each text the first 256 tokens are compared, and 24 that the tuned model answers.
     """
-    changes = read_changes(model, checkpoint)
-    rows = (change.location.shape[0] for name, change in changes.items() if name.endswith((f"{EMBEDDINGS}.weight", "wte.weight")))
+    changes = read_changes(model, checkpoint) if changes is None else changes
+    rows = (change.location.shape[0] for name, change in changes.items() if f".{name}".endswith(EMBEDDINGS))
     tokens, others = bounded(model, tokens_of(model, texts), spread(rows))
     by_peft = find_spec("torch") and find_spec("peft") and not is_mlx_adapter(checkpoint)
     backend: Backend = "transformers" if by_peft else "mlx"

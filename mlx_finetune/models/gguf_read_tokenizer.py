@@ -49,7 +49,7 @@ def _surround(tokenizer: Any, metadata: Metadata, tokens: list[str], rule: str) 
     named = {
         name: metadata[f"tokenizer.ggml.{name}_token_id"]
         for name, usual in silent.items()
-        if metadata.get(f"tokenizer.ggml.add_{name}_token", usual)
+        if metadata.get(f"tokenizer.ggml.add_{name}_token", usual) and f"tokenizer.ggml.{name}_token_id" in metadata
     }
     if named:
         texts = [*([tokens[named["bos"]]] if "bos" in named else []), "$A", *([tokens[named["eos"]]] if "eos" in named else [])]

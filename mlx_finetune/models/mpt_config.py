@@ -57,7 +57,7 @@ def check_mpt(config: Mapping[str, Any]) -> None:
 
 def longest_of(config: Mapping[str, Any]) -> int | None:
     """How many tokens the model can take at all; None: as many as fit in memory."""
-    return int(config.get("max_seq_len", 2048)) if config.get("model_type") == MPT else None
+    return int(config.get("max_seq_len") or 2048) if config.get("model_type") == MPT else None
 
 
 def _refuse(key: str, value: Any) -> NoReturn:

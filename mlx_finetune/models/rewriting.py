@@ -67,6 +67,8 @@ def _cast(name: str, location: TensorLocation, dtype: str) -> Iterator[bytes]:
         file.seek(location.start)
         while rest:
             data = file.read(min(rest, BLOCK * size))
+            if not data:
+                raise UserError(f"{location.file}: cut while it was read", hint="download it again")
             rest -= len(data)
             yield data if location.dtype == dtype else _rounded(name, to_float32(data, location.dtype), dtype)
 

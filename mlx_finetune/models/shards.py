@@ -91,7 +91,7 @@ class ShardWriter:
             offsets = [position, position + tensor.bytes]
             header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
             position += tensor.bytes
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % ALIGNMENT)
         self._file.write(len(text).to_bytes(8, "little") + text)
 

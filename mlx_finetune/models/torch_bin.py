@@ -4,24 +4,22 @@ Since torch 1.6 such a file is a zip archive of stored records: `data.pkl`, whic
 numbers (https://docs.pytorch.org/docs/stable/notes/serialization.html). Numbers are read by offset, a block at a time.
 """
 
-import json
-import os
-import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from mlx_finetune.errors import UserError
-from mlx_finetune.files import read_json, write_json
+from mlx_finetune.files import read_json
+from mlx_finetune.models.shards import Planned, ShardWriter
 from mlx_finetune.models.torch_legacy import BLOCK, blocks, legacy_tensors
 from mlx_finetune.models.torch_pickle import DAMAGED, LONGEST, Tensor, read_tensors, shown
-from mlx_finetune.models.weights import INDEX, SINGLE
+from mlx_finetune.models.weights import INDEX
 
 Progress = Callable[[int, int], None]
 
@@ -75,25 +73,26 @@ def bin_to_safetensors(folder: Path, out: Path, progress: Progress | None = None
         raise UserError(f"{folder}: neither {BIN} nor {BIN_INDEX}", hint="name the folder of a model with torch weights")
     checkpoints = [_open(file) for file in files]
     _check_names(folder, checkpoints)
-    count = len(files)
-    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    # wide numbers first, so that all are aligned
+    orders = [dict(sorted(each.tensors.items(), key=lambda item: -item[1].storage.item)) for each in checkpoints]
+    plans = [{name: Planned(tensor.storage.dtype, tensor.shape) for name, tensor in order.items()} for order in orders]
     total = sum(tensor.bytes for checkpoint in checkpoints for tensor in checkpoint.tensors.values())
-    _check_room(out, total)
     done = 0
 
-    def advance(more: int) -> None:
+    def counted(blocks: Iterable[bytes]) -> Iterator[bytes]:
         nonlocal done
-        done += more
-        if progress is not None:
-            progress(done, total)
+        for block in blocks:
+            yield block
+            done += len(block)
+            if progress is not None:
+                progress(done, total)
 
-    targets = [out / name for name in (*names, *([INDEX] if count > 1 else []))]
-    with _all_or_nothing(targets):
-        for target, checkpoint in zip(targets, checkpoints, strict=False):
-            _write(target, checkpoint, advance)
-        if count > 1:
-            weights = {name: file for file, each in zip(names, checkpoints, strict=True) for name in each.tensors}
-            write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))})
+    writer = ShardWriter(out, plans, {"format": "pt"})
+    targets = [out / name for name in (*writer.names, *([INDEX] if len(files) > 1 else []))]
+    with _all_or_nothing(targets), writer:
+        for checkpoint, order in zip(checkpoints, orders, strict=True):
+            for name, tensor in order.items():
+                writer.write(name, counted(checkpoint.read(tensor)))
 
 
 def _index(folder: Path) -> Mapping[str, str]:
@@ -126,13 +125,6 @@ def _check_names(folder: Path, checkpoints: list[_Checkpoint]) -> None:
     for name, file in _index(folder).items():
         if where.get(name) != file:
             raise UserError(f"{folder / BIN_INDEX}: tensor {shown(name)} is not in {file}", hint=DAMAGED)
-
-
-def _check_room(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        message = f"{out}: the weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-        raise UserError(message, hint="make room, or choose another place")
 
 
 @contextmanager
@@ -249,24 +241,3 @@ def _gathered(file: Path, records: Mapping[str, tuple[int, int]], tensor: Tensor
     stored = np.memmap(file, kind, "r", records[storage.key][0], (storage.numbers,))
     strides = [stride * storage.item for stride in tensor.strides]
     return blocks(np.lib.stride_tricks.as_strided(stored[tensor.offset :], tensor.shape, strides, writeable=False))
-
-
-def _write(target: Path, checkpoint: _Checkpoint, advance: Callable[[int], None]) -> None:
-    """One safetensors file; wide numbers first, so that all are aligned."""
-    tensors = dict(sorted(checkpoint.tensors.items(), key=lambda item: -item[1].storage.item))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
-    for name, tensor in tensors.items():
-        where = [place, place + tensor.bytes]
-        header[name] = {"dtype": tensor.storage.dtype, "shape": list(tensor.shape), "data_offsets": where}
-        place += tensor.bytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with target.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            for block in checkpoint.read(tensor):
-                file.write(block)
-                advance(len(block))
-        file.flush()
-        os.fsync(file.fileno())

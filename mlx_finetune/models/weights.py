@@ -179,13 +179,10 @@ def to_float32(data: bytes, dtype: str) -> np.ndarray:
 
 def from_float32(values: np.ndarray, dtype: str) -> bytes:
     """float32 as F32, F16 or BF16 in row-major order, rounded to nearest, ties to even; too large becomes infinite."""
-    if dtype == "BF16":
-        stored = _rounded(values)
-        if not are_finite(stored, dtype):
-            stored[np.isnan(values)] = 0x7FC0
-        return stored.tobytes()
-    with np.errstate(over="ignore"):
-        return values.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
+    stored = stored_numbers(values, dtype)
+    if dtype == "BF16" and not are_finite(stored, dtype):
+        stored[np.isnan(values)] = 0x7FC0
+    return stored.tobytes()
 
 
 def stored_numbers(values: np.ndarray, dtype: str) -> np.ndarray:

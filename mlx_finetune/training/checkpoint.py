@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from mlx_finetune.engines.experts import from_peft, holds_experts
 from mlx_finetune.engines.optimizers import SCALES, state_shapes
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_folder, read_json, write_json
+from mlx_finetune.installed import PACKAGES, versions
 
 TEMPLATE = "chat_template.jinja"  # in a run's folder: the chat template with which its data was rendered
 ADAPTER, WEIGHTS = "adapter_model.safetensors", "model.safetensors"  # the latter where the weights themselves are trained
 DAMAGED = "remove this folder to go on from the one before"
-PACKAGES = ("mlx-finetune", "mlx", "mlx-lm", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -131,18 +130,12 @@ def check_origin(folder: Path, progress: dict[str, Any], origin: Origin) -> None
 
 
 def _progress(step: int, engine: Engine, config: RunConfig, origin: Origin) -> dict[str, Any]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
         "step": step,
         "seed": config.seed,
         **vars(origin),
         "engine": engine.name,
         "device": engine.device,
-        "versions": versions,
+        "versions": versions(PACKAGES),
         "config": config.to_dict(),
     }

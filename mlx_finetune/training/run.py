@@ -169,9 +169,10 @@ def why_on_the_cpu(config: RunConfig) -> str | None:
 def layers_of(model: Path) -> int:
     """How many layers a model folder says that it has."""
     check_model_folder(model)
-    found = text_config(read_json(model / "config.json"))
+    found = read_json(model / "config.json")
+    found |= found.get("text_config") or {}
     for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-        if name in found:
+        if found.get(name) is not None:
             return int(found[name])
     raise UserError(f"{model}/config.json: it does not say how many layers there are", hint="leave adapter_path out")
 

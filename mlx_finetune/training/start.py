@@ -86,11 +86,9 @@ def _of_peft(folder: Path, found: dict[str, Any]) -> Start:
     arrays = {name.removeprefix(PEFT_PREFIX): array for name, array in _tensors(folder / "adapter_model.safetensors").items()}
     arrays = from_peft(arrays, found)
     rank, alpha, rslora = int(found["r"]), float(found["lora_alpha"]), bool(found.get("use_rslora"))
-    ranks, alphas = found.get("rank_pattern") or {}, found.get("alpha_pattern") or {}
     widest = max([rank, *(array.shape[-2] for name, array in arrays.items() if name.endswith((LORA_A, EMBEDDING_A)))])
     scale = alpha / (math.sqrt(rank) if rslora else rank)
-    if ranks or alphas:
-        arrays = {n: _as_wide(n, a, widest, _own_scale(n, found) / scale) for n, a in arrays.items()}
+    arrays = {n: _as_wide(n, a, widest, _own_scale(n, found) / scale) for n, a in arrays.items()}
     settings = {"rank": widest, "alpha": scale * (math.sqrt(widest) if rslora else widest), "use_rslora": rslora}
     return Start(settings | {"fine_tune_type": "dora" if found.get("use_dora") else "lora"}, _untied(folder, arrays))
 

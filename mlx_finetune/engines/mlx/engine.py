@@ -35,7 +35,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.mlx_config import hidden_size, names_of
 from mlx_finetune.models.tensor_names import transformers_name
-from mlx_finetune.models.weights import fingerprint
+from mlx_finetune.models.weights import fingerprint, tensor_headers
 
 Parameters = dict[str, mx.array]
 
@@ -110,12 +110,13 @@ class MlxEngine:
 
     def _thaw(self) -> None:
         """Lets the weights that are chosen be trained themselves."""
-        weights = {name: tuple(p.shape) for name, p in tree_flatten(self.model.parameters())}
-        for name in choose_weights(weights, self.config):
-            module, _, leaf = name.rpartition(".")
+        arrays = {self._name(path): (path, array) for path, array in tree_flatten(self.model.parameters())}
+        for name in choose_weights({name: tuple(array.shape) for name, (_, array) in arrays.items()}, self.config):
+            module, _, leaf = arrays[name][0].rpartition(".")
             _module_at(self.model, module).unfreeze(keys=leaf, recurse=False)
-        for name, array in self._parameters().items():
-            ((own, stored),) = read_weights(self._folder, {self._name(name): tuple(array.shape)}).items()
+        headers = tensor_headers(self._folder)
+        for path, array in self._parameters().items():
+            ((own, stored),) = read_weights(self._folder, {self._name(path): tuple(array.shape)}, headers).items()
             if not np.array_equal(np.array(array), stored):
                 hint = "fine_tune_type = lora, or --engine torch"
                 raise UserError(f"{own}: mlx-lm's class changes it as it reads it, so it could not be handed back", hint=hint)
