@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "mlx_finetune"
 FRAMEWORKS = ("mlx", "mlx_lm", "torch", "transformers", "peft", "datasets", "matplotlib")
 # From top to bottom: a file imports only from its own layer or one above it.
 LAYERS = (
-    ("errors", "allocator", "files", "config", "launched", "terminal", "sample"),
+    ("errors", "allocator", "files", "config", "installed", "launched", "terminal", "sample"),
     ("data",),
     ("models",),
     ("engines",),

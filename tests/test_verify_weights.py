@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from architecture_row import written
 from safetensors.numpy import load_file, save_file
 from test_engines import config, spread
-from test_experts import MORE, saved
+from test_experts import MORE
 from test_from_mlx import trained
 from test_fuse_kinds import LINEAR, bytes_of, edit_config, make_case, make_model, peft_checkpoint
 from test_fuse_quantised import trained as on_packed
@@ -131,7 +132,7 @@ def test_experts_are_proven_wherever_they_are_stored(model_type: str, dtype: str
         make_tiny(model_type, model, tokenizer=False, dtype=dtype)
     engine = open_engine(config("torch", target_modules="q_proj,experts"), model)
     spread(engine, scale=0.1)
-    checkpoint = saved(engine, model, tmp_path / "checkpoint")
+    checkpoint = written(engine, tmp_path / "checkpoint", model)
     fuse(model, checkpoint, tmp_path / "fused")
     found = prove(model, checkpoint, tmp_path / "fused")
     assert not (found.problems or found.missing or found.unexpected)

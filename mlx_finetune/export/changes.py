@@ -14,9 +14,20 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.export.adapter import TENSORS, Adapter, Pair, read_adapter
 from mlx_finetune.export.expert_changes import expert_changes
 from mlx_finetune.export.from_mlx import is_mlx_adapter, mlx_changes
-from mlx_finetune.export.rows import BASE, DIVERGED, HEAD_WEIGHT, Change, Headers, Rows, factored, fitting, original
+from mlx_finetune.export.rows import (
+    BASE,
+    HEAD_WEIGHT,
+    Change,
+    Headers,
+    Rows,
+    factored,
+    finite,
+    fitting,
+    original,
+    trained_rows,
+)
 from mlx_finetune.models.tensor_names import stored_name, tensor_of
-from mlx_finetune.models.weights import ITEM_BYTES, SINGLE, TensorLocation, file_headers, read_float32, to_float32
+from mlx_finetune.models.weights import ITEM_BYTES, SINGLE, TensorLocation, file_headers, read_float32
 
 PROGRESS = "progress.json"
 EMBEDDINGS = "embed_tokens"
@@ -112,10 +123,8 @@ def _read_factors(adapter: Adapter, module: str) -> tuple[np.ndarray, np.ndarray
         UserError: a number that is not finite: a training that diverged.
     """
     pair = adapter.pairs[module]
-    a, b = read_float32(pair.a), read_float32(pair.b)
-    magnitude = read_float32(pair.magnitude) if pair.magnitude else None
-    if not all(np.isfinite(array).all() for array in (a, b, magnitude) if array is not None):
-        raise UserError(f"{pair.a.file}: {module} has numbers that are not finite", hint=DIVERGED)
+    a, b = finite(pair.a, module), finite(pair.b, module)
+    magnitude = finite(pair.magnitude, module) if pair.magnitude else None
     left, right = (np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)) if pair.on_embeddings else (b, a)
     return np.float32(pair.scale) * left, right, magnitude
 
@@ -137,7 +146,7 @@ def _full_changes(model: Path, checkpoint: Path) -> dict[str, Change]:
             )
         tensor = stored_name(name, headers)
         location = fitting(model, headers, tensor, source.shape, f"{by} is")
-        changes[tensor] = Change(location, partial(_trained_rows, name, source))
+        changes[tensor] = Change(location, partial(trained_rows, name, source))
     if is_tied and HEAD_WEIGHT in headers:
         changes |= _second_copy(model, headers, trained)
     return changes
@@ -150,20 +159,7 @@ def _second_copy(model: Path, headers: Headers, trained: Headers) -> dict[str, C
     if embeddings in trained and HEAD_WEIGHT not in trained:
         source = trained[embeddings]
         location = fitting(model, headers, HEAD_WEIGHT, source.shape, f"{embeddings} is")
-        return {HEAD_WEIGHT: Change(location, partial(_trained_rows, embeddings, source))}
+        return {HEAD_WEIGHT: Change(location, partial(trained_rows, embeddings, source))}
     if HEAD_WEIGHT in trained:
         raise UserError(f"{HEAD_WEIGHT}: {model} has one tensor for embeddings and head", hint=BOTH)
     return {}
-
-
-def _trained_rows(name: str, source: TensorLocation) -> Rows:
-    def rows(first: int, before: np.ndarray) -> np.ndarray:
-        item = ITEM_BYTES[source.dtype]
-        with source.file.open("rb") as file:
-            file.seek(source.start + first * before.shape[1] * item)
-            after = to_float32(file.read(before.size * item), source.dtype)
-        if not np.isfinite(after).all():
-            raise UserError(f"{source.file}: {name} has numbers that are not finite", hint=DIVERGED)
-        return after.reshape(before.shape)
-
-    return rows

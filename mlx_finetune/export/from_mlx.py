@@ -14,21 +14,23 @@ import numpy as np
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.mlx_adapter import CONFIG, TENSORS, Parts, open_in_mlx_lm, read_parts, read_settings
+from mlx_finetune.export.pulled import Pulled
 from mlx_finetune.export.rows import (
     BASE,
-    DIVERGED,
     ORIGINAL,
     Change,
     Headers,
     Rows,
     factored,
+    finite,
     fitting,
     original,
     rows_at,
+    trained_rows,
     with_twin,
 )
 from mlx_finetune.files import read_json
-from mlx_finetune.models.weights import ITEM_BYTES, TensorLocation, read_float32
+from mlx_finetune.models.weights import ITEM_BYTES
 
 
 def is_mlx_adapter(folder: Path) -> bool:
@@ -131,33 +133,24 @@ def _of_group(
         return {tensors[0]: partial(_slices_rows, slices, scale)}
     if len(group) == 1 and parameter in sources.same and ("" in own or len(shape) == 2):
         if "" in own:
-            return {tensors[0]: partial(_trained_rows, parameter, own[""])}
+            return {tensors[0]: partial(trained_rows, parameter, own[""])}
         return {tensors[0]: partial(_factored_rows, parameter, own, scale, place.is_embedding(parameter))}
     if len(group) == 1 and parameter in sources.stacks:
         return {tensor: partial(_expert_rows, parameter, own, scale, number, shape) for number, tensor in enumerate(tensors)}
-    pulled = _Pulled(group, sources, parts, scale, place)
-    return {tensor: partial(pulled.rows, tensor) for tensor in sorted({one for name in group for one in sources.of[name]})}
-
-
-def _trained_rows(parameter: str, location: TensorLocation) -> Rows:
-    """The trained numbers themselves, whatever stood there."""
-
-    def rows(first: int, before: np.ndarray) -> np.ndarray:
-        here = rows_at(location, first, len(before)) if location.shape else location
-        return _finite(here, parameter).reshape(before.shape)
-
-    return rows
+    changes = {one: partial(_change, one, parts[one], sources.shapes[one], scale, place) for one in group}
+    pulled = Pulled(group, sources, lambda one: changes[one](), hint="leave that module out")
+    return {tensor: partial(_pulled_rows, pulled, tensor) for tensor in pulled.tensors}
 
 
 def _factored_rows(parameter: str, own: Parts, scale: float, on_embeddings: bool) -> Rows:
     left, right = _factors(parameter, own, scale, on_embeddings)
-    return factored(left, right, _finite(own["m"], parameter) if "m" in own else None)
+    return factored(left, right, finite(own["m"], parameter) if "m" in own else None)
 
 
 def _expert_rows(parameter: str, own: Parts, scale: float, number: int, shape: tuple[int, ...]) -> Rows:
     if "" in own:
         one = rows_at(own[""], number, 1)
-        return _trained_rows(parameter, replace(one, shape=shape[1:]))
+        return trained_rows(parameter, replace(one, shape=shape[1:]))
     return factored(*_expert_factors(parameter, own, scale, number, shape), None)
 
 
@@ -170,7 +163,7 @@ def _slices_rows(slices: Sequence[tuple[str, Parts, tuple[int, ...], int]], scal
             for number, flat in enumerate(after):
                 here = flat.reshape(-1, shape[2])[row : row + shape[1]]
                 if "" in own:
-                    here[:] = _finite(rows_at(own[""], first + number, 1), parameter)[0]
+                    here[:] = finite(rows_at(own[""], first + number, 1), parameter)[0]
                 else:
                     left, right = _expert_factors(parameter, own, scale, first + number, shape)
                     here += left @ right
@@ -182,58 +175,31 @@ def _slices_rows(slices: Sequence[tuple[str, Parts, tuple[int, ...], int]], scal
 def _expert_factors(parameter: str, own: Parts, scale: float, number: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """scale * B [out, r] and A [r, in] of one expert; nothing else is read."""
     of_one = own["lora_a"].shape[0] // shape[0]
-    a = _finite(rows_at(own["lora_a"], number * of_one, of_one), parameter).reshape(-1, shape[2])
-    return np.float32(scale) * _finite(rows_at(own["lora_b"], number, 1), parameter)[0], a
+    a = finite(rows_at(own["lora_a"], number * of_one, of_one), parameter).reshape(-1, shape[2])
+    return np.float32(scale) * finite(rows_at(own["lora_b"], number, 1), parameter)[0], a
 
 
 def _factors(parameter: str, own: Parts, scale: float, on_embeddings: bool) -> tuple[np.ndarray, np.ndarray]:
     """scale * B [rows, r] and A [r, columns] of the parameter."""
-    a, b = _finite(own["lora_a"], parameter), _finite(own["lora_b"], parameter)
+    a, b = finite(own["lora_a"], parameter), finite(own["lora_b"], parameter)
     left, right = (a, b) if on_embeddings else (np.ascontiguousarray(b.T), np.ascontiguousarray(a.T))
     return np.float32(scale) * left, right
 
 
-def _finite(location: TensorLocation, parameter: str) -> np.ndarray:
-    array = read_float32(location)
-    if not np.isfinite(array).all():
-        raise UserError(f"{location.file}: {parameter} has numbers that are not finite", hint=DIVERGED)
-    return array
+def _pulled_rows(pulled: Pulled, tensor: str) -> Rows:
+    flat = pulled.take(tensor)
+    return lambda first, before: before + flat[first : first + len(before)].reshape(before.shape)
 
 
-class _Pulled:
-    """The changes of a group of parameters, carried back once and kept until each tensor of it is written."""
-
-    def __init__(self, group: Sequence[str], sources: Any, parts: Mapping[str, Parts], scale: float, place: _Place) -> None:
-        self._group, self._sources, self._parts, self._scale, self._place = group, sources, parts, scale, place
-        self._left: dict[str, np.ndarray] = {}
-
-    def rows(self, tensor: str) -> Rows:
-        """What becomes of the rows of one tensor; each is asked for once."""
-        from mlx_finetune.engines.mlx.pullback import Unmapped
-
-        if tensor not in self._left:
-            import mlx.core as mx
-
-            changes = [mx.array(self._change(parameter)) for parameter in self._group]
-            try:
-                pulled = self._sources.pull(self._group, changes)
-            except Unmapped as error:
-                raise UserError(f"{error}: it has no place in the checkpoint", hint="leave that module out") from error
-            self._left = {name: np.array(array) for name, array in pulled.items()}
-        change = self._left.pop(tensor)
-        flat = change.reshape(change.shape[0] if change.ndim else 1, -1)
-        return lambda first, before: before + flat[first : first + len(before)].reshape(before.shape)
-
-    def _change(self, parameter: str) -> np.ndarray:
-        """Of the parameter, float32, in its own shape."""
-        own, shape = self._parts[parameter], self._sources.shapes[parameter]
-        if "" in own:
-            return _finite(own[""], parameter) - self._place.weight(parameter)
-        if len(shape) == 3:
-            factors = (_expert_factors(parameter, own, self._scale, number, shape) for number in range(shape[0]))
-            return np.stack([left @ right for left, right in factors])
-        left, right = _factors(parameter, own, self._scale, self._place.is_embedding(parameter))
-        if "m" not in own:
-            return left @ right
-        before = self._place.weight(parameter)
-        return factored(left, right, _finite(own["m"], parameter))(0, before) - before
+def _change(parameter: str, own: Parts, shape: tuple[int, ...], scale: float, place: _Place) -> np.ndarray:
+    """Of the parameter, float32, in its own shape."""
+    if "" in own:
+        return finite(own[""], parameter) - place.weight(parameter)
+    if len(shape) == 3:
+        factors = (_expert_factors(parameter, own, scale, number, shape) for number in range(shape[0]))
+        return np.stack([left @ right for left, right in factors])
+    left, right = _factors(parameter, own, scale, place.is_embedding(parameter))
+    if "m" not in own:
+        return left @ right
+    before = place.weight(parameter)
+    return factored(left, right, finite(own["m"], parameter))(0, before) - before

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.changes import read_changes
+from mlx_finetune.export.pulled import Pulled
 from mlx_finetune.export.rows import Change, Rows, original, rows_at, with_twin
 from mlx_finetune.files import read_json
 from mlx_finetune.models.weights import ITEM_BYTES, read_float32, tensor_headers
@@ -103,8 +104,8 @@ def _of_group(group: list[str], sources: Any, base: _PackedBase) -> dict[str, Ca
         return {tensors[0]: partial(_instead, group[0], None, base)}
     if len(group) == 1 and group[0] in sources.stacks:
         return {tensor: partial(_instead, group[0], number, base) for number, tensor in enumerate(tensors)}
-    pulled = _Pulled(group, sources, base)
-    return {tensor: partial(pulled.rows, tensor) for tensor in sorted({one for name in group for one in sources.of[name]})}
+    pulled = Pulled(group, sources, base.read, hint=BASE)
+    return {tensor: partial(_pulled_rows, pulled, tensor) for tensor in pulled.tensors}
 
 
 def _instead(parameter: str, expert: int | None, base: _PackedBase) -> Rows:
@@ -127,28 +128,7 @@ def _slices_rows(slices: list[tuple[str, tuple[int, ...], int]], base: _PackedBa
     return rows
 
 
-class _Pulled:
-    """The numbers of a group of parameters carried back like a change from zero, as packing changes no place of them.
-
-    Once, and each tensor is kept until it is written.
-    """
-
-    def __init__(self, group: list[str], sources: Any, base: _PackedBase) -> None:
-        self._group, self._sources, self._base = group, sources, base
-        self._left: dict[str, np.ndarray] = {}
-
-    def rows(self, tensor: str) -> Rows:
-        """Of one tensor; of a tensor that is stored twice they are asked for twice."""
-        from mlx_finetune.engines.mlx.pullback import Unmapped
-
-        if tensor not in self._left:
-            import mlx.core as mx
-
-            try:
-                pulled = self._sources.pull(self._group, [mx.array(self._base.read(one)) for one in self._group])
-            except Unmapped as error:
-                raise UserError(f"{error}: it has no place in the checkpoint", hint=BASE) from error
-            self._left = {name: np.array(array) for name, array in pulled.items()}
-        array = self._left.pop(tensor)
-        flat = array.reshape(len(array), -1)
-        return lambda first, before: flat[first : first + len(before)].reshape(before.shape)
+def _pulled_rows(pulled: Pulled, tensor: str) -> Rows:
+    """Carried back like a change from zero, as packing changes no place of the numbers."""
+    flat = pulled.take(tensor)
+    return lambda first, before: flat[first : first + len(before)].reshape(before.shape)

@@ -10,7 +10,7 @@ from mlx_finetune.engines.adapter import HEAD
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.mlx_config import is_tied
-from mlx_finetune.models.weights import ITEM_BYTES, TensorLocation, tensor_headers
+from mlx_finetune.models.weights import ITEM_BYTES, TensorLocation, read_float32, tensor_headers
 
 # (number of the first row, stored rows [n, columns] float32) -> what they become, float32
 Rows = Callable[[int, np.ndarray], np.ndarray]
@@ -102,3 +102,21 @@ def rows_at(location: TensorLocation, first: int, count: int) -> TensorLocation:
     size = (location.end - location.start) // max(1, location.shape[0])
     start = location.start + first * size
     return replace(location, shape=(count, *location.shape[1:]), start=start, end=start + count * size)
+
+
+def trained_rows(parameter: str, location: TensorLocation) -> Rows:
+    """The trained numbers themselves, whatever stood there."""
+
+    def rows(first: int, before: np.ndarray) -> np.ndarray:
+        here = rows_at(location, first, len(before)) if location.shape else location
+        return finite(here, parameter).reshape(before.shape)
+
+    return rows
+
+
+def finite(location: TensorLocation, parameter: str) -> np.ndarray:
+    """The tensor in float32; raises UserError where a number of it is not finite: a training that diverged."""
+    array = read_float32(location)
+    if not np.isfinite(array).all():
+        raise UserError(f"{location.file}: {parameter} has numbers that are not finite", hint=DIVERGED)
+    return array
