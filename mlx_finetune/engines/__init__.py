@@ -14,6 +14,7 @@ import numpy as np
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
 from mlx_finetune.engines.adapter import Target
+from mlx_finetune.engines.answers import Advance, Choose, Kept
 from mlx_finetune.engines.ranks import Ranks
 from mlx_finetune.errors import UserError
 from mlx_finetune.launched import launched
@@ -52,11 +53,24 @@ class Engine(Protocol):
     def loss_sum(self, batch: Batch) -> float:
         """Sum of weight times cross entropy (nats); leaves training untouched."""
 
+    def losses(self, batch: Batch) -> np.ndarray:
+        """float32 [n]: the cross entropy (nats) at the n places of the batch that count, row by row; leaves training untouched."""
+
     def logits(self, batch: Batch) -> np.ndarray:
         """float32 [n, V] at the n places of the batch that count, row by row, computed as for the loss."""
 
-    def generate(self, prompt: Sequence[int], limit: int, stop: frozenset[int]) -> Iterator[int]:
-        """Greedy answer, at most `limit` tokens, ending before a token of `stop`."""
+    def generate(
+        self, prompt: Sequence[int], limit: int, stop: frozenset[int], choose: Choose | None = None, kept: Kept | None = None
+    ) -> Iterator[int]:
+        """At most `limit` tokens, ending before a token of `stop`: the likeliest ones, or what `choose` makes of the logits.
+
+        What `kept` holds of the prompt is not read again; it then holds prompt and answer, as far as they were read.
+        """
+
+    def generate_all(
+        self, prompts: Sequence[Sequence[int]], limit: int, stop: frozenset[int], advance: Advance | None = None
+    ) -> list[list[int]]:
+        """Of each prompt what `generate` gives (but where rounding decides), several at a time where the model can."""
 
     def state(self) -> Arrays:
         """`adapter/NAME`, and what the optimizer keeps of it (`m/NAME`, `v/NAME`: optimizers.py).
@@ -72,6 +86,11 @@ class Engine(Protocol):
 
     def peak_memory(self) -> int:
         """Most bytes held at once since the start: of the device, or of this process on a CPU."""
+
+
+def weighted(losses: np.ndarray, batch: Batch) -> float:
+    """Sum of weight times loss, in float64."""
+    return float(losses.astype(np.float64) @ batch.weights[batch.weights > 0])
 
 
 def process_peak() -> int:
@@ -104,12 +123,12 @@ def choose_engine(name: str) -> str:
     return name
 
 
-def open_engine(config: RunConfig, model: Path) -> Engine:
-    """Loads the model of folder `model` with a fresh adapter; the framework is imported here and nowhere earlier."""
+def open_engine(config: RunConfig, model: Path, adapted: bool = True) -> Engine:
+    """Loads the model of folder `model`, with a fresh adapter or as it is; the framework is imported here and nowhere earlier."""
     if choose_engine(config.engine) == "mlx":
         from mlx_finetune.engines.mlx.engine import MlxEngine
 
-        return MlxEngine(model, config)
+        return MlxEngine(model, config, adapted)
     from mlx_finetune.engines.torch.engine import TorchEngine
 
-    return TorchEngine(model, config)
+    return TorchEngine(model, config, adapted)

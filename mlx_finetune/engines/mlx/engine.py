@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
-from mlx_finetune.engines import TRUNK, Arrays, StepResult, process_peak
+from mlx_finetune.engines import TRUNK, Arrays, StepResult, process_peak, weighted
 from mlx_finetune.engines.adapter import HEAD, LAYER, Target, check_targets, choose_targets, initial_adapter, is_bypassed, scale_of
+from mlx_finetune.engines.answers import Advance, Choose, Kept, answered
 from mlx_finetune.engines.experts import check_dora
 from mlx_finetune.engines.full import choose_weights, read_weights
+from mlx_finetune.engines.mlx.answers import answer, answers, takes_several
 from mlx_finetune.engines.mlx.attention import follows_layout, install
 from mlx_finetune.engines.mlx.experts import adapt_experts, expert_targets
 from mlx_finetune.engines.mlx.input import Input
 from mlx_finetune.engines.mlx.load import load_model
 from mlx_finetune.engines.mlx.lora import LoRAEmbedding, LoRALinear, noisy, row_norms, set_dropout
-from mlx_finetune.engines.mlx.loss import Caught, Given, loss_sum, value_of
+from mlx_finetune.engines.mlx.loss import Caught, Given, loss_sum, losses_of
 from mlx_finetune.engines.mlx.parts import parts_of, train_recurrences
 from mlx_finetune.engines.mlx.ranks import ranks_of, sum_gradients
 from mlx_finetune.engines.mlx.recompute import recomputed
@@ -45,15 +47,15 @@ class MlxEngine:
 
     name, lockstep = "mlx", False
 
-    def __init__(self, model: Path, config: RunConfig) -> None:
-        """Loads the folder `model` and puts a fresh adapter on it."""
+    def __init__(self, model: Path, config: RunConfig, adapted: bool = True) -> None:
+        """Loads the folder `model` and puts a fresh adapter on it, unless it is to be as it is."""
         check_settings(config, self.name)
         self.config, self._folder = config, model
         self.ranks = ranks_of()
         self.on_gpu = mx.default_device() == mx.Device(mx.gpu)
         _bound_buffers()
         self.device = "Metal" if mx.metal.is_available() else "gpu" if self.on_gpu else "cpu"
-        full = config.fine_tune_type == "full"
+        full = adapted and config.fine_tune_type == "full"
         dtype = config.dtype if config.dtype != "auto" else None if self.on_gpu else "float32"
         self.model = load_model(model, "float32" if full else dtype)
         self.model.freeze()
@@ -63,7 +65,7 @@ class MlxEngine:
         self._paths: dict[str, str] = {}  # of adapted modules: what PEFT calls them
         if full:
             self._thaw()
-        else:
+        elif adapted:
             self._adapt()
         self.trained = dict(sorted((self._name(n), tuple(p.shape)) for n, p in self._parameters().items()))
         self._of_head = [name for name in self._parameters() if not LAYER.search(name) and self._is_behind_layers(name)]
@@ -149,6 +151,7 @@ class MlxEngine:
                 raise UserError(f"{folder}: {name} is not there for this architecture", hint=hint)
         self._by_layout = able and (config.attention == "blocks" or (config.attention == "auto" and not self.on_gpu))
         self._in_trees = able and folds(config)
+        self._takes_several = able and self.model.model_type != "mpt"  # whose slopes go by one place for all rows
         if able:
             install(self.model)
 
@@ -177,11 +180,15 @@ class MlxEngine:
 
     def loss_sum(self, batch: Batch) -> float:
         """See `Engine.loss_sum`."""
+        return weighted(self.losses(batch), batch)
+
+    def losses(self, batch: Batch) -> np.ndarray:
+        """See `Engine.losses`."""
         work = self._input(Work.of_rows(batch))
         with self._below(self._states(work)):
             hidden = self._hidden(work)
         mx.eval(hidden)
-        return value_of(self._head, hidden, work.targets, work.weights)
+        return losses_of(self._head, hidden, work.targets)
 
     def logits(self, batch: Batch) -> np.ndarray:
         """See `Engine.logits`."""
@@ -196,19 +203,27 @@ class MlxEngine:
             noise = noise_of(self.config.neftune_noise_alpha, shape, *drawn)
         return Input.of(work, self._by_layout, noise)
 
-    def generate(self, prompt: Sequence[int], limit: int, stop: frozenset[int]) -> Iterator[int]:
+    def generate(
+        self, prompt: Sequence[int], limit: int, stop: frozenset[int], choose: Choose | None = None, kept: Kept | None = None
+    ) -> Iterator[int]:
         """See `Engine.generate`."""
-        tokens, cache = mx.array([list(map(int, prompt))]), make_prompt_cache(self.model)
-        for _ in range(limit):
-            caught = Caught(self._parts.backbone)
-            with self._parts.replaced(caught):
-                self.model(tokens, cache=cache)
-            assert caught.hidden is not None
-            token = int(np.argmax(np.array(self._head(caught.hidden[0, -1:])[0].astype(mx.float32))))
-            if token in stop:
-                return
-            yield token
-            tokens = mx.array([[token]])
+        return answer(self.model, self._last_logits, prompt, limit, stop, choose, Kept() if kept is None else kept)
+
+    def generate_all(
+        self, prompts: Sequence[Sequence[int]], limit: int, stop: frozenset[int], advance: Advance | None = None
+    ) -> list[list[int]]:
+        """See `Engine.generate_all`."""
+        several = self._takes_several and takes_several(self.model)
+        together = partial(answers, self.model, limit, stop) if several else None
+        return answered(prompts, limit, lambda prompt, kept: self.generate(prompt, limit, stop, kept=kept), together, advance)
+
+    def _last_logits(self, tokens: mx.array, caches: list[Any]) -> mx.array:
+        """[1, T] -> [V], of the last token alone."""
+        caught = Caught(self._parts.backbone)
+        with self._parts.replaced(caught):
+            self.model(tokens, cache=caches)
+        assert caught.hidden is not None
+        return self._head(caught.hidden[0, -1:])[0]
 
     def state(self) -> Arrays:
         """See `Engine.state`."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_finetune.engines.mlx.exponential import exp
 
@@ -55,13 +56,14 @@ def loss_sum(
     return value
 
 
-def value_of(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> float:
-    """As `loss_sum`, a number and without a gradient."""
-    total = 0.0
+def losses_of(head: Head, hidden: mx.array, targets: mx.array) -> np.ndarray:
+    """float32 [n]: the cross entropy (nats) of each, without a gradient."""
+    parts = []
     for start, end in _chunks(head, hidden):
-        part, target, weight = (each[start:end] for each in (hidden, targets, weights))
-        total += float(_plain(head, part, target, weight).item())  # type: ignore[arg-type]
-    return total
+        logits = head(hidden[start:end]).astype(mx.float32)
+        largest, _, total = _raised(logits)
+        parts.append(np.array(_of_targets(logits, targets[start:end], largest, total)))
+    return np.concatenate(parts)
 
 
 def _chunks(head: Head, hidden: mx.array) -> list[tuple[int, int]]:
@@ -70,26 +72,20 @@ def _chunks(head: Head, hidden: mx.array) -> list[tuple[int, int]]:
     return [(start, min(start + rows, hidden.shape[0])) for start in range(0, hidden.shape[0], rows)]
 
 
-def _plain(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    logits = head(hidden).astype(mx.float32)
-    largest, _, total = _raised(logits)
-    return _weighted(logits, targets, weights, largest, total)
-
-
 def _with_gradient(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
     """A number whose gradient is that of the loss, and the loss. Each logit is raised once, for both."""
     logits = head(hidden).astype(mx.float32)
     fixed = mx.stop_gradient(logits)
     largest, raised, total = _raised(fixed)
-    loss = _weighted(fixed, targets, weights, largest, total)
+    loss = (_of_targets(fixed, targets, largest, total) * weights).sum()
     gradient = raised * (weights[:, None] / total)
     gradient = gradient.at[mx.arange(targets.size), targets].add(-weights)
     return (logits * gradient).sum(), loss
 
 
-def _weighted(logits: mx.array, targets: mx.array, weights: mx.array, largest: mx.array, total: mx.array) -> mx.array:
+def _of_targets(logits: mx.array, targets: mx.array, largest: mx.array, total: mx.array) -> mx.array:
     chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)
-    return ((mx.log(total) + largest - chosen).squeeze(-1) * weights).sum()
+    return (mx.log(total) + largest - chosen).squeeze(-1)
 
 
 def _raised(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:

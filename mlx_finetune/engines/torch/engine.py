@@ -1,6 +1,5 @@
 """TorchEngine: transformers' model classes with our LoRA, on CUDA, on Metal through mps, or in float32 on a CPU."""
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -15,7 +14,7 @@ from mlx_finetune.allocator import keep_blocks
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
 from mlx_finetune.data.trees import Tree
-from mlx_finetune.engines import Arrays, StepResult, process_peak
+from mlx_finetune.engines import Arrays, StepResult, process_peak, weighted
 from mlx_finetune.engines.adapter import (
     HEAD,
     LAYER,
@@ -27,9 +26,11 @@ from mlx_finetune.engines.adapter import (
     scale_of,
     trained_shapes,
 )
+from mlx_finetune.engines.answers import Advance, Choose, Kept, answered
 from mlx_finetune.engines.full import choose_weights, read_weights
 from mlx_finetune.engines.noise import noise_of
 from mlx_finetune.engines.supported import check_settings, folds
+from mlx_finetune.engines.torch.answers import answer, answers
 from mlx_finetune.engines.torch.attention import along, takes_trees
 from mlx_finetune.engines.torch.device import check_device
 from mlx_finetune.engines.torch.experts import adapt_experts, expert_targets
@@ -37,7 +38,7 @@ from mlx_finetune.engines.torch.fits import Given, check_fits, check_peft_reads
 from mlx_finetune.engines.torch.fused import take_over
 from mlx_finetune.engines.torch.load import load_model
 from mlx_finetune.engines.torch.lora import LoRAEmbedding, LoRALinear, TiedHead, to_numpy
-from mlx_finetune.engines.torch.loss import loss_sum
+from mlx_finetune.engines.torch.loss import loss_sum, losses_of
 from mlx_finetune.engines.torch.optimizers import updater_of
 from mlx_finetune.engines.torch.ranks import gathering, ranks_of, sum_gradients
 from mlx_finetune.engines.work import Work, in_step, share_of, works_of
@@ -49,8 +50,8 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, model: Path, config: RunConfig) -> None:
-        """Loads the folder `model` and puts a fresh adapter on it."""
+    def __init__(self, model: Path, config: RunConfig, adapted: bool = True) -> None:
+        """Loads the folder `model` and puts a fresh adapter on it, unless it is to be as it is."""
         check_settings(config, self.name)
         self.config, self._folder = config, model
         self.device = check_device(config)
@@ -64,7 +65,8 @@ class TorchEngine:
         self._vocabulary = self.model.config.get_text_config().vocab_size
         self._in_trees = self._follows_trees()
         self.targets: dict[str, Target] = {}
-        self.parameters = self._thaw() if config.fine_tune_type == "full" else self._adapt()
+        self._adapted: dict[str, Any] = {}
+        self.parameters = {} if not adapted else self._thaw() if config.fine_tune_type == "full" else self._adapt()
         self.trained = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         self._of_head = self._head_parameters()
         check_peft_reads(self.model, self.targets, config.fine_tune_type == "dora")
@@ -111,11 +113,17 @@ class TorchEngine:
         learned = sum(int((batch.weights > 0).sum()) for batch in micro_batches)
         return StepResult(mean, learned, norm, sum(work.inputs.size for work in works))
 
-    @torch.no_grad()
     def loss_sum(self, batch: Batch) -> float:
         """See `Engine.loss_sum`."""
-        with gathering():
-            return self._loss(Work.of_rows(batch)).item()
+        return weighted(self.losses(batch), batch)
+
+    @torch.no_grad()
+    def losses(self, batch: Batch) -> np.ndarray:
+        """See `Engine.losses`."""
+        work = Work.of_rows(batch)
+        inputs, places, targets = self._moved(work.inputs, work.places, work.targets)
+        with gathering(), self._multiplying():
+            return to_numpy(losses_of(self._head, self._vocabulary, self._hidden(inputs, places), targets.long()))
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> np.ndarray:
@@ -125,20 +133,21 @@ class TorchEngine:
         with gathering(), self._multiplying():
             return to_numpy(self._head(self._hidden(inputs, places)))
 
-    @torch.no_grad()
-    def generate(self, prompt: Sequence[int], limit: int, stop: frozenset[int]) -> Iterator[int]:
+    def generate(
+        self, prompt: Sequence[int], limit: int, stop: frozenset[int], choose: Choose | None = None, kept: Kept | None = None
+    ) -> Iterator[int]:
         """See `Engine.generate`."""
-        tokens, cache, backbone = torch.tensor([list(prompt)], device=self.device), None, self.model.get_submodule(self._backbone)
-        kept = "cache_params" if "cache_params" in inspect.signature(backbone.forward).parameters else "past_key_values"
-        for _ in range(limit):
-            with self._multiplying():
-                answer = backbone(tokens, use_cache=True, **{kept: cache})
-                token = int(self._head(answer.last_hidden_state[0, -1:])[0].argmax())
-            cache = answer[kept]
-            if token in stop:
-                return
-            yield token
-            tokens = torch.tensor([[token]], device=self.device)
+        backbone, kept = self.model.get_submodule(self._backbone), Kept() if kept is None else kept
+        return answer(backbone, self._head, self._multiplying, self.device, prompt, limit, stop, choose, kept)
+
+    def generate_all(
+        self, prompts: Sequence[Sequence[int]], limit: int, stop: frozenset[int], advance: Advance | None = None
+    ) -> list[list[int]]:
+        """See `Engine.generate_all`."""
+        backbone = self.model.get_submodule(self._backbone)
+        several = partial(answers, backbone, self._head, limit, stop, self.device) if takes_trees(self.model) else None
+        with self._multiplying():
+            return answered(prompts, limit, lambda prompt, kept: self.generate(prompt, limit, stop, kept=kept), several, advance)
 
     def state(self) -> Arrays:
         """See `Engine.state`."""
@@ -178,7 +187,7 @@ class TorchEngine:
         known |= expert_targets(self.model)
         self.targets = choose_targets(known, config)
         check_targets(self.targets, tied, config, next((n for n, m in modules.items() if m is head), HEAD))
-        self._adapted: dict[str, Any] = adapt_experts(self.model, self.targets, config)
+        self._adapted = adapt_experts(self.model, self.targets, config)
         for path, target in ((path, target) for path, target in self.targets.items() if target.kind != "experts"):
             base, scale = modules[path], scale_of(config)
             dora = config.fine_tune_type == "dora"
@@ -203,7 +212,6 @@ class TorchEngine:
 
     def _thaw(self) -> dict[str, torch.nn.Parameter]:
         """The weights that are trained themselves."""
-        self._adapted = {}
         parameters = {name: p for name, p in self.model.named_parameters() if name.startswith((self._decoder, HEAD))}
         chosen = choose_weights({name: tuple(p.shape) for name, p in parameters.items()}, self.config)
         return {name: parameters[name].requires_grad_() for name in chosen}

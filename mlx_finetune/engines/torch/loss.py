@@ -17,11 +17,14 @@ def loss_sum(head: Head, vocabulary: int, hidden: torch.Tensor, targets: torch.T
 
     `learned`: what is trained of the head itself. No array of [n, V] exists where n is large: neither forward nor backward.
     """
-    if not torch.is_grad_enabled() or not (hidden.requires_grad or learned):
-        parts = [_part(head, *each) for each in _chunks(vocabulary, hidden, targets, weights)]
-        return torch.stack(parts).sum()
     result: torch.Tensor = _Chunked.apply(head, vocabulary, targets, weights, hidden, *learned)
     return result
+
+
+def losses_of(head: Head, vocabulary: int, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """float32 [n]: the cross entropy (nats) of each, without a gradient."""
+    parts = _chunks(vocabulary, hidden, targets)
+    return torch.cat([F.cross_entropy(head(part).float(), target, reduction="none") for part, target in parts])
 
 
 class _Chunked(torch.autograd.Function):
@@ -43,11 +46,6 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
         return None, None, None, None, *(saved.mul_(upstream[0].to(saved.dtype)) for saved in ctx.saved_tensors)
-
-
-def _part(head: Head, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    losses = F.cross_entropy(head(hidden).float(), targets, reduction="none")
-    return (losses * weights).sum()
 
 
 def _part_and_gradient(head: Head, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor,

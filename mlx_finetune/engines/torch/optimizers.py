@@ -31,9 +31,9 @@ class Updater(Protocol):
 
 def updater_of(config: RunConfig, parameters: Parameters) -> Updater:
     """For the optimizer that is asked for."""
-    if config.optimizer == "adamw":
+    if config.optimizer == "adamw" and parameters:  # torch's own takes no empty list
         return AdamW(config, parameters)
-    return AdamW8bit(config, parameters) if config.optimizer == "adamw_8bit" else Rules(config, parameters)
+    return AdamW8bit(config, parameters) if config.optimizer == "adamw_8bit" and parameters else Rules(config, parameters)
 
 
 def _groups(config: RunConfig, parameters: Parameters) -> list[dict[str, Any]]:
