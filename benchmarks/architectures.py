@@ -25,8 +25,7 @@ from torch's, relative; `fuse` of the fused folder in transformers, `peft` of th
 exported folder opened by mlx-lm, each from the model as MLX trained it, whose adapters (on all linear layers, and on experts where
 both libraries have them alike) change its logits by more than 1e-2. A text instead of a figure is the reason for which it is
 refused, which counts as exact only for a kind that is known to be refused."""
-EXACT, RECURRENT_EXACT = 1e-4, 4e-4  # recurrences sum in another order in each library
-RECURRENT = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "qwen3_5", "qwen3_5_moe")
+EXACT = 1e-4
 REFUSED = ("falcon_h1", "glm", "ernie4_5_moe", "arcee")
 NOT_TRAINED = "gpt_neox"  # by MLX
 COLUMNS = ("load", "loss", "norm", "fuse", "peft", "mlx_lm")
@@ -38,9 +37,8 @@ def measure(folder: Path) -> list[Table]:
     for name, model in models(folder):
         row = row_of(model, folder / f"{model.name} road", exported=True)
         print(name, row, file=sys.stderr)
-        close = RECURRENT_EXACT if name.split()[0] in RECURRENT else EXACT
         figures = {column.replace("_", "-"): shown(getattr(row, column), folder) for column in COLUMNS}
-        rows.append({"model": name, **figures, "exact or refused": judged(name.split()[0], row, close)})
+        rows.append({"model": name, **figures, "exact or refused": judged(name.split()[0], row)})
     return [Table(f"{len(rows)} models", TEXT, rows, promised=("exact or refused",))]
 
 
@@ -64,13 +62,13 @@ def shown(value: float | str, folder: Path) -> float | str:
     return value.replace(f"{folder}/", "") if isinstance(value, str) else value
 
 
-def judged(model_type: str, row: Row, close: float) -> bool:
+def judged(model_type: str, row: Row) -> bool:
     """Whether each figure is small enough; a reason stands for it only where that kind is known to be refused."""
     values = [getattr(row, column) for column in COLUMNS]
     numbers = [value for value in values if isinstance(value, float)]
     has_reason = any(value and isinstance(value, str) for value in values)
     whole = has_reason if model_type in (*REFUSED, NOT_TRAINED) else len(numbers) == len(values)
-    return whole and all(value < close for value in numbers)
+    return whole and all(value < EXACT for value in numbers)
 
 
 if __name__ == "__main__":

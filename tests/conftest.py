@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import mlx_finetune.engines.mlx  # noqa: F401  before any test imports mlx: its 
 from mlx_finetune.cli import main
 from mlx_finetune.models.gguf import find_smollm2, gguf_to_hugging_face
 
+GPTME = Path(__file__).parents[1] / ".venv" / "gptme" / "bin" / "python"
 Answer = tuple[int, str, str]  # of the command line: exit status, stdout, stderr
 
 
@@ -45,6 +47,29 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"{path} is not here: it holds the real data, which is no part of the project")
     return path
+
+
+@pytest.fixture(scope="session")
+def gptme_python() -> str:
+    """An interpreter that has gptme 0.35.1: the one that GPTME_PYTHON names, or that of scripts/test."""
+    python = os.environ.get("GPTME_PYTHON") or str(GPTME)
+    if not Path(python).is_file():
+        pytest.skip(
+            "gptme is not there: scripts/test installs it into .venv/gptme, or GPTME_PYTHON names an interpreter that has it"
+        )
+    asked = [python, "-c", "from importlib.metadata import version; print(version('gptme'))"]
+    if (found := subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()) != "0.35.1":
+        pytest.skip(f"{python} has gptme {found or 'not at all'}, and not 0.35.1")
+    return python
+
+
+@pytest.fixture
+def gptme_home(tmp_path: Path) -> dict[str, str]:
+    """An environment in which gptme reads and writes nothing of this person's, and asks the network for nothing."""
+    names = ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME")
+    own = {name: str(tmp_path / "home") for name in names} | {"GPTME_TIKTOKEN_TIMEOUT": "0"}
+    (tmp_path / "home").mkdir()
+    return {name: value for name, value in os.environ.items() if name != "GPTME_LOGS_HOME"} | own
 
 
 @pytest.fixture(params=["mlx", "torch"])

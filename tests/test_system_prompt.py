@@ -1,11 +1,8 @@
 """The short system prompt told from the full one: against recorded requests, real logs and, where it is installed, gptme itself."""
 
 import hashlib
-import importlib.metadata
 import json
-import os
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -273,10 +270,9 @@ def write_workspace(folder: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("workspace", ["empty", "files", "git"])
 @pytest.mark.parametrize("person", [False, True])
-def test_gptme_itself_sends_the_same_short_prompt(tmp_path: Path, workspace: str, person: bool) -> None:
-    pytest.importorskip("gptme", reason="gptme is no dependency: pip install gptme==0.35.1 to compare with it")
-    if importlib.metadata.version("gptme") != "0.35.1":
-        pytest.skip("another gptme than 0.35.1")
+def test_gptme_itself_sends_the_same_short_prompt(
+    tmp_path: Path, gptme_python: str, gptme_home: dict[str, str], workspace: str, person: bool
+) -> None:
     config = tmp_path / ".config" / "gptme"
     config.mkdir(parents=True)
     if person:
@@ -287,9 +283,9 @@ def test_gptme_itself_sends_the_same_short_prompt(tmp_path: Path, workspace: str
         skill.parent.mkdir(parents=True)
         skill.write_text("---\nname: foo\ndescription: Does foo & <bar>.\n---\n\n# Foo\n")
     homes = {"HOME": tmp_path, "XDG_CONFIG_HOME": tmp_path / ".config", "XDG_DATA_HOME": tmp_path / ".local" / "share"}
-    environment = os.environ | {name: str(path) for name, path in homes.items()} | {"GPTME_TIKTOKEN_TIMEOUT": "0"}
+    environment = gptme_home | {name: str(path) for name, path in homes.items()}
     folder = write_workspace(tmp_path / "src" / "work", workspace)
-    run = subprocess.run([sys.executable, "-c", PAIRS], cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    run = subprocess.run([gptme_python, "-c", PAIRS], cwd=folder, env=environment, capture_output=True, text=True, check=True)
     pairs = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"full"')]
     assert len(pairs) == 90
     for pair in pairs:

@@ -3,11 +3,8 @@
 Each table below was compared with gptme 0.35.1 itself; where gptme is installed, it still is, with made-up texts besides.
 """
 
-import importlib.util
 import json
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -257,11 +254,7 @@ def test_blocks_lie_one_behind_the_other_and_hold_what_the_text_holds() -> None:
     assert found > 300
 
 
-def test_gptme_itself_finds_and_sends_the_same(tmp_path: Path) -> None:
-    """In the interpreter that GPTME_PYTHON names, or in this one."""
-    python = os.environ.get("GPTME_PYTHON") or (sys.executable if importlib.util.find_spec("gptme") else "")
-    if not python:
-        pytest.skip("gptme is not installed, and GPTME_PYTHON names no interpreter that has it: it cannot be compared")
+def test_gptme_itself_finds_and_sends_the_same(gptme_python: str, gptme_home: dict[str, str]) -> None:
     random = np.random.default_rng(0)
     texts = [text for table in (MARKDOWN, XML, NATIVE) for text, _ in table.values() if "\ud83d" not in text]
     texts += [made_up(random) for _ in range(2000)]
@@ -271,11 +264,9 @@ def test_gptme_itself_finds_and_sends_the_same(tmp_path: Path) -> None:
         [{"role": m.role, "content": m.content} | ({"call_id": m.tool_call_id} if m.tool_call_id else {}) for m in log]
         for log in logs
     ]
-    names = ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME")
-    environment = {**os.environ, **dict.fromkeys(names, str(tmp_path)), "GPTME_TIKTOKEN_TIMEOUT": "0"}
-    command = [python, str(Path(__file__).with_name("gptme_oracle.py"))]
+    command = [gptme_python, str(Path(__file__).with_name("gptme_oracle.py"))]
     asked = json.dumps(list(zip(texts, rows, strict=True)))
-    answer = subprocess.run(command, input=asked, capture_output=True, text=True, check=True, env=environment)
+    answer = subprocess.run(command, input=asked, capture_output=True, text=True, check=True, env=gptme_home)
     tools, answers = json.loads(answer.stdout.splitlines()[-1])
     loaded = frozenset(tools)
     for text, log, theirs in zip(texts, logs, answers, strict=True):
