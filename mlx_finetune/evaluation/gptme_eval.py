@@ -1,0 +1,145 @@
+"""gptme's own tests, gptme-eval, run on a model that is served: base and tuned side by side. Source: gptme 0.35.1, gptme/eval."""
+
+import difflib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_finetune.errors import UserError
+from mlx_finetune.evaluation.confined import confined
+from mlx_finetune.files import read_json
+
+PROGRAM = "gptme-eval"
+INSTALL = "pipx install gptme, or name the program: --gptme PATH/gptme-eval"
+OUTPUT = "output.txt"  # what the program said
+STATUS = {"success": "fail", "timeout": "timeout", "error": "error"}  # of a test that did not pass, by what gptme-eval calls it
+PASSED = "pass"
+PASSED_ON = ("PATH", "LANG", "LC_ALL", "TERM", "TMPDIR", "SSL_CERT_FILE")  # of the environment: no key, no token
+LISTED = re.compile(r"^ {2}(?: {2})?([\w-]+)(?: \(\d+ tests\)| \*)?$", re.MULTILINE)
+LISTED_WITHIN, GRACE = 120, 20  # seconds
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is asked for."""
+
+    names: tuple[str, ...]  # of suites or tests, as gptme-eval --list has them
+    tool_format: str
+    seconds: int  # for one test
+    steps: int  # answers of the model in one test
+    program: Path
+    sandbox: str | None  # as confined.py knows it
+
+
+def find_program(named: str) -> Path:
+    """gptme-eval: the one that is named, of this environment, or on the PATH; raises UserError where there is none."""
+    beside = Path(sys.executable).with_name(PROGRAM)
+    found = named or (str(beside) if beside.is_file() else shutil.which(PROGRAM))
+    if not found or not os.access(found, os.X_OK) or Path(found).is_dir():
+        raise UserError(f"{named or PROGRAM}: no such program", hint=INSTALL)
+    return Path(found).absolute()
+
+
+def run_suite(suite: Suite, url: str, key: str, model: str, folder: Path, said: Callable[[str], None]) -> dict[str, str]:
+    """Outcome (pass, fail, timeout, error) of each test of the suite by the served `model`, one test after the other.
+
+    `folder` becomes a home of its own; logs and results stay there. `said` is given each line that the program says.
+
+    Raises:
+        UserError: there is no such test, or the program ended without results.
+    """
+    home = folder / "home"
+    home.mkdir(parents=True)
+    limits = ["-p", "1", "-t", str(suite.seconds)]
+    command = [str(suite.program), *suite.names, "-m", f"local/{model}@{suite.tool_format}", *limits, "--json"]
+    command = confined(suite.sandbox, command, folder, Path.home(), _programs(suite.program))
+    environment = _environment(home, folder, url, key, suite.steps)
+    with (folder / OUTPUT).open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+        try:
+            assert process.stdout
+            for line in process.stdout:
+                output.write(line)
+                said(line.rstrip())
+            status = process.wait()
+        finally:
+            end_all(process)
+    found = sorted((folder / "results").glob("*/eval_results.json"))
+    if not found:
+        raise UserError(f"{PROGRAM} {' '.join(suite.names)}: no results (exit status {status})", hint=f"see {folder / OUTPUT}")
+    return outcomes(read_json(found[-1]))
+
+
+def outcomes(results: Mapping[str, Any]) -> dict[str, str]:
+    """Of each test, from eval_results.json of one model."""
+    (model,) = results["models"]
+    return {str(row["name"]): PASSED if row.get("passed") else STATUS.get(str(row["status"]), "fail") for row in model["results"]}
+
+
+def side_by_side(suite: Suite, base: Mapping[str, str], tuned: Mapping[str, str]) -> dict[str, Any]:
+    """As evaluation.json has it."""
+    tests = sorted(base.keys() | tuned.keys())
+    rows = [{"test": test, "base": base.get(test, "not run"), "tuned": tuned.get(test, "not run")} for test in tests]
+    passed = {which: {"passed": sum(row[which] == PASSED for row in rows)} for which in ("base", "tuned")}
+    limits = {"seconds": suite.seconds, "steps": suite.steps, "sandbox": suite.sandbox or "none"}
+    return {"suite": " ".join(suite.names), "format": suite.tool_format, "tests": len(tests), **limits, **passed, "rows": rows}
+
+
+def check_names(suite: Suite, folder: Path) -> None:
+    """Raises UserError for a name that gptme-eval does not list."""
+    home = folder / "home"
+    home.mkdir(parents=True, exist_ok=True)
+    environment = _environment(home, folder, "", "", suite.steps)
+    how: dict[str, Any] = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "check": False}
+    listed = subprocess.run([str(suite.program), "--list"], **how, timeout=LISTED_WITHIN).stdout
+    known = {"all", "all-practical", *LISTED.findall(listed)}
+    for name in suite.names:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"{suite.program} --list"
+            raise UserError(f"--gptme-eval {name}: gptme-eval lists no such suite or test", hint=hint)
+
+
+def _environment(home: Path, folder: Path, url: str, key: str, steps: int) -> dict[str, str]:
+    """A home of its own; no key of this person's; tokens are counted without asking the network."""
+    own = {name: value for name in PASSED_ON if (value := os.environ.get(name))}
+    own |= {"HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config"), "XDG_DATA_HOME": str(home / ".local" / "share")}
+    own |= {"XDG_STATE_HOME": str(home / ".local" / "state"), "XDG_CACHE_HOME": str(home / ".cache")}
+    own |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": key, "GPTME_TIKTOKEN_TIMEOUT": "0", "GPTME_MAX_STEPS": str(steps)}
+    own |= {"EVAL_RESULTS_DIR": str(folder / "results"), "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
+    for who in ("AUTHOR", "COMMITTER"):
+        own |= {f"GIT_{who}_NAME": "gptme", f"GIT_{who}_EMAIL": "gptme@localhost"}
+    return own
+
+
+def _programs(program: Path) -> list[Path]:
+    """Folders that the program needs to be read, also where they are in a person's home."""
+    shebang = program.open("rb").readline(4096).decode("utf-8", errors="replace")
+    python = Path(shebang[2:].strip().split(" ")[0]) if shebang.startswith("#!/") else program
+    places = {program.resolve().parent, python.parent.parent, python.resolve().parent.parent}
+    return sorted(place for place in places if place.is_dir() and place != Path("/usr"))
+
+
+def end_all(process: "subprocess.Popen[str]") -> None:
+    """The process and whatever it started, first asked, then forced."""
+    for number, seconds in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        deadline = time.monotonic() + seconds
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+    if process.poll() is None:
+        process.wait(GRACE)

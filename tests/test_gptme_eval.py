@@ -1,0 +1,164 @@
+"""gptme's own tests run against a served model: in a home of its own, with limits, and nothing that it starts outlives it."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_finetune.errors import UserError
+from mlx_finetune.evaluation.confined import TOOLS, confined, confinement
+from mlx_finetune.evaluation.gptme_eval import Suite, check_names, find_program, outcomes, run_suite, side_by_side
+
+HELLO = "```save hello.py\nprint('Hello, world!')\n```"
+SHELLS = "prime100"  # a test that lets the model use the shell; hello lets it save only
+SANDBOX = confinement("auto")
+
+
+@pytest.fixture
+def suite(gptme_python: str) -> Suite:
+    return Suite(("hello",), "markdown", 60, 3, Path(gptme_python).with_name("gptme-eval"), None)
+
+
+@pytest.fixture
+def answering() -> Iterator[Any]:
+    """Starts an OpenAI-compatible server that gives the same answers to whoever asks; its address."""
+    servers = []
+
+    def start(*answers: str) -> str:
+        left = list(answers)
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                text = left.pop(0) if len(left) > 1 else left[0]
+                chunks = [
+                    {"delta": {"content": text}, "index": 0, "finish_reason": None},
+                    {"delta": {}, "index": 0, "finish_reason": "stop"},
+                ]
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream")
+                self.end_headers()
+                for chunk in chunks:
+                    event = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": [chunk]}
+                    self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+                self.wfile.write(b"data: [DONE]\n\n")
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}/v1"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def ran(folder: Path) -> str:
+    """What gptme wrote down of the conversation, the results of its tools too."""
+    (log,) = folder.rglob("conversation.jsonl")
+    return "\n".join(json.loads(line)["content"] for line in log.read_text().splitlines())
+
+
+def test_a_model_that_does_the_task_passes(suite: Suite, answering: Any, tmp_path: Path) -> None:
+    lines: list[str] = []
+    found = run_suite(suite, answering(HELLO, "Done."), "none", "m", tmp_path / "run", lines.append)
+    assert found == {"hello": "pass"} and lines
+    assert list((tmp_path / "run" / "home" / ".local" / "share" / "gptme" / "logs").glob("*gptme-evals*"))
+
+
+@pytest.mark.skipif(not SANDBOX, reason="no bwrap and no sandbox-exec on this machine")
+def test_what_the_model_runs_sees_and_changes_nothing_of_this_person(
+    suite: Suite, answering: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    person = tmp_path / "person"
+    person.mkdir()
+    (person / "diary").write_text("of a person")
+    monkeypatch.setenv("HOME", str(person))
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "a key of this person")
+    call = f"```shell\ntouch {person}/escaped /usr/escaped; echo x > stays-here; ls {person}; env\n```"
+    within = replace(suite, names=(SHELLS,), sandbox=SANDBOX)
+    found = run_suite(within, answering(call, "Done."), "none", "m", tmp_path / "run", lambda line: None)
+    said = ran(tmp_path / "run")
+    assert found == {SHELLS: "fail"} and "GPTME_MAX_STEPS=3" in said  # it ran
+    assert [path.name for path in person.iterdir()] == ["diary"] and not Path("/usr/escaped").exists()
+    assert "diary" not in said and "a key of this person" not in said
+    assert list((tmp_path / "run").rglob("stays-here"))
+
+
+def test_base_and_tuned_stand_side_by_side(tmp_path: Path) -> None:
+    suite = Suite(("a", "b"), "markdown", 60, 3, tmp_path, None)
+    found = side_by_side(suite, {"a": "fail", "b": "pass"}, {"a": "pass", "b": "timeout", "c": "pass"})
+    assert (found["suite"], found["tests"], found["base"], found["tuned"]) == ("a b", 3, {"passed": 1}, {"passed": 2})
+    assert found["rows"][2] == {"test": "c", "base": "not run", "tuned": "pass"}
+
+
+@pytest.mark.long
+def test_a_test_that_takes_too_long_ends_with_what_it_started(suite: Suite, answering: Any, tmp_path: Path) -> None:
+    short = replace(suite, names=(SHELLS,), seconds=15)
+    found = run_suite(short, answering("```shell\ntouch began\nsleep 4321\n```"), "none", "m", tmp_path / "run", lambda line: None)
+    assert found == {SHELLS: "timeout"}
+    assert list((tmp_path / "run").rglob("began"))
+    assert "sleep 4321" not in subprocess.run(["ps", "ax"], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_suite_that_is_not_listed_is_refused_with_the_nearest(suite: Suite, tmp_path: Path) -> None:
+    check_names(Suite(("basic", "hello-patch", "all-practical"), "markdown", 1, 1, suite.program, None), tmp_path)
+    with pytest.raises(UserError, match="no such suite") as error:
+        check_names(Suite(("hello-pach",), "markdown", 1, 1, suite.program, None), tmp_path)
+    assert error.value.hint == "did you mean hello-patch?"
+
+
+def test_a_program_that_ends_without_results_is_one_line(tmp_path: Path) -> None:
+    program = tmp_path / "gptme-eval"
+    program.write_text(f"#!{sys.executable}\nprint('broken')\n")
+    program.chmod(0o755)
+    with pytest.raises(UserError, match="no results") as error:
+        run_suite(Suite(("x",), "markdown", 1, 1, program, None), "", "", "m", tmp_path / "run", lambda line: None)
+    assert (tmp_path / "run" / "output.txt").read_text() == "broken\n" and "output.txt" in error.value.hint
+
+
+def test_the_program_is_the_one_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="no such program"):
+        find_program(str(tmp_path / "gone"))
+    program = tmp_path / "gptme-eval"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    assert find_program(str(program)) == program
+    if not Path(sys.executable).with_name("gptme-eval").exists():
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        assert find_program("") == program
+
+
+def test_every_status_of_gptme_eval_is_told_apart() -> None:
+    rows = [{"name": name, "status": status, "passed": passed} for name, status, passed in (
+        ("a", "success", True), ("b", "success", False), ("c", "timeout", False), ("d", "error", False))]  # fmt: skip
+    assert outcomes({"models": [{"results": rows}]}) == {"a": "pass", "b": "fail", "c": "timeout", "d": "error"}
+
+
+def test_a_sandbox_that_is_not_there_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert confinement("none") is None
+    with pytest.raises(UserError, match="not one of"):
+        confinement("jail")
+    other = next(tool for system, tool in TOOLS.items() if system != sys.platform)
+    with pytest.raises(UserError, match="not there on this machine"):
+        confinement(other)
+    monkeypatch.setenv("PATH", "")
+    assert confinement("auto") is None
+
+
+def test_the_profile_of_macos_quotes_what_folders_are_called(tmp_path: Path) -> None:
+    folder = tmp_path / 'a "quoted" name'
+    command = confined("sandbox-exec", ["true"], folder, tmp_path, [])
+    assert command[0] == "sandbox-exec" and command[-1] == "true" and 'a \\"quoted\\" name' in command[2]
