@@ -4,14 +4,15 @@ import difflib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.evaluation.confined import confined
@@ -24,7 +25,8 @@ STATUS = {"success": "fail", "timeout": "timeout", "error": "error"}  # of a tes
 PASSED = "pass"
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "TERM", "TMPDIR", "SSL_CERT_FILE")  # of the environment: no key, no token
 LISTED = re.compile(r"^ {2}(?: {2})?([\w-]+)(?: \(\d+ tests\)| \*)?$", re.MULTILINE)
-LISTED_WITHIN, GRACE = 120, 20  # seconds
+LISTED_WITHIN, GRACE = 120, 3  # seconds
+RESULTS = "EVAL_RESULTS_DIR"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def run_suite(suite: Suite, url: str, key: str, model: str, folder: Path, said: 
     Raises:
         UserError: there is no such test, or the program ended without results.
     """
+    folder = folder.absolute()
     home = folder / "home"
     home.mkdir(parents=True)
     limits = ["-p", "1", "-t", str(suite.seconds)]
@@ -74,7 +77,8 @@ def run_suite(suite: Suite, url: str, key: str, model: str, folder: Path, said: 
                 said(line.rstrip())
             status = process.wait()
         finally:
-            end_all(process)
+            end_all(folder / "results")
+            process.wait()
     found = sorted((folder / "results").glob("*/eval_results.json"))
     if not found:
         raise UserError(f"{PROGRAM} {' '.join(suite.names)}: no results (exit status {status})", hint=f"see {folder / OUTPUT}")
@@ -117,7 +121,7 @@ def _environment(home: Path, folder: Path, url: str, key: str, steps: int) -> di
     own |= {"HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config"), "XDG_DATA_HOME": str(home / ".local" / "share")}
     own |= {"XDG_STATE_HOME": str(home / ".local" / "state"), "XDG_CACHE_HOME": str(home / ".cache")}
     own |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": key, "GPTME_TIKTOKEN_TIMEOUT": "0", "GPTME_MAX_STEPS": str(steps)}
-    own |= {"EVAL_RESULTS_DIR": str(folder / "results"), "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
+    own |= {RESULTS: str(folder / "results"), "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
     for who in ("AUTHOR", "COMMITTER"):
         own |= {f"GIT_{who}_NAME": "gptme", f"GIT_{who}_EMAIL": "gptme@localhost"}
     return own
@@ -131,15 +135,19 @@ def _programs(program: Path) -> list[Path]:
     return sorted(place for place in places if place.is_dir() and place != Path("/usr"))
 
 
-def end_all(process: "subprocess.Popen[str]") -> None:
-    """The process and whatever it started, first asked, then forced."""
-    for number, seconds in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        deadline = time.monotonic() + seconds
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-    if process.poll() is None:
-        process.wait(GRACE)
+def end_all(results: Path) -> None:
+    """Ends whatever was started with this folder for results and is still there: shells of gptme's have a session of their own."""
+    found = [process for process in psutil.process_iter() if _told(process).get(RESULTS) == str(results)]
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                end(process)
+        _, found = psutil.wait_procs(found, timeout=GRACE)
+
+
+def _told(process: psutil.Process) -> dict[str, str]:
+    """Its environment; empty where it is another person's, or gone."""
+    try:
+        return process.environ()
+    except (psutil.AccessDenied, psutil.NoSuchProcess, OSError):
+        return {}
