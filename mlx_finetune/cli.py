@@ -15,7 +15,10 @@ from typer.exceptions import TyperException
 
 from mlx_finetune.cli_collect import collect
 from mlx_finetune.cli_convert import convert
+from mlx_finetune.cli_evaluate import evaluate
 from mlx_finetune.cli_export import export, push
+from mlx_finetune.cli_report import plot, report
+from mlx_finetune.cli_serve import chat, serve
 from mlx_finetune.config import FIELDS, RunConfig, default
 from mlx_finetune.errors import UserError
 from mlx_finetune.launched import launched, rank_of
@@ -30,8 +33,6 @@ Model = Annotated[str, typer.Option("--model", help="Base model: a Hugging Face 
 Out = Annotated[Path, typer.Option("--out", help="Folder to make; must not exist.")]
 ENGINE, MAX_LENGTH = default("engine"), str(default("max_length"))
 EngineName = Annotated[str, typer.Option("--engine", help="auto, mlx or torch.")]
-RunEngine = Annotated[str, typer.Option("--engine", help="auto, mlx or torch. Default: the one of the run.")]
-Checkpoint = Annotated[str, typer.Option("--checkpoint", help="best, latest, or a name such as step-000100.")]
 
 SETTINGS = "Settings, for --set and for the config file:\n\n" + "\n\n".join(
     f"[bold]{name}[/bold] = {'none' if default(name) is None else default(name)}: {RunConfig.model_fields[name].description}"
@@ -133,6 +134,8 @@ def train(
     data: Annotated[str, typer.Option(help="Folder that prepare made.")] = "",
     out: Annotated[str, typer.Option(help="Folder of the run; must not exist, unless with --resume.")] = "",
     engine: Annotated[str, typer.Option(help=f"auto, mlx or torch (default {ENGINE}).")] = "",
+    patience: Annotated[int | None, typer.Option(help=f"{_help('patience')} (default {default('patience')})")] = None,
+    report_to: Annotated[list[str] | None, typer.Option(help=f"{_help('report_to')} (repeatable; default none)")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")] = False,
     assignments: Annotated[list[str] | None, typer.Option("--set", help="key=value, any setting (repeatable).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
@@ -141,29 +144,14 @@ def train(
     """Train an adapter, or all weights: metrics, checkpoints that peft opens, and a picture of the loss."""
     from mlx_finetune.commands import train_command
 
-    named = {"model": model, "data": data, "out": out, "engine": engine}
-    train_command(config, {k: v for k, v in named.items() if v}, assignments or [], resume, dry_run, as_json)
+    named: dict[str, Any] = {"model": model, "data": data, "out": out, "engine": engine, "report_to": report_to}
+    named = {name: value for name, value in named.items() if value} | ({} if patience is None else {"patience": patience})
+    train_command(config, named, assignments or [], resume, dry_run, as_json)
 
 
-@app.command()
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder that train made.")],
-    checkpoint: Checkpoint = "best",
-    engine: RunEngine = "",
-    as_json: Json = False,
-) -> None:
-    """Held-out loss of base and tuned model, by source."""
-    from mlx_finetune.commands import evaluate_command
-
-    evaluate_command(run, checkpoint, engine, as_json)
-
-
-@app.command()
-def plot(run: Annotated[Path, typer.Argument(help="Folder that train made.")], as_json: Json = False) -> None:
-    """Draw the loss of a run, also of one that is still going, into loss.png."""
-    from mlx_finetune.commands import plot_command
-
-    plot_command(run, as_json)
+app.command()(evaluate)
+app.command()(report)
+app.command()(plot)
 
 
 @app.command()
@@ -189,6 +177,8 @@ def fuse(
     fuse_command(FuseOptions(**options))
 
 
+app.command()(chat)
+app.command()(serve)
 app.command()(export)
 app.command()(push)
 

@@ -16,7 +16,7 @@ from mlx_finetune.launched import launched
 from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.weights import fingerprint
 from mlx_finetune.prepared import show_dataset
-from mlx_finetune.terminal import finish, progress, say, table
+from mlx_finetune.terminal import finish, progress, say
 
 if TYPE_CHECKING:
     from mlx_finetune.training.run import Plan
@@ -59,11 +59,12 @@ def _refuse_share_of_all(share: float) -> None:
 
 
 def train_command(
-    file: Path | None, named: dict[str, str], assignments: Sequence[str], resume: bool, dry_run: bool, as_json: bool
+    file: Path | None, named: dict[str, Any], assignments: Sequence[str], resume: bool, dry_run: bool, as_json: bool
 ) -> None:
     """`mlx-finetune train`."""
     from mlx_finetune.evaluation.plot import draw_loss
     from mlx_finetune.training.memory_watch import COMMANDS, less_memory
+    from mlx_finetune.training.progress import training_progress
     from mlx_finetune.training.run import execute, plan_resume, plan_run
 
     overrides = parse_assignments(list(assignments)) | named
@@ -85,7 +86,7 @@ def train_command(
         result = {"steps": plan.steps, "config": config.to_dict()}
         finish(result, as_json, lambda: show_config(config), None, "the same without --dry-run")
         return
-    with progress("train") as advance:
+    with training_progress() as advance:
         trained, engine = execute(plan, advance)
     if engine.ranks.rank == 0 and draw_loss(plan.run) is None:
         say("loss.png was not drawn: pip install matplotlib")
@@ -99,6 +100,10 @@ def train_command(
         say(f"interrupted: step {trained.step} of {trained.steps} is saved")
         say(f"next: {COMMANDS[launched()]} train --resume --out {plan.run}")
         raise typer.Exit(130)
+
+    if trained.stopped_early:
+        say(f"stopped early, at step {trained.step} of {trained.steps}: {trained.stopped_early}")
+        say(f"to go on all the same: {COMMANDS[launched()]} train --resume --out {plan.run} --patience {2 * config.patience}")
 
     def show() -> None:
         where = engine.device if engine.ranks.size == 1 else f"{engine.device}, {engine.ranks.size} processes"
@@ -116,15 +121,17 @@ def announce(plan: "Plan") -> None:
         UserError: more than there is.
     """
     from mlx_finetune.planning.before_run import check_memory
-    from mlx_finetune.training.remarks import experts_left_alone, folds_nothing, untrained_tokens
+    from mlx_finetune.training.remarks import experts_left_alone, folds_nothing, looks_at_nothing, untrained_tokens
     from mlx_finetune.training.run import folding_advice, moved, trunk_bytes, why_on_the_cpu
+    from mlx_finetune.training.tracking import where_it_goes
 
     config, dataset = plan.config, plan.dataset
     start = f", going on from {plan.checkpoint.name}" if plan.checkpoint else ""
     say(f"training {config.model} on {len(dataset.train)} examples of {config.data}")
     say(f"{plan.steps} steps{start} -> {plan.run}")
     remarks = why_on_the_cpu(config), moved(plan), folds_nothing(config), experts_left_alone(plan.model, config)
-    for remark in (*remarks, untrained_tokens(plan.model, config, dataset.train)):
+    looks = looks_at_nothing(config, len(dataset.valid))
+    for remark in (*remarks, untrained_tokens(plan.model, config, dataset.train), looks, *where_it_goes(config, plan.run)):
         if remark:
             say(remark)
     say(f"{100 * efficiency(dataset.train.lengths, config.batch_size, config.seed):.1f} % of the tokens read are no padding")
@@ -141,31 +148,3 @@ def show_config(config: RunConfig) -> None:
     """The resolved settings; those that differ from the default are marked."""
     for name, value in config.to_dict().items():
         print(f"{name}: {value}" + ("" if value == default(name) else "   (set)"))
-
-
-def evaluate_command(run: Path, checkpoint: str, engine: str, as_json: bool) -> None:
-    """`mlx-finetune evaluate`."""
-    from mlx_finetune.evaluation.compare import compare
-
-    say(f"held-out loss of {run} ({checkpoint}) and of its base model")
-    comparison, _ = compare(run, checkpoint, engine)
-
-    def show() -> None:
-        rows = [(s, f"{b:.4f}", f"{comparison.tuned.by_source[s]:.4f}") for s, b in comparison.base.by_source.items()]
-        rows.append(("the loss (OpenAssistant apart)", f"{comparison.base.loss:.4f}", f"{comparison.tuned.loss:.4f}"))
-        title = f"held-out loss, nats a token, {comparison.base.tokens} learned tokens, {comparison.checkpoint}"
-        table(title, rows, ("source", "base", "tuned"))
-        if comparison.note:
-            print(comparison.note)
-
-    finish(comparison.to_json(), as_json, show, run / "evaluation.json", f"mlx-finetune fuse {run} --out model")
-
-
-def plot_command(run: Path, as_json: bool) -> None:
-    """`mlx-finetune plot`."""
-    from mlx_finetune.evaluation.plot import draw_loss
-
-    picture = draw_loss(run)
-    if picture is None:
-        raise UserError("matplotlib is not installed", hint="pip install matplotlib")
-    finish({"picture": str(picture)}, as_json, lambda: None, picture, "")

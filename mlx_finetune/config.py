@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file
@@ -137,6 +146,17 @@ class RunConfig(BaseModel):
 
     eval_every: int = Field(default=50, ge=1, description="steps between two held-out losses")
     save_every: int = Field(default=50, ge=1, description="steps between two checkpoints")
+    patience: int = Field(
+        default=0,
+        ge=0,
+        description="stop after so many held-out losses in a row that are not below the lowest; 0: never",
+    )
+    sample_prompts: int = Field(default=3, ge=0, description="held-out turns answered with each held-out loss; 0: none")
+    sample_tokens: int = Field(default=128, ge=1, description="most tokens of such an answer")
+    report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] | None = Field(
+        default=None,
+        description="tensorboard, trackio, wandb or several of them: told the losses too, never a conversation",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -145,6 +165,15 @@ class RunConfig(BaseModel):
         if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"(experts\.|all-linear|[\w\s,])*", targets):
             values = values | {"target_modules": tuple(name.strip() for name in targets.split(",") if name.strip())}
         return values
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _split_trackers(cls, value: Any) -> Any:
+        if not isinstance(value, str | list | tuple):
+            return value
+        texts = [value] if isinstance(value, str) else value
+        names = [name.strip() for text in texts for name in str(text).split(",") if name.strip() not in ("", "none")]
+        return tuple(dict.fromkeys(names)) or None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them."""

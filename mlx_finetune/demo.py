@@ -24,6 +24,7 @@ from mlx_finetune.models.weights import fingerprint
 from mlx_finetune.terminal import finish, progress, say, table
 from mlx_finetune.training.checkpoint import trained_template
 from mlx_finetune.training.loop import Trained
+from mlx_finetune.training.progress import training_progress
 from mlx_finetune.training.run import execute, plan_run
 
 SETTINGS = {
@@ -69,7 +70,7 @@ def run_demo(out: Path, engine: str, as_json: bool) -> None:
     config = make_config(SETTINGS | places | {"engine": engine}, "demo")
     info, template = _prepare(config, out)
     say(f"4/7 train: LoRA of rank {config.rank} on {engine} -> {out / 'run'}")
-    with progress("train") as advance:
+    with training_progress() as advance:
         trained, opened = execute(plan_run(config), advance)
     memory = opened.peak_memory()
     picture = draw_loss(out / "run")
@@ -128,6 +129,7 @@ def _held_out_conversation(data: Path, info: dict[str, Any]) -> Conversation:
 def _result(
     comparison: Comparison, trained: Trained, memory: int, fused: Fused, verified: Verified, answers: Answers
 ) -> dict[str, Any]:
+    assert comparison.tuned
     return {
         "engine": comparison.engine,
         "held_out_loss_base": comparison.base.loss,

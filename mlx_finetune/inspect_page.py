@@ -1,7 +1,5 @@
 """The page of `inspect --html`: one file that needs nothing else, in which every text of a conversation is only text."""
 
-import base64
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -21,6 +19,7 @@ from mlx_finetune.inspect_terminal import (
     role_rows,
     template_lines,
 )
+from mlx_finetune.report.html import digest
 
 BARS, WIDTH, HEIGHT = 32, 640, 120  # of the histogram
 SHARE = 80  # width of the bar of a learned share
@@ -37,7 +36,7 @@ def page(statistics: Mapping[str, Any], shown: Sequence[ShownExample], lengths: 
     beside = Path(__file__).parent
     style, script = ((beside / f"inspect_page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     policy = (
-        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; base-uri 'none'; form-action 'none'"
     )
     title = _text(f"{statistics['split']} of {statistics['dataset']}")
     yield f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
@@ -47,13 +46,8 @@ def page(statistics: Mapping[str, Any], shown: Sequence[ShownExample], lengths: 
     yield from _statistics(statistics, lengths)
     yield from _controls(statistics, shown)
     for each in shown:
-        yield from _article(each)
+        yield article(each)
     yield f"<script>{script}</script>\n</body>\n</html>\n"
-
-
-def _digest(text: str) -> str:
-    """As Content-Security-Policy names the only script and the only style that a browser may take."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _text(text: object) -> str:
@@ -136,6 +130,11 @@ def _controls(statistics: Mapping[str, Any], shown: Sequence[ShownExample]) -> I
     yield f"<p class=faint>{len(shown):,} of {statistics['examples']:,} examples are on this page.</p>\n"
     yield '<p class="key text"><span><mark>learned</mark></span><span><mark class="other" data-weight="0.5">learned with another '
     yield "weight than 1</mark></span><span>only read</span><span><i>control token</i></span></p>\n"
+
+
+def article(each: ShownExample) -> str:
+    """One example, its learned tokens marked and its long context folded."""
+    return "".join(_article(each))
 
 
 def _article(each: ShownExample) -> Iterator[str]:

@@ -46,6 +46,7 @@ def make_run(root: Path, engine: str, out: str = "run", **values: Any) -> Path:
     """The folder root/out, of four steps that change root/base visibly."""
     told: dict[str, Any] = {"model": str(root / "base"), "data": str(root / "dataset"), "out": str(root / out), "engine": engine}
     told |= {"steps": 4, "batch_size": 2, "gradient_accumulation": 1, "learning_rate": 1e-2, "eval_every": 2, "save_every": 2}
+    told |= {"sample_prompts": 0}
     if values.get("fine_tune_type") != "full":
         told |= {"rank": 4, "alpha": 8}
     plan = plan_run(make_config(told | values, "test"))

@@ -9,6 +9,7 @@ import yaml
 from finished_runs import WORDS, make_base, make_run
 
 from mlx_finetune.evaluation.compare import compare, open_run
+from mlx_finetune.evaluation.wanted import Wanted
 from mlx_finetune.export.card import card, split_card
 from mlx_finetune.export.facts import Facts, HeldOut, base_name, read_facts
 from mlx_finetune.export.report import RAN
@@ -100,10 +101,26 @@ def test_what_evaluate_measured_is_taken_where_it_is_of_this_checkpoint(facts, r
     comparison, _ = compare(run, "step-000004")
     config, model, checkpoint = open_run(run, "step-000004")
     found = read_facts(run, checkpoint, model, config).held_out
-    assert found == HeldOut(comparison.base.loss, comparison.tuned.loss, found.by_source, comparison.tuned.tokens)
-    assert f"over {comparison.tuned.tokens:,} learned tokens" in card(replace(facts, held_out=found), REPORT)
+    assert found == HeldOut(comparison.base.loss, comparison.tuned.loss, found.by_source, comparison.tuned.tokens, found.compared)
+    text = card(replace(facts, held_out=found), REPORT)
+    assert f"over {comparison.tuned.tokens:,} learned tokens of the valid split" in text and "not measured" not in text
+    row = next(row for row in comparison.rows if row.group == "all")
+    difference = f"{row.difference:+.4f} ({row.low:+.4f} to {row.high:+.4f})"
+    assert rows(text)["**the loss**"] == [f"{row.tokens:,}", f"{row.base:.4f}", f"{row.tuned:.4f}", difference]
+    assert rows(text)["inside a call"] and rows(text)["turns, first"] and "answers to held-out turns" not in text
     config, model, checkpoint = open_run(run, "step-000002")
     assert read_facts(run, checkpoint, model, config).held_out.tokens is None
+    (run / "evaluation.json").unlink()
+
+
+def test_rates_of_answers_stand_in_the_card_with_their_intervals_and_no_answer_does(facts, run):
+    compare(run, "step-000004", wanted=Wanted(generate=4, limit=60))
+    config, model, checkpoint = open_run(run, "step-000004")
+    found = read_facts(run, checkpoint, model, config).held_out
+    text = card(replace(facts, held_out=found), REPORT)
+    samples = json.loads((run / "evaluation.json").read_text())["generation"]["samples"]
+    assert rows(text)["valid call"][:3] == [str(len(samples)), "0 %", "0 %"] and "paired bootstrap over conversations" in text
+    assert not any(word in text for word in WORDS.split())
     (run / "evaluation.json").unlink()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finished_runs import make_base, make_run
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.evaluation.confined import TOOLS, confined, confinement
@@ -162,3 +163,44 @@ def test_the_profile_of_macos_quotes_what_folders_are_called(tmp_path: Path) -> 
     folder = tmp_path / 'a "quoted" name'
     command = confined("sandbox-exec", ["true"], folder, tmp_path, [])
     assert command[0] == "sandbox-exec" and command[-1] == "true" and 'a \\"quoted\\" name' in command[2]
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    make_base(root, changes={"max_position_embeddings": 16384})
+    return make_run(root, "torch", sample_prompts=0)
+
+
+def test_nothing_is_executed_before_a_person_agreed(cli: Any, a_run: Path, gptme_python: str) -> None:
+    program = Path(gptme_python).with_name("gptme-eval")
+    status, _, err = cli("evaluate", a_run, "--gptme-eval", "hello", "--gptme", program, "--generate", 0)
+    assert status == 2 and "EXECUTES" in err and "add --yes" in err
+    assert not (a_run / "evaluation.json").exists() and not (a_run / "gptme-eval").exists()
+
+
+def test_what_cannot_be_run_is_refused_before_anything_is_measured(cli: Any, a_run: Path, gptme_python: str) -> None:
+    program = Path(gptme_python).with_name("gptme-eval")
+    for told, said in (
+        (("--gptme-eval", "hello", "--gptme", "/nowhere/gptme-eval"), "no such program"),
+        (("--gptme-eval", "hello", "--gptme", program, "--sandbox", "jail"), "not one of auto"),
+        (("--gptme-eval", "hello", "--gptme", program, "--tool-format", "yaml"), "not one of markdown"),
+        (("--gptme-eval", "helo", "--gptme", program, "--yes"), "did you mean hello?"),
+        (("--gptme-eval", "hello", "--data", "d"), "leave --data out"),
+    ):
+        status, _, err = cli("evaluate", a_run, *told)
+        assert status == 2 and said in err and not (a_run / "evaluation.json").exists()
+
+
+@pytest.mark.long
+def test_base_and_tuned_model_of_a_run_are_put_through_a_suite(cli: Any, a_run: Path, gptme_python: str) -> None:
+    program = Path(gptme_python).with_name("gptme-eval")
+    limits = ("--seconds", 90, "--steps", 1, "--generate", 0)
+    status, out, err = cli("evaluate", a_run, "--gptme-eval", "hello", "--gptme", program, "--yes", *limits, "--json")
+    assert status == 0, err
+    found = json.loads(out)["gptme_eval"]
+    assert found["tests"] == 1 and [row["test"] for row in found["rows"]] == ["hello"]
+    assert found == json.loads((a_run / "evaluation.json").read_text())["gptme_eval"]
+    assert len(list((a_run / "gptme-eval").rglob("conversation.jsonl"))) == 2  # of base and tuned
+    cli("evaluate", a_run, "--generate", 0)
+    assert json.loads((a_run / "evaluation.json").read_text())["gptme_eval"] == found  # measuring the losses again loses nothing

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mlx_finetune"
-FRAMEWORKS = ("mlx", "mlx_lm", "torch", "transformers", "peft", "datasets", "matplotlib")
+FRAMEWORKS = ("mlx", "mlx_lm", "torch", "transformers", "peft", "datasets", "matplotlib", "starlette", "uvicorn")
 # From top to bottom: a file imports only from its own layer or one above it.
 LAYERS = (
     ("errors", "allocator", "files", "config", "installed", "launched", "terminal", "sample"),
@@ -19,11 +19,12 @@ LAYERS = (
     ("training",),
     ("export",),
     ("evaluation",),
+    ("serving",),
     tuple(
-        "demo commands collected collecting converting exporting fusing originals prepared inspecting inspect_page "
-        "inspect_terminal".split()
+        "demo commands evaluating gptme_evaluating collected collecting converting exporting "
+        "fusing originals prepared inspecting inspect_page inspect_terminal report reporting".split()
     ),
-    ("cli", "cli_collect", "cli_convert", "cli_export", "__main__"),
+    ("cli", "cli_collect", "cli_convert", "cli_evaluate", "cli_export", "cli_serve", "cli_report", "__main__"),
 )
 MODULES = sorted(path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py"))
 NEUTRAL = [name for name in MODULES if not name.startswith(("mlx_finetune.engines.mlx", "mlx_finetune.engines.torch"))]

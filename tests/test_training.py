@@ -68,7 +68,7 @@ def settings(model: Path, data: Path, out: Path, engine: str, **values: Any) -> 
     shape: dict[str, Any] = {"batch_size": 2, "gradient_accumulation": 2, "steps": STEPS, "learning_rate": 1e-2}
     if values.get("fine_tune_type") != "full":
         shape |= {"rank": 4, "alpha": 8}
-    return places | shape | {"eval_every": 4, "save_every": 5, "warmup_ratio": 0.2} | values
+    return places | shape | {"eval_every": 4, "save_every": 5, "warmup_ratio": 0.2, "sample_prompts": 0} | values
 
 
 def run(values: dict[str, Any]) -> Path:

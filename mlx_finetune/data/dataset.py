@@ -106,14 +106,19 @@ class Dataset:
         shape = config.batch_size, config.gradient_accumulation, config.seed
         return examples_at(self.train.lengths, *shape, step, self.train.families)
 
-    def held_out(self, batch_size: int) -> dict[str, list[Batch]]:
-        """Validation batches by source, neighbours in length together."""
-        batches: dict[str, list[Batch]] = {}
-        for source in sorted(set(self.valid.sources)):
-            indices = [i for i in np.argsort(self.valid.lengths, kind="stable").tolist() if self.valid.sources[i] == source]
-            groups = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-            batches[source] = [Batch.of([self.valid[i] for i in group]) for group in groups]
-        return batches
+    def held_out(self, batch_size: int, split: str = "valid") -> dict[str, list[Batch]]:
+        """Batches of a split that is not learned, by source, neighbours in length together."""
+        store = getattr(self, split)
+        groups = self.held_out_places(batch_size, split)
+        return {source: [Batch.of([store[i] for i in group]) for group in each] for source, each in groups.items()}
+
+    def held_out_places(self, batch_size: int, split: str = "valid") -> dict[str, list[list[int]]]:
+        """Which examples of the split are in each of those batches, row by row."""
+        store, groups = getattr(self, split), {}
+        for source in sorted(set(store.sources)):
+            places = [i for i in np.argsort(store.lengths, kind="stable").tolist() if store.sources[i] == source]
+            groups[source] = [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
+        return groups
 
 
 def digest_of(files: Sequence[Path]) -> str:

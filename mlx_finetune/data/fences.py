@@ -82,6 +82,17 @@ def blocks(text: str) -> Iterator[Block]:
             first = last + 1
 
 
+def left_open(text: str) -> bool | None:
+    """Whether a fence is open at the end of the text, so that what stands in it is no block; None where there is no fence."""
+    visible = _visible(text)
+    if visible is None or "```" not in text[visible:]:
+        return None
+    found = list(blocks(text))
+    end = found[-1].end if found else visible
+    fence = any(FENCE.match(line) for line in Lines(text, end).text)
+    return fence if found or fence else None
+
+
 def _visible(text: str) -> int | None:
     """Where the message begins behind its thinking; None where the thinking does not end."""
     if "think" not in text:

@@ -63,14 +63,21 @@ def _rows(path: Path) -> Iterator[tuple[Any, ...]]:
 
 
 def _turn_lengths(tokens: np.ndarray, weights: np.ndarray, turns: int, control: np.ndarray) -> np.ndarray:
-    """int64 [turns], 0 where it cannot be told. A turn is one learned stretch, or several up to a control token.
+    """int64 [turns], 0 where it cannot be told."""
+    found = turn_places(tokens, weights, turns, control)
+    return found[:, 1] - found[:, 0] if len(found) else np.zeros(turns, np.int64)
 
-    It has several where it holds what stands for a secret, which is not learned.
+
+def turn_places(tokens: np.ndarray, weights: np.ndarray, turns: int, control: np.ndarray) -> np.ndarray:
+    """int64 [turns, 2]: the first learned token of each turn and the one behind its last; [0, 2] where that cannot be told.
+
+    A turn is one learned stretch, or several up to a control token: it has several where it holds what stands for a secret, which
+    is not learned.
     """
     learned = np.concatenate([[False], weights > 0, [False]])
     starts, ends = np.flatnonzero(np.diff(learned.astype(np.int8))).reshape(-1, 2).T
     last = np.arange(len(ends)) if len(ends) == turns else np.flatnonzero(np.isin(tokens[ends - 1], control))
     if len(last) != turns:
-        return np.zeros(turns, np.int64)
+        return np.zeros((0, 2), np.int64)
     first = np.concatenate([[0], last[:-1] + 1]).astype(np.int64)
-    return np.asarray(ends[last] - starts[first], np.int64)
+    return np.stack([starts[first], ends[last]], axis=1).astype(np.int64)

@@ -168,6 +168,11 @@ def calls_of(message: Message, tool_format: str) -> list[Call]:
     return calls_in(message.content, tool_format if tool_format in ("markdown", "xml", "tool") else "markdown")
 
 
+def failed_turns(messages: Sequence[Message], tool_format: str) -> frozenset[int]:
+    """Places of the assistant turns that tools or gptme answered with a failure."""
+    return frozenset(turn.place for turn in _turns(messages, tool_format) if turn.failed)
+
+
 def _turns(messages: Sequence[Message], tool_format: str) -> list[_Turn]:
     places = [i for i, message in enumerate(messages) if message.role == "assistant"]
     turns = []

@@ -1,7 +1,9 @@
 """The loss of a run as a picture."""
 
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mlx_finetune.training.held_out import judged_by
 from mlx_finetune.training.metrics import read_metrics
@@ -23,7 +25,7 @@ def draw_loss(run: Path) -> Path | None:
     axes = figure.add_subplot()
     steps = [row["step"] for row in train]
     axes.plot(steps, [row["loss"] for row in train], color="#9db8d6", linewidth=1, label="training, each step")
-    axes.plot(steps, _running_mean(train), color="#1f5fa8", linewidth=1.8, label="training, running mean")
+    axes.plot(steps, running_mean(train), color="#1f5fa8", linewidth=1.8, label="training, running mean")
     if valid:
         losses = [row["loss"] for row in valid]
         axes.plot([row["step"] for row in valid], losses, "o-", color="#c8501e", linewidth=1.8, label="held out")
@@ -42,7 +44,7 @@ def draw_loss(run: Path) -> Path | None:
     return run / "loss.png"
 
 
-def shown_apart(valid: list[dict]) -> list[tuple[str, list[int], list[float]]]:
+def shown_apart(valid: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[int], list[float]]]:
     """Source, steps and losses of each source that is not a part of the held-out loss."""
     sources = sorted({source for row in valid for source in row.get("by_source", {})})
     lines = []
@@ -52,7 +54,7 @@ def shown_apart(valid: list[dict]) -> list[tuple[str, list[int], list[float]]]:
     return sorted(lines)
 
 
-def _running_mean(train: list[dict]) -> list[float]:
+def running_mean(train: Sequence[Mapping[str, Any]]) -> list[float]:
     """Exponential mean of sums over that of counts: no mean of means."""
     losses, total, weight = [], 0.0, 0.0
     for row in train:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from mlx_finetune.export.facts import LICENSES, Facts
+from mlx_finetune.export.facts import LICENSES, Compared, Facts, HeldOut
 from mlx_finetune.files import atomic_file
 
 Kind = Literal["model", "adapter", "gguf", "gguf adapter"]
@@ -111,8 +111,55 @@ def _results(facts: Facts) -> str:
     rows = [("**the loss**", f"{found.base:.4f}", f"{found.tuned:.4f}")]
     rows += [(_source(s), f"{base:.4f}", f"{tuned:.4f}") for s, (base, tuned) in sorted(found.by_source.items())]
     over = f" over {found.tokens:,} learned tokens" if found.tokens else ""
+    if found.compared:
+        return _with_intervals(found)
     table = _table(("held out", "base", "tuned"), rows)
     return f"## Results\n\n{table}\n\nMean cross entropy in nats a token{over}; lower is better. Its uncertainty was not measured."
+
+
+def _with_intervals(found: HeldOut) -> str:
+    """What `evaluate` measured, with the intervals of the differences."""
+    losses = [
+        (_line(c), f"{c.of:,}", *map(_nats, (c.base, c.tuned)), _range(c, "{:+.4f}", 1))
+        for c in found.compared
+        if c.group != "rate"
+    ]
+    rates = [
+        (_line(c), f"{c.of:,}", *map(_percent, (c.base, c.tuned)), _range(c, "{:+.0f} %", 100))
+        for c in found.compared
+        if c.group == "rate"
+    ]
+    ends = ("base", "tuned", "difference (95 % interval)")
+    text = f"## Results\n\n{_table(('held out', 'tokens', *ends), losses)}\n\n"
+    text += f"Mean cross entropy in nats a token over {found.tokens:,} learned tokens of the {found.split} split; lower is better."
+    if rates:
+        text += f"\n\n{_table(('answers to held-out turns', 'turns', *ends), rates)}\n\nShares of greedy answers; higher is better."
+    return f"{text}\n\nIntervals: paired bootstrap over conversations."
+
+
+def _line(compared: Compared) -> str:
+    if compared.group == "source":
+        return _source(compared.name)
+    if compared.group == "all":
+        return "**the loss**"
+    return ("turns, " if compared.group == "turn" else "") + _plain(compared.name)
+
+
+def _nats(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.4f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def _range(compared: Compared, form: str, times: float) -> str:
+    if compared.difference is None:
+        return "-"
+    if compared.low is None or compared.high is None:
+        return f"{form.format(times * compared.difference)} (one conversation)"
+    low, high = (form.format(times * bound) for bound in (compared.low, compared.high))
+    return f"{form.format(times * compared.difference)} ({low} to {high})"
 
 
 def _serving(facts: Facts, kind: Kind, formats: Set[str]) -> str:

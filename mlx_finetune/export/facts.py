@@ -1,8 +1,8 @@
 """What a model card says of a run: counts, settings and losses. No text, name or path of a person's conversations is read."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,32 @@ ALWAYS = {"dropout", "seed"}  # said also where they are 0
 
 
 @dataclass(frozen=True)
+class Compared:
+    """Base, tuned, and the difference with its 95 % interval, of tokens (nats) or of answers (shares); None: not known."""
+
+    group: str  # all, source, kind, turn, rate
+    name: str
+    of: int
+    base: float | None
+    tuned: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
 class HeldOut:
-    """Mean nats a learned token of the base and of the tuned model; `by_source`: (base, tuned); tokens: None where not known."""
+    """Mean nats a learned token of the base and of the tuned model; `by_source`: (base, tuned); tokens: None where not known.
+
+    `compared`: what `evaluate` found, by kinds of tokens and of answers; none where it has not looked. `split`: at which part.
+    """
 
     base: float
     tuned: float
     by_source: dict[str, tuple[float, float]]
     tokens: int | None = None
+    compared: tuple[Compared, ...] = ()
+    split: str = "valid"
 
 
 @dataclass(frozen=True)
@@ -126,11 +145,21 @@ def _held_out(run: Path, checkpoint: str, step: int) -> HeldOut | None:
     path = run / "evaluation.json"
     found = read_json(path) if path.is_file() else {}
     if isinstance(found, Mapping) and found.get("checkpoint") == checkpoint:
-        return _losses(found["base"], found["tuned"], found["tuned"].get("tokens"))
+        losses = _losses(found["base"], found["tuned"], found["tuned"].get("tokens"))
+        return replace(losses, compared=tuple(_compared(found)), split=str(found.get("split", "valid")))
     if not (run / "metrics.jsonl").is_file():
         return None
     rows = {row["step"]: row for row in read_metrics(run / "metrics.jsonl") if row["split"] == "valid"}
     return _losses(rows[0], rows[step], None) if 0 in rows and step in rows else None
+
+
+def _compared(found: Mapping[str, Any]) -> Iterator[Compared]:
+    """What `evaluate` wrote with intervals; an older one wrote none."""
+    numbers = ("base", "tuned", "difference", "low", "high")
+    for row in found.get("rows", ()):
+        yield Compared(row["group"], row["name"], int(row["tokens"]), *(row[key] for key in numbers))
+    for rate in (found.get("generation") or {}).get("rates", ()):
+        yield Compared("rate", rate["name"], int(rate["of"]), *(rate[key] for key in numbers))
 
 
 def _losses(base: Mapping[str, Any], tuned: Mapping[str, Any], tokens: int | None) -> HeldOut:

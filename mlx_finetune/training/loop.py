@@ -2,25 +2,21 @@
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_finetune.config import RunConfig
-from mlx_finetune.data.batches import Batch
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.engines import Engine, StepResult
 from mlx_finetune.engines.ranks import PeerGone, any_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.training.ahead import Ahead, ahead
 from mlx_finetune.training.checkpoint import Origin, checkpoint_folder, point, save_checkpoint
-from mlx_finetune.training.held_out import held_out_loss
+from mlx_finetune.training.evaluations import Evaluations
 from mlx_finetune.training.interrupt import interruptible
 from mlx_finetune.training.memory_watch import NoMemory, memory_errors, watched
-from mlx_finetune.training.metrics import Metrics, Unwritten, read_metrics
+from mlx_finetune.training.progress import Advance, Now, Standing
 from mlx_finetune.training.schedule import learning_rate
-
-Advance = Callable[[int, int, str], None]  # steps done, steps in all, a note
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,8 @@ class Trained:
     tokens_seen: int
     tokens_computed: int  # padding included; what several examples of a step begin with counts once
     seconds: float
-    shortage: str | None = None  # of memory: why it stopped early
+    shortage: str | None = None  # of memory: why it was interrupted
+    stopped_early: str | None = None  # why, where patience was at its end before the steps were; then it is not interrupted
 
 
 def total_steps(dataset: Dataset, config: RunConfig) -> int:
@@ -42,8 +39,10 @@ def total_steps(dataset: Dataset, config: RunConfig) -> int:
     return config.steps or math.ceil(config.epochs * dataset.steps_per_epoch(config))
 
 
-def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin: Origin, start: int, advance: Advance) -> Trained:
-    """Steps `start` to the end; writes metrics and checkpoints into `run`, and moves `latest` and `best`.
+def train(
+    engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin: Origin, start: int, look: Evaluations, advance: Advance
+) -> Trained:
+    """Steps `start` to the end; writes metrics, answers and checkpoints into `run`, and moves `latest` and `best`.
 
     Where several processes train together all of them are here, and the first alone writes.
 
@@ -51,7 +50,7 @@ def train(engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin
         UserError: the loss or the gradient is not a number, there is no memory, or another process is gone; the last good
             checkpoint stays.
     """
-    loop = _Loop(engine, dataset, config, run, origin, start, advance)
+    loop = _Loop(engine, dataset, config, run, origin, start, look, advance)
     loop.begin()
     with interruptible() as interrupt:
         try:
@@ -72,25 +71,34 @@ class _Loop:
     """Where a run is, and what it has seen since it was started."""
 
     def __init__(
-        self, engine: Engine, dataset: Dataset, config: RunConfig, run: Path, origin: Origin, start: int, advance: Advance
+        self,
+        engine: Engine,
+        dataset: Dataset,
+        config: RunConfig,
+        run: Path,
+        origin: Origin,
+        start: int,
+        look: Evaluations,
+        advance: Advance,
     ) -> None:
         self.engine, self.dataset, self.config, self.run, self.origin = engine, dataset, config, run, origin
-        self.start, self.done, self.advance = start, start, advance
+        self.start, self.done, self.look, self.advance = start, start, look, advance
         self.steps, self.first = total_steps(dataset, config), engine.ranks.rank == 0
-        self.metrics = Metrics(run / "metrics.jsonl", start) if self.first else Unwritten()
-        self.look = _Look(engine, dataset.held_out(config.batch_size), self.metrics)
         self.stopped = False
         self.shortage: str | None = None
+        self.over: str | None = None  # why patience is at its end
+        self.loss: float | None = None
         self.learned, self.seen, self.computed, self.seconds = 0, 0, 0, 0.0
 
     def begin(self) -> None:
-        """Mends `best`, and measures the model as it is at the start."""
+        """Mends `best`, and measures the model as it is at the start; a run that stopped early is over still."""
         if self.first:
             self.look.point_best(self.run)
         if self.start == 0:
-            self.advance(0, self.steps, "held-out loss before the first step")
-            with memory_errors(0, self.config):
-                self.look.at(0)
+            self._measure()
+        elif self.done < self.steps:
+            self.over = self.look.over()
+            self.stopped = self.over is not None
 
     def step(self, batches: Ahead) -> None:
         """One optimizer step."""
@@ -100,20 +108,24 @@ class _Loop:
             result = self.engine.step(batches.batches_at(number), rate, self.config.seed + number)
         _check_finite(number + 1, result)
         seconds = time.perf_counter() - began
-        self.done, self.seconds = number + 1, self.seconds + seconds
+        self.done, self.seconds, self.loss = number + 1, self.seconds + seconds, result.loss
         self.learned, self.seen = self.learned + result.tokens, self.seen + self.dataset.tokens_at(number, self.config)
         self.computed += result.computed
-        self.metrics.train(self.done, result, rate, seconds)
-        self.advance(self.done, self.steps, f"step {self.done} of {self.steps}, loss {result.loss:.3f}")
+        self.look.metrics.train(self.done, result, rate, seconds, self.engine.peak_memory())
+        if not self._is_due():
+            self._say("stepped")
 
     def look_at_held_out(self) -> bool:
-        """Where it is due; whether this is the best so far."""
-        with memory_errors(self.done, self.config):
-            return self.look.at(self.done) if self.done % self.config.eval_every == 0 or self.done == self.steps else False
+        """Where it is due; whether this is the best so far. Sees too whether patience is at its end."""
+        if not self._is_due():
+            return False
+        better = self._measure()
+        self.over = self.look.over() if self.done < self.steps else None
+        return better
 
     def stop(self, asked: bool, shortage: str | None) -> None:
-        """After this step, where it is asked for on any process."""
-        self.stopped, self.shortage = asked, shortage
+        """After this step, where it is asked for on any process, or patience is at its end."""
+        self.stopped, self.shortage = asked or self.over is not None, shortage
 
     def save(self, better: bool) -> None:
         """A checkpoint where it is due, and `best` where it is."""
@@ -130,36 +142,25 @@ class _Loop:
 
     def trained(self) -> Trained:
         """How far it came."""
-        early = self.done < self.steps
+        interrupted = self.done < self.steps and self.over is None
         counts = self.learned, self.seen, self.computed
-        return Trained(self.done, self.steps, early, *counts, self.seconds, self.shortage if early else None)
+        shortage = self.shortage if interrupted else None
+        return Trained(self.done, self.steps, interrupted, *counts, self.seconds, shortage, self.over)
 
+    def _is_due(self) -> bool:
+        return self.done % self.config.eval_every == 0 or self.done == self.steps
 
-class _Look:
-    """Held-out losses as they are measured, and the lowest so far (the base model's does not count)."""
-
-    def __init__(self, engine: Engine, held_out: dict[str, list[Batch]], metrics: Metrics | Unwritten) -> None:
-        self.engine, self.held_out, self.metrics = engine, held_out, metrics
-        rows = read_metrics(metrics.path) if isinstance(metrics, Metrics) else []
-        before = [(row["loss"], row["step"]) for row in rows if row["split"] == "valid" and row["step"]]
-        self.best: float = min(before)[0] if before else math.inf
-        self.best_step: int = min(before)[1] if before else 0
-
-    def point_best(self, run: Path) -> None:
-        """Mends `best` where a crash fell between a checkpoint and its link."""
-        folder = checkpoint_folder(run, self.best_step)
-        if folder.is_dir():
-            point(run / "best", folder)
-
-    def at(self, step: int) -> bool:
-        """Measures and logs; whether this is the best after a step of training."""
-        if not self.held_out:
-            return False
-        measured = held_out_loss(self.engine, self.held_out)
-        self.metrics.held_out(step, measured.loss, measured.by_source)
-        better = step > 0 and measured.loss < self.best
-        self.best = measured.loss if better else self.best
+    def _measure(self) -> bool:
+        self._say("measuring")
+        with memory_errors(self.done, self.config):
+            better = self.look.at(self.done)
+        self._say("measured")
         return better
+
+    def _say(self, now: Now) -> None:
+        rate = self.seen / self.seconds if self.seconds else None
+        standing = Standing(self.done, self.steps, now, self.loss, self.look.last, rate, self.engine.peak_memory())
+        self.advance(self.done, self.steps, standing)
 
 
 def _check_finite(step: int, result: StepResult) -> None:

@@ -57,6 +57,15 @@ def folds_nothing(config: RunConfig) -> str | None:
     return f"pack_length has no effect: with {other} nothing is folded together"
 
 
+def looks_at_nothing(config: RunConfig, held_out: int) -> str | None:
+    """That a setting of what is looked at on the way has no effect, in a sentence; `held_out`: examples."""
+    if config.patience and not held_out:
+        return "patience has no effect: nothing was held out"
+    if config.sample_prompts and config.fsdp:
+        return "no held-out turns are answered on the way: with fsdp every process would have to compute along"
+    return None
+
+
 def experts_left_alone(model: Path, config: RunConfig) -> str | None:
     """That the experts of a mixture are not adapted, in a sentence."""
     found = read_json(model / "config.json")

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,21 @@ from mlx_finetune.models.quantised_sources import packed_by
 from mlx_finetune.models.tensor_names import names_in_files, tensor_of, transformers_name
 from mlx_finetune.models.weights import fingerprint, tensor_headers
 from mlx_finetune.training.checkpoint import TEMPLATE, Origin, check_origin, read_progress, resume
+from mlx_finetune.training.evaluations import evaluations
 from mlx_finetune.training.longest import check_length
-from mlx_finetune.training.loop import Advance, Trained, total_steps, train
+from mlx_finetune.training.loop import Trained, total_steps, train
 from mlx_finetune.training.memory_watch import loading
+from mlx_finetune.training.progress import Advance
+from mlx_finetune.training.samples import Prompt, choose_prompts
 from mlx_finetune.training.start import begin, started
+from mlx_finetune.training.tracking import check_trackers
 
 COMPUTES = ("engine", "dtype", "quantization", "optimizer")  # what computes, and in what the frozen weights are read
 STEPS_LOOKED_AT, WORTH_SAYING = 10, 0.15  # for advice on folding; a share of the tokens
 # What may differ when a run goes on: where things stand, what computes, and when to look.
 MAY_CHANGE = frozenset({"model", "data", "out", "engine", "device", "dtype", "quantization", "eval_every", "save_every"}) | {
     "grad_checkpoint", "attention", "share_prefixes", "pack_length", "cache_trunk", "torch_compile", "use_liger_kernel", "fsdp",
+    "patience", "sample_prompts", "sample_tokens", "report_to",
 }  # fmt: skip
 
 
@@ -54,6 +60,8 @@ class Plan:
     resumed: bool
     checkpoint: Path | None  # where a resumed run goes on; None from its start
     steps: int
+    template: ChatTemplate
+    prompts: Sequence[Prompt]  # held-out ones that are answered on the way
 
 
 def plan_run(config: RunConfig) -> Plan:
@@ -104,9 +112,11 @@ def _plan(config: RunConfig, run: Path, resumed: bool) -> Plan:
     check_model_folder(model)
     check_length(model, dataset)
     check_engine(config, engine := choose_engine(config.engine))
+    check_trackers(config)
     if engine == "mlx":
         check_mlx(model, dataset)
-    if ChatTemplate.load(model, dataset.info["chat_template"]).fingerprint != dataset.info["tokenizer"]:
+    template = ChatTemplate.load(model, dataset.info["chat_template"])
+    if template.fingerprint != dataset.info["tokenizer"]:
         raise UserError(
             f"{config.data}: prepared for another tokenizer than that of {config.model}",
             hint=f"mlx-finetune prepare --model {config.model}",
@@ -121,7 +131,8 @@ def _plan(config: RunConfig, run: Path, resumed: bool) -> Plan:
         "data": str(Path(config.data).resolve()),
     }
     config = config.model_copy(update=places | {"out": str(run.resolve()), "engine": engine})
-    return Plan(config, model, dataset, origin, run, resumed, checkpoint, total_steps(dataset, config))
+    prompts = [] if config.fsdp else choose_prompts(dataset, template, config.sample_prompts)
+    return Plan(config, model, dataset, origin, run, resumed, checkpoint, total_steps(dataset, config), template, prompts)
 
 
 def check_settings(checkpoint: Path, config: RunConfig) -> None:
@@ -225,7 +236,8 @@ def execute(plan: Plan, advance: Advance) -> tuple[Trained, Engine]:
     _agree(engine, plan, start)
     if not engine.ranks.rank:
         _make_folder(plan)
-    trained = train(engine, plan.dataset, plan.config, plan.run, plan.origin, start, advance)
+    with evaluations(engine, plan.dataset, plan.config, plan.run, start, plan.prompts, plan.template) as look:
+        trained = train(engine, plan.dataset, plan.config, plan.run, plan.origin, start, look, advance)
     if not trained.interrupted and (plan.run / TRUNK).is_dir():
         shutil.rmtree(plan.run / TRUNK)
     return trained, engine

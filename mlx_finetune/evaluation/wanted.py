@@ -1,0 +1,19 @@
+"""What an evaluation is asked for."""
+
+from dataclasses import dataclass
+
+TURNS, LIMIT = 32, 384  # turns that are answered, and tokens of an answer, unless told otherwise
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is measured: on `split`, with answers to up to `generate` turns of at most `limit` tokens each."""
+
+    split: str = "valid"
+    generate: int = 0
+    limit: int = LIMIT
+    seed: int = SEED  # of the bootstrap
+
+
+LOSSES = Wanted()  # and no answers

@@ -1,0 +1,133 @@
+"""The verbs `serve` and `chat`, from their checked arguments to the lines that a person reads."""
+
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from io import TextIOWrapper
+
+from mlx_finetune.data.policies import POLICIES, policy_of
+from mlx_finetune.errors import UserError
+from mlx_finetune.serving.chat import Chat, Settings
+from mlx_finetune.serving.http import Front
+from mlx_finetune.serving.listening import http_server, is_local, listening, url_of
+from mlx_finetune.serving.opened import Opened, Source, find_source
+from mlx_finetune.serving.served import Served
+from mlx_finetune.serving.trained import served_name
+from mlx_finetune.serving.worker import Worker
+from mlx_finetune.terminal import say
+
+KEY = "MLX_FINETUNE_API_KEY"
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The options of `serve`."""
+
+    run: str
+    checkpoint: str
+    engine: str
+    host: str
+    port: int
+    max_tokens: int
+    name: str
+    api_key: str
+    as_json: bool
+
+
+def serve_command(options: ServeOptions) -> None:
+    """`mlx-finetune serve`."""
+    check_installed()
+    key = options.api_key or os.environ.get(KEY, "")
+    source = find_source(options.run, options.checkpoint, options.engine)
+    run = source.run.resolve().name if source.run else ""
+    name = served_name(options.name, source.config.model, run, source.template.source)
+    served = Served(source, name, options.max_tokens)
+    with listening(options.host, options.port) as listener:
+        if not is_local(options.host):
+            _warn(options.host, bool(key))
+        say(f"loading {source.checkpoint or source.model}")
+        worker = Worker(lambda: Opened(source))
+        worker.start()
+        front = Front(served, worker, key, local=is_local(options.host))
+        try:
+            url = url_of(listener, options.host)
+            http_server(front, lambda: announce(served, url, key, options.as_json)).run(sockets=[listener])
+        finally:
+            worker.stop()
+
+
+def check_installed() -> None:
+    """Raises UserError where what answers requests is not installed."""
+    for package in ("starlette", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"serve needs {package}, which is not installed", hint="pip install 'mlx-finetune[serve]'")
+
+
+def _warn(host: str, with_key: bool) -> None:
+    say(f"--host {host}: other machines reach this server, without encryption" + ("" if with_key else ", and no key is asked for"))
+    if not with_key:
+        say(f"whoever reaches it can use the model: set {KEY}, or leave --host out")
+
+
+def gptme_command(served: Served, url: str, key: str = "") -> str:
+    """What a person types so that gptme asks as the conversations of the run were had."""
+    trained = served.source.trained
+    environment = {"OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": f"${KEY}" if key else "none"}
+    told = trained.tool_format or "markdown"
+    words = ["gptme", "-m", f"local/{served.name}", "--tool-format", told, *trained.options]
+    return " ".join([*(f"{name}={value}" for name, value in environment.items()), shlex.join(words)])
+
+
+def announce(served: Served, url: str, key: str, as_json: bool) -> None:
+    """Where the server is, what it serves, and how gptme talks to it."""
+    source, command = served.source, gptme_command(served, url, key)
+    policy = policy_of(source.template.source) or POLICIES[0].name
+    if as_json:
+        about = {"url": url, "models": list(served.variants), "context_length": source.context, "gptme": command}
+        print(json.dumps(about | {"role_policy": policy, "tool_format": source.trained.tool_format or None}), flush=True)
+        return
+    context = f"{source.context:,} tokens" if source.context else "as much as fits in memory"
+    print(f"{url}/v1   models: {', '.join(served.variants)}   context: {context}   roles: {policy}")
+    print(command, flush=True)
+    for line in _remarks(source):
+        say(line)
+
+
+def _remarks(source: Source) -> list[str]:
+    trained = source.trained
+    lines = []
+    if source.run and not trained.known:
+        lines.append(f"{source.config.data}: the data of the run is not there: its tool format is not known, markdown is a guess")
+    elif trained.known and not trained.tool_format:
+        lines.append("no conversation of the run calls a tool: the format is a guess")
+    lines.append("gptme's own default for local models is --tool-format tool; without a network set GPTME_TIKTOKEN_TIMEOUT=0")
+    lines.append("Ctrl-C ends it")
+    return lines
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """The options of `chat`."""
+
+    run: str
+    checkpoint: str
+    engine: str
+    system: str
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int | None
+
+
+def chat_command(options: ChatOptions) -> None:
+    """`mlx-finetune chat`."""
+    source = find_source(options.run, options.checkpoint, options.engine)
+    say(f"loading {source.checkpoint or source.model}")
+    settings = Settings(options.system, options.temperature, options.top_p, options.max_tokens, options.seed)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of a terminal that is not in UTF-8
+    Chat(Opened(source), settings).run(sys.stdin, sys.stdout)

@@ -1,0 +1,304 @@
+"""The HTTP side: OpenAI's chat completions and models over Starlette, for one worker that computes."""
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mlx_finetune.errors import UserError, no_memory
+from mlx_finetune.serving.answer import Answer, Question
+from mlx_finetune.serving.bodies import WAITING, Reply, error_event
+from mlx_finetune.serving.requests import ChatRequest, Refusal, read_body, read_request
+from mlx_finetune.serving.served import Served
+from mlx_finetune.serving.worker import MOST_WAITING, Event, Full, Job, Worker
+from mlx_finetune.terminal import one_line, say
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+MOST_BYTES = 16 * 2**20  # of a request
+ALIVE = 10.0  # seconds without a word, after which a stream says that it is alive
+GONE = 499  # as others call it, in the log: the client went away
+LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
+
+
+@dataclass
+class Asked:
+    """One request on its way, and what the log says of it at its end: numbers, never contents."""
+
+    request: "Request"
+    say: Callable[[str], None] = say
+    began: float = field(default_factory=time.monotonic)
+    read: int = 0  # tokens
+    written: int = 0
+    status: int = GONE  # of a stream, which may end in the midst
+
+    def log(self, status: int) -> None:
+        """One line on stderr."""
+        tokens = f" {self.read} tokens read, {self.written} written," if self.read else ""
+        path = one_line(self.request.url.path, 80)
+        self.say(f"{self.request.method} {path} {status}{tokens} {time.monotonic() - self.began:.2f} s")
+
+
+@dataclass
+class Front:
+    """Takes requests, checks them, and hands on what the worker tells."""
+
+    served: Served
+    worker: Worker
+    key: str = ""  # asked of every request where it is not empty
+    say: Callable[[str], None] = say  # a line for each request
+    local: bool = True  # bound to this machine: then only its own names are answered to
+    created: int = field(default_factory=lambda: int(time.time()))
+    _noted: set[str] = field(default_factory=set)
+
+    def application(self) -> "Starlette":
+        """The routes."""
+        from starlette.applications import Starlette
+        from starlette.exceptions import HTTPException
+        from starlette.routing import Route
+
+        def refused(request: "Request", error: Exception) -> "Response":
+            assert isinstance(error, HTTPException)
+            said = {404: f"there is no {one_line(request.url.path, 80)}", 405: f"{request.method} is not for this path"}
+            refusal = Refusal(said.get(error.status_code, error.detail), status=error.status_code)
+            return self._refuse(Asked(request, self.say), refusal)
+
+        routes = [
+            Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
+            Route("/v1/models", self._guarded(self._models), methods=["GET"]),
+            Route("/v1/models/{name:path}", self._guarded(self._model), methods=["GET"]),
+            Route("/health", self._health, methods=["GET"]),
+        ]
+        return Starlette(routes=routes, exception_handlers={HTTPException: refused})
+
+    def _guarded(self, handle: Callable[[Asked], Awaitable["Response"]]) -> Callable[["Request"], Awaitable["Response"]]:
+        from starlette.requests import ClientDisconnect
+
+        async def guarded(request: "Request") -> "Response":
+            asked = Asked(request, self.say)
+            try:
+                self._check_host(request)
+                self._check_key(request)
+                return await handle(asked)
+            except Refusal as refusal:
+                return self._refuse(asked, refusal)
+            except ClientDisconnect:
+                return self._refuse(asked, Gone())
+
+        return guarded
+
+    def _refuse(self, asked: Asked, refusal: Refusal) -> "Response":
+        from starlette.responses import JSONResponse
+
+        asked.log(refusal.status)
+        headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {}
+        if refusal.status == 413:
+            headers["Connection"] = "close"  # the rest of the body is not read
+        return JSONResponse(refusal.to_json(), refusal.status, headers)
+
+    def _check_host(self, request: "Request") -> None:
+        """A page of the web whose name was made to lead here is not to read answers."""
+        host = request.headers.get("host", "")
+        name = host if host.endswith("]") or ":" not in host else host.rpartition(":")[0]
+        if self.local and name.lower() not in LOCAL_NAMES:
+            raise Refusal(f"this server answers to localhost, not to {host!r:.80}", status=403)
+
+    def _check_key(self, request: "Request") -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        if self.key and not hmac.compare_digest(given.encode(), self.key.encode()):
+            raise Refusal("the API key is missing, or not this server's", code="invalid_api_key", status=401)
+
+    async def _health(self, request: "Request") -> "Response":
+        from starlette.responses import JSONResponse
+
+        return JSONResponse({"status": "ok", "waiting": self.worker.waiting})
+
+    async def _models(self, asked: Asked) -> "Response":
+        from starlette.responses import JSONResponse
+
+        asked.log(200)
+        return JSONResponse({"object": "list", "data": [self._described(name) for name in self.served.variants]})
+
+    async def _model(self, asked: Asked) -> "Response":
+        from starlette.responses import JSONResponse
+
+        name = asked.request.path_params["name"]
+        if name not in self.served.variants:
+            raise Refusal(f"there is no model {name!r:.100}", "model", "model_not_found", 404)
+        asked.log(200)
+        return JSONResponse(self._described(name))
+
+    def _described(self, name: str) -> dict[str, Any]:
+        about = {"id": name, "object": "model", "created": self.created, "owned_by": "mlx-finetune"}
+        return about | {"context_length": self.served.source.context}
+
+    async def _chat(self, asked: Asked) -> "Response":
+        from starlette.responses import JSONResponse
+
+        body = await _body(asked.request)
+        chat, question = await asyncio.to_thread(self._read, body)  # a long prompt takes a moment
+        asked.read = len(question.prompt)
+        self._note(chat)
+        events = self._put(question)
+        reply = Reply(chat.model, len(question.prompt))
+        if chat.stream:
+            return _streamed(asked, events, _stream(asked, events, reply, chat.with_usage))
+        try:
+            pieces, answer = await _until_gone(asked.request, _collected(events))
+        finally:
+            events.job.cancelled.set()
+        asked.written = len(answer.tokens)
+        asked.log(200)
+        return JSONResponse(reply.whole(pieces, answer))
+
+    def _read(self, body: bytes) -> tuple[ChatRequest, Question]:
+        chat = read_request(read_body(body))
+        return chat, self.served.question(chat)
+
+    def _note(self, chat: ChatRequest) -> None:
+        note = self.served.unlike_training(chat)
+        if note and note not in self._noted:
+            self._noted.add(note)
+            say(note)
+
+    def _put(self, question: Question) -> "Events":
+        events = Events(question)
+        try:
+            self.worker.put(events.job)
+        except Full as full:
+            raise Refusal(f"{MOST_WAITING} requests are waiting already: try again later", code="overloaded", status=503) from full
+        return events
+
+
+class Events:
+    """What the worker tells of one job, for the thread that serves."""
+
+    def __init__(self, question: Question) -> None:
+        """To be made in the thread that serves."""
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def tell(event: Event) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._queue.put_nowait, event)
+
+        self.job = Job(question, tell)
+
+    async def next(self, seconds: float | None = None) -> Event | None:
+        """The next one; None where none came for so long."""
+        try:
+            return await asyncio.wait_for(self._queue.get(), seconds)
+        except TimeoutError:
+            return None
+
+
+class Gone(Refusal):
+    """The client went away: nobody reads what is answered."""
+
+    def __init__(self) -> None:
+        super().__init__("the client has gone", status=GONE)
+
+
+def failure(error: Exception) -> Refusal:
+    """What a client is told of an answer that failed."""
+    if no_memory(error):
+        return Refusal("no memory left for this answer: try a shorter conversation", code="out_of_memory", status=500)
+    if isinstance(error, UserError):
+        return Refusal(error.message, status=500)
+    return Refusal(f"the answer failed ({type(error).__name__}); the server's own output says more", status=500)
+
+
+def _failed(error: Exception) -> Refusal:
+    refusal = failure(error)
+    say(f"an answer failed: {type(error).__name__}: {one_line(str(error), 200)}")
+    return refusal
+
+
+async def _body(request: "Request") -> bytes:
+    """Read piece by piece, so that no more than the limit is ever held."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":  # what a page of the web may send without asking
+        raise Refusal(f"the content type is {kind[:60]!r}, not application/json", status=415)
+    too_large = Refusal(f"the body is larger than {MOST_BYTES >> 20} MB", code="request_too_large", status=413)
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > MOST_BYTES:
+        raise too_large
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MOST_BYTES:
+            raise too_large
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _collected(events: Events) -> tuple[list[str], Answer]:
+    pieces: list[str] = []
+    while True:
+        event = await events.next()
+        if isinstance(event, Answer):
+            return pieces, event
+        if isinstance(event, Exception):
+            raise _failed(event)
+        pieces.append(event or "")
+
+
+async def _until_gone(request: "Request", answer: Any) -> Any:
+    """What `answer` gives; raises Gone where the client leaves before."""
+    waiting = asyncio.ensure_future(answer)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            raise Gone()
+        return waiting.result()
+    finally:
+        waiting.cancel()
+        leaving.cancel()
+
+
+async def _left(request: "Request") -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _streamed(asked: Asked, events: Events, pieces: AsyncIterator[str]) -> "Response":
+    """A response after which, however it ends, nothing is computed for it any more."""
+    from starlette.responses import StreamingResponse
+
+    class Streamed(StreamingResponse):
+        async def __call__(self, *arguments: Any) -> None:
+            try:
+                await super().__call__(*arguments)
+            finally:
+                events.job.cancelled.set()
+                asked.log(asked.status)
+
+    return Streamed(pieces, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+async def _stream(asked: Asked, events: Events, reply: Reply, with_usage: bool) -> AsyncIterator[str]:
+    """Server-sent events. Where the client goes away, Starlette ends this in the midst."""
+    yield reply.opening()
+    while True:
+        event = await events.next(ALIVE)
+        if event is None:
+            yield WAITING
+        elif isinstance(event, str):
+            asked.written += 1
+            yield reply.piece(event)
+        elif isinstance(event, Answer):
+            asked.written, asked.status = len(event.tokens), 200
+            for last in reply.ending(event, with_usage):
+                yield last
+            return
+        else:
+            refusal = _failed(event)
+            asked.status = refusal.status
+            yield error_event(refusal.to_json())
+            return

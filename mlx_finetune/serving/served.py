@@ -1,0 +1,108 @@
+"""What is served under which names, and how a request becomes the very tokens that training has in that place."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from mlx_finetune.data.conversation import Message
+from mlx_finetune.data.provenance import Refused
+from mlx_finetune.serving.answer import Question
+from mlx_finetune.serving.calls import Written, written_by
+from mlx_finetune.serving.opened import BASE, Source
+from mlx_finetune.serving.requests import ChatRequest, Refusal
+
+OF_BASE = "-base"
+
+
+@dataclass(frozen=True)
+class Served:
+    """`name`: the tuned model, and with `-base` behind it the one without its adapter; of a model folder just the model."""
+
+    source: Source
+    name: str
+    max_tokens: int  # of an answer, where the request does not say
+
+    @cached_property
+    def variants(self) -> dict[str, str]:
+        """Which variant each name is."""
+        names = [self.name] if len(self.source.variants) == 1 else [self.name, self.name + OF_BASE]
+        return dict(zip(names, self.source.variants, strict=True))
+
+    @cached_property
+    def way(self) -> Written | None:
+        """How the model writes native calls, where it is known and they are no text to it."""
+        return None if self.calls_as_text else written_by(self.source.template)
+
+    @property
+    def calls_as_text(self) -> bool:
+        """Whether native calls of a request are fed as gptme's text for them: as in training, or where the template has none."""
+        return self.source.trained.calls_as_text or bool(self.source.template.native_refusal)
+
+    def question(self, request: ChatRequest) -> Question:
+        """Raises Refusal: an unknown model, messages or tools that the template does not take, or more than the context holds."""
+        if request.model not in self.variants:
+            raise Refusal(
+                f"there is no model {request.model!r:.100}; there is {' and '.join(self.variants)}", "model", "model_not_found", 404
+            )
+        self._check_tools(request)
+        messages = tuple(with_calls_as_text(request.messages)) if self.calls_as_text else request.messages
+        trained = self.source.trained
+        tools = request.tools if not self.calls_as_text and (trained.schemas or not trained.known) else ()
+        try:
+            prompt = [int(token) for token in self.source.template.prompt(messages, tools)]
+        except Refused as refused:
+            raise Refusal(str(refused), "messages") from refused
+        return Question(
+            variant=self.variants[request.model],
+            prompt=prompt,
+            limit=self._limit(len(prompt), request.limit),
+            sampling=request.sampling,
+            stop=request.stop,
+            way=self.way if request.tools else None,
+            tools=request.tools,
+        )
+
+    def _check_tools(self, request: ChatRequest) -> None:
+        trained = self.source.trained
+        if request.tools and self.calls_as_text and not trained.calls_as_text:
+            told = trained.tool_format if trained.tool_format in ("markdown", "xml") else "markdown"
+            what = f"the chat template of this model takes no tools ({self.source.template.native_refusal})"
+            raise Refusal(f"{what}; with gptme use --tool-format {told}", "tools", "unsupported_parameter")
+
+    def _limit(self, prompt: int, asked: int | None) -> int:
+        limit, context = asked or self.max_tokens, self.source.context
+        if context is None:
+            return limit
+        if prompt >= context:
+            raise Refusal(
+                f"This model's maximum context length is {context} tokens. However, your messages resulted in {prompt} tokens.",
+                "messages",
+                "context_length_exceeded",
+            )
+        return min(limit, context - prompt)
+
+    def unlike_training(self, request: ChatRequest) -> str:
+        """What a person should know who asks otherwise than was trained; empty where there is nothing."""
+        told = self.source.trained.tool_format
+        if not request.tools or told not in ("markdown", "xml") or self.variants.get(request.model) == BASE:
+            return ""
+        return f"this request brings tools, and the model was trained for gptme --tool-format {told}"
+
+
+def with_calls_as_text(messages: Sequence[Message]) -> Iterator[Message]:
+    """Native calls and their results as gptme has them in its log, where `collect --tool-calls text` leaves them."""
+    for message in messages:
+        if message.tool_calls:
+            calls = [f"@{c.name}({c.id}): {_as_written(c.arguments)}" for c in message.tool_calls]
+            said = message.content.removesuffix("\n")
+            yield replace(message, content="\n".join([said, *calls] if said else calls), tool_calls=())
+        elif message.role == "tool":
+            yield replace(message, role="system", tool_call_id="")
+        else:
+            yield message
+
+
+def _as_written(arguments: str) -> str:
+    """Models write other letters than English ones as they are; gptme sends them escaped."""
+    return json.dumps(json.loads(arguments or "{}"), ensure_ascii=False)

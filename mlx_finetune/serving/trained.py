@@ -1,0 +1,122 @@
+"""What a server has to know of a run: how its conversations call tools, and which gptme asks as they did."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from mlx_finetune.config import RunConfig
+from mlx_finetune.data.conversation import Message
+from mlx_finetune.data.policies import policy_of
+from mlx_finetune.data.system_prompt import describe
+from mlx_finetune.data.tool_calls import format_of
+from mlx_finetune.errors import UserError
+
+ENOUGH = 200  # conversations that are looked at
+FOLDED_NAMES = ("qwen3.5", "qwen3_5")  # gptme 0.35.1, models/types.py: names for which it folds later system messages
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the conversations of a run say; all empty where they are not there any more, or where there was no run."""
+
+    tool_format: str = ""  # markdown, xml or tool, by most of gptme's conversations
+    native: bool = False  # calls of the format tool stand in them as native tool_calls, not as text
+    schemas: bool = False  # some of them were given the schemas of tools
+    options: tuple[str, ...] = ()  # of gptme, with which it sends the system prompt that most of them have
+    known: bool = False  # there were conversations to look at
+
+    @property
+    def calls_as_text(self) -> bool:
+        """Whether it learned the calls of the format tool as gptme's text for them."""
+        return self.known and self.tool_format == "tool" and not self.native
+
+
+def read_trained(config: RunConfig) -> Trained:
+    """Looks at the training conversations of the run, where the folder is still there."""
+    path = Path(config.data) / "train.jsonl"
+    if not config.data or not path.is_file():
+        return Trained()
+    formats: Counter[str] = Counter()
+    options: Counter[tuple[str, ...]] = Counter()
+    native = schemas = False
+    for row in _rows(path):
+        answers = [m for m in row["messages"] if m.get("role") == "assistant"]
+        calls = any(m.get("tool_calls") for m in answers)
+        schemas |= bool(row.get("tools"))
+        native |= calls
+        found = "tool" if calls else format_of(str(m.get("content", "")) for m in answers)
+        if found:
+            formats[found] += 1
+        options[_options(row["messages"])] += 1
+    return Trained(_most(formats) or "", native, schemas, _most(options) or (), True)
+
+
+def _most(counts: Counter[Any]) -> Any:
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _options(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Which system prompt and tools the conversation was had with, as gptme's options; empty where that cannot be told."""
+    leading = [Message("system", str(m.get("content", ""))) for m in takewhile(lambda m: m.get("role") == "system", messages)]
+    prompt = describe(leading)
+    if prompt.reason:
+        return ()
+    system = ("--system", prompt.kind) if prompt.kind in ("full-noexamples", "short") else ()  # the full one is gptme's default
+    return system + (("--tools", ",".join(prompt.tools)) if prompt.tools else ())
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines of gptme's conversations, one of each, or of all where none is gptme's."""
+    seen: set[Any] = set()
+    others: list[dict[str, Any]] = []
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            if row.get("conversation") in seen:
+                continue
+            seen.add(row.get("conversation"))
+            if row.get("source") == "gptme":
+                yield row
+            elif len(others) < ENOUGH:
+                others.append(row)
+            if len(seen) > ENOUGH and len(others) < len(seen):
+                return
+    if len(others) == len(seen):
+        yield from others
+
+
+def folds(template: str) -> bool:
+    """Whether the template makes later system messages what gptme makes of them where it folds."""
+    return policy_of(template).startswith("folded")
+
+
+def named_as_folded(name: str) -> bool:
+    """Whether gptme folds for a model of this name."""
+    return any(mark in name.lower() for mark in FOLDED_NAMES)
+
+
+def served_name(told: str, model: str, run: str, template: str) -> str:
+    """The name of the model for clients: told by the person, or made of those of the model and the run.
+
+    Raises:
+        UserError: for the name that was told gptme would send other messages than the model was trained with.
+    """
+    fold = folds(template)
+    if told:
+        if not re.fullmatch(r"[\w.:@+-]{1,100}", told):
+            raise UserError(f"--name {told!r:.60}: a name is of letters, digits and . : @ + - _", hint="leave it out for one")
+        if named_as_folded(told) != fold:
+            what = "folds system messages for names with qwen3.5" + (", and the model needs that" if fold else ", and for no other")
+            hint = "add qwen3.5 to the name" if fold else "take qwen3.5 out of the name"
+            raise UserError(f"--name {told}: gptme {what}", hint=f"{hint}, or leave --name out")
+        return told
+    parts = (re.sub(r"[^a-z0-9.-]+", "-", Path(part).name.lower()).strip("-.") for part in (model, run))
+    name = "-".join(filter(None, parts)) or "model"
+    if fold and not named_as_folded(name):
+        return f"{name}-folded-as-qwen3.5"
+    return name if fold else re.sub(r"qwen3[._]5", "qwen3-5", name)

@@ -1,0 +1,55 @@
+"""Lines of JSON that a run writes as it goes, each with its step; a run that goes on first drops what lies after its checkpoint."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mlx_finetune.errors import UserError
+from mlx_finetune.files import atomic_file
+
+HINT = "take the line out, or start a new run"
+Row = dict[str, Any]
+
+
+class Journal:
+    """Appends to the file. `kept`: what an earlier start wrote up to the step at which this one goes on."""
+
+    def __init__(self, path: Path, start: int, needed: frozenset[str], what: str) -> None:
+        """`start`: steps already done. `needed`, `what`: see `read_rows`."""
+        self.path = path
+        self.kept = [row for row in read_rows(path, needed, what) if row["step"] <= start] if start and path.is_file() else []
+        with atomic_file(path) as file:
+            file.write(_lines(self.kept))
+
+    def append(self, *rows: Row) -> None:
+        """All of them or, where the machine stops, a last line that readers leave out."""
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(_lines(rows))
+
+
+def read_rows(path: Path, needed: frozenset[str], what: str) -> list[Row]:
+    """All rows; a last line that a crash cut is left out.
+
+    Raises:
+        UserError: a line is not JSON or has not what is `needed`; it is called a line of `what`.
+    """
+    rows = []
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line and len(lines) == 1:
+            break
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path}:{number}: not JSON: {error.msg}", hint=HINT) from error
+            continue
+        if not isinstance(row, dict) or not needed <= row.keys():
+            raise UserError(f"{path}:{number}: not a line of {what}", hint=HINT)
+        rows.append(row)
+    return rows
+
+
+def _lines(rows: Iterable[Row]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
