@@ -30,7 +30,19 @@ def evaluation(checkpoint: str) -> dict[str, Any]:
     ]
     losses = {"tokens": 3500, "tokens_by_source": {"gptme": 3500}}
     rates = [{"name": "valid call", "of": 40, "base": 0.125, "tuned": 0.5, "difference": 0.375, "low": 0.25, "high": 0.5}]
-    rates += [{"name": "patch applies", "of": 1, "base": None, "tuned": 1.0, "difference": None, "low": None, "high": None}]
+    rates += [
+        {
+            "name": "patch applies",
+            "of": 1,
+            "of_base": 0,
+            "of_tuned": 1,
+            "base": None,
+            "tuned": 1.0,
+            "difference": None,
+            "low": None,
+            "high": None,
+        }
+    ]
     return {
         "checkpoint": checkpoint,
         "step": 4,
@@ -74,6 +86,13 @@ def write_answers(run: Path) -> None:
         for prompt in (0, 1)
     ]
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def name_model(root: Path) -> None:
+    """As where `prepare` was called on the command line: root/dataset says which model it is for."""
+    path = root / "dataset" / "dataset.json"
+    info = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(info | {"model": str(root / "base")}), encoding="utf-8")
 
 
 def long_metrics(steps: int = 300, spikes: tuple[int, ...] = (143,)) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from reported_runs import (
     TUNED,
     evaluation,
     long_metrics,
+    name_model,
     write_answers,
     write_evaluation,
     write_metrics,
@@ -40,6 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base/, dataset/, collected/ and a finished run/."""
     root = tmp_path_factory.mktemp("made")
     make_base(root)
+    name_model(root)
     make_run(root, "torch")
     (root / "collected").mkdir()
     shutil.copy(root / "gptme.jsonl", root / "collected")
@@ -82,6 +84,7 @@ def test_the_headline_is_the_result_with_its_interval(run: Path, cli: Cli) -> No
     assert "base tuned on 6 conversations" in words and "a LoRA adapter of rank 4" in words and "177 learned tokens" in words
     assert "3.500 base, then tuned: → 2.250 -1.250 (-1.375 to -1.125)" in words
     assert "12 % base, then tuned: → 50 % +38 (+25 to +50) points" in words
+    assert "the true intervals are wider" not in words_of(page)
     assert "gptme-eval basic 0 base, then tuned: → 1 of 2" in words
 
 
@@ -95,7 +98,7 @@ def test_every_group_and_rate_has_a_row_and_only_intervals_without_0_are_coloure
     )
     assert verdict(Row(**evaluation("")["rows"][2]), False) == "" == verdict(Row(**evaluation("")["rows"][5]), False)
     assert verdict(Rate(**evaluation("")["generation"]["rates"][0]), True) == "better"
-    assert "patch applies" in words_of(page) and "- 100 % - 1" in words_of(page)
+    assert "patch applies" in words_of(page) and "- 100 % - 0 / 1" in words_of(page)
 
 
 def test_what_is_not_there_is_said_with_what_to_do(run: Path, cli: Cli) -> None:
@@ -115,7 +118,7 @@ def test_an_evaluation_of_an_earlier_version_has_its_losses_by_source(run: Path,
     }
     (run / "evaluation.json").write_text(json.dumps(kept), encoding="utf-8")
     page = words_of(report(cli, run))
-    assert "3.500 base, then tuned: → 2.250 -1.250" in page and "gptme source 3.500 2.250 -1.250" in page
+    assert "3.500 base, then tuned: → 2.250 -1.250" in page and "gptme conversations source 3.500 2.250 -1.250" in page
 
 
 def test_a_run_that_is_still_going_has_a_page(run: Path, cli: Cli) -> None:
@@ -150,10 +153,10 @@ def test_what_the_data_was_made_of_is_shown_only_where_it_is_still_that(run: Pat
         file.write("\n")
     page = words_of(report(cli, root / "run"))
     assert "gptme 10 9 1 9" not in page and "What collect found and rejected is not here" in page
-    (root / "base").rename(root / "moved")
+    info = json.loads((root / "dataset" / "dataset.json").read_text(encoding="utf-8")) | {"model": str(root / "moved")}
+    (root / "dataset" / "dataset.json").write_text(json.dumps(info), encoding="utf-8")
     page = words_of(report(cli, root / "run"))
     assert "prepared for a model that is not there" in page and "turns after exactly the tokens that are served" in page
-    info = json.loads((root / "dataset" / "dataset.json").read_text(encoding="utf-8"))
     (root / "dataset" / "dataset.json").write_text(json.dumps(info | {"id": "0" * 16}), encoding="utf-8")
     page = words_of(report(cli, root / "run"))
     assert page.count("prepared anew since this run learned from it") == 2 and "tuned a LoRA" in page
@@ -177,6 +180,17 @@ def test_answers_stand_beside_the_log_with_what_differs_and_how_they_were_judged
     learned = page[page.index('id="while"') : page.index('id="learned"')]
     assert learned.count("<article") == 2 and "no longer so" not in learned  # answered again after it was resumed
     assert "alike with the log: 0 % \u2192 23 % \u2192 82 %" in learned
+
+
+def test_three_examples_show_what_is_learned_token_by_token(run: Path, made: Path, cli: Cli) -> None:
+    page = report(cli, run)
+    page = page[page.index('id="learned"') : page.index('id="data"')]
+    shown = page.split("<article")[1:]
+    assert [re.findall(r"example \d+", each)[0] for each in shown] == ["example 0", "example 2", "example 5"]
+    rows = [json.loads(line) for line in (made / "dataset" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    for number, each in zip((0, 2, 5), shown, strict=True):
+        learned = unescape(re.sub(r"<[^>]*>", "", "".join(re.findall(r"<mark>.*?</mark>", each, re.DOTALL))))
+        assert learned == rows[number]["messages"][-1]["content"] + "<|im_end|>"
 
 
 def test_nothing_of_a_conversation_is_more_than_text_and_placeholders_stay(run: Path, cli: Cli) -> None:
@@ -292,6 +306,18 @@ def test_a_damaged_file_is_one_line_and_a_hint_and_the_old_page_stays(name: str,
     status, out, err = cli("report", run)
     assert (status, out) == (2, "") and message in err and err.count("\n") == 2 and "hint: " in err
     assert (run / "report.html").read_text(encoding="utf-8") == "old"
+
+
+def test_a_line_that_is_cut_within_a_character_is_still_being_written(run: Path, cli: Cli) -> None:
+    write_answers(run)
+    line = json.dumps({"step": 4, "prompt": 7, "question": "q", "logged": "l", "answer": "\u597d"}, ensure_ascii=False).encode()
+    cut = line[: line.index(b"\xe5") + 1]
+    whole = (run / "samples.jsonl").read_bytes()
+    (run / "samples.jsonl").write_bytes(whole + cut)
+    assert "Prompt 2" in words_of(report(cli, run)) and "Prompt 8" not in words_of(report(cli, run))
+    (run / "samples.jsonl").write_bytes(cut + b"\n" + whole)
+    status, out, err = cli("report", run)
+    assert (status, out) == (2, "") and "samples.jsonl:1: not JSON" in err and err.count("\n") == 2
 
 
 def test_what_is_no_run_is_refused(cli: Cli, tmp_path: Path) -> None:

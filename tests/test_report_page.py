@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from browser import CHROMIUM, Page, browser
 from finished_runs import make_base, make_run
-from reported_runs import HOSTILE, evaluation, long_metrics, write_answers, write_evaluation, write_metrics
+from reported_runs import HOSTILE, evaluation, long_metrics, name_model, write_answers, write_evaluation, write_metrics
 from test_inspect import contrast
 
 from mlx_finetune.cli import main
@@ -22,6 +22,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """whole: of a finished run with everything; bare: of one that has only just begun."""
     root = tmp_path_factory.mktemp("made")
     make_base(root)
+    name_model(root)
     whole = make_run(root, "torch")
     shutil.copytree(whole, root / "bare", ignore=shutil.ignore_patterns("checkpoints", "best", "latest", "*.jsonl"))
     write_metrics(whole, long_metrics(300, (143, 200)))
@@ -83,14 +84,9 @@ def test_a_table_sorts_by_number_with_mouse_and_keyboard(pages: dict[str, Path],
     page.press("Enter")
     assert column(page, name, 2) == sorted((f"{row['tuned']:.3f}" for row in evaluation("")["rows"]), key=float)
     page.click("table.sortable th:first-child button")
-    assert [cell.split()[0] for cell in column(page, name, 0)] == [
-        "<script>document.title",
-        "all",
-        "first",
-        "gptme",
-        "inside",
-        "stop",
-    ] and page.ask(sorted_by)[:2] == ["ascending", "none"]
+    names = [cell.split()[0] for cell in column(page, name, 0)]
+    assert names == ["<script>document.title", "all", "first", "gptme", "inside", "token"]
+    assert page.ask(sorted_by)[:2] == ["ascending", "none"]
 
 
 def test_what_has_no_value_stands_last_either_way(pages: dict[str, Path], page: Page) -> None:

@@ -1,12 +1,18 @@
 """The server: OpenAI's answers, what is refused, and that it goes on."""
 
 import json
+import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +22,8 @@ from serving_client import CHAT, asked, connected, events, send, streamed_text, 
 
 from mlx_finetune.data.conversation import Message
 from mlx_finetune.serving.answer import Question
-from mlx_finetune.serving.listening import in_background
+from mlx_finetune.serving.command import announce, warn
+from mlx_finetune.serving.listening import in_background, is_local
 from mlx_finetune.serving.opened import BASE, TUNED, Opened, find_source
 from mlx_finetune.serving.sampling import Sampling
 from mlx_finetune.serving.served import Served
@@ -111,21 +118,20 @@ def test_the_base_answers_under_its_own_name(server: Running, alone: Callable[..
 
 
 def test_twenty_at_once_get_the_answers_that_they_get_alone(server: Running, alone: Callable[..., list[int]]) -> None:
-    def one(number: int) -> tuple[str, str]:
-        variant = (TUNED, BASE)[number % 3 == 0]
-        question = asked(("m", "m-base")[number % 3 == 0], f"list {number % 5}", stream=number % 2 == 0)
-        got = send(server.url, body=question)
-        text = streamed_text(got) if number % 2 == 0 else text_of(got)
-        return text, server.opened.template.decode(alone(f"list {number % 5}", variant=variant))
+    def one(number: int) -> str:
+        """Half of them streamed, every third of the base."""
+        name = "m" if number % 3 else "m-base"
+        got = send(server.url, body=asked(name, f"list {number % 7}", stream=number % 2 == 0))
+        return text_of(got) if number % 2 else streamed_text(got)
 
+    expected = {
+        (number, variant): server.opened.template.decode(alone(f"list {number}", variant=variant))
+        for number in range(7)
+        for variant in (TUNED, BASE)
+    }
     with ThreadPoolExecutor(20) as pool:
-        asking = [pool.submit(send, server.url, body=asked("m", f"list {n}", stream=n % 2 == 0)) for n in range(20)]
-    for number, got in enumerate(future.result() for future in asking):
-        text = streamed_text(got) if number % 2 == 0 else text_of(got)
-        assert text == server.opened.template.decode(alone(f"list {number}")), number
-    for number in (0, 1, 3):
-        text, expected = one(number)
-        assert text == expected
+        for number, text in enumerate(pool.map(one, range(20))):
+            assert text == expected[number % 7, TUNED if number % 3 else BASE], number
 
 
 def test_a_conversation_goes_on_as_if_it_were_read_from_its_beginning(server: Running, alone: Callable[..., list[int]]) -> None:
@@ -329,3 +335,76 @@ def test_sampling_keeps_what_it_says() -> None:
     drawn = Sampling(1, seed=3).chooser()
     assert drawn and near(np.bincount([drawn(logits) for _ in range(4000)], minlength=4) / 4000, 0) is False
     assert Question("tuned", [1], 1).sampling.chooser() is None
+
+
+def test_a_run_is_served_whose_data_is_gone_and_a_model_as_it_is(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = runs["mlx"].parent
+    shutil.copytree(root / "mlx", tmp_path / "run", symlinks=True)
+    config = (tmp_path / "run" / "config.yaml").read_text().replace(str(root / "dataset"), str(tmp_path / "gone"))
+    (tmp_path / "run" / "config.yaml").write_text(config)
+    source = find_source(str(tmp_path / "run"), "latest", "")
+    assert not source.trained.known and source.variants == (TUNED, BASE)
+    plain = find_source(str(root / "base"), "", "torch")
+    assert plain.variants == (BASE,) and plain.context == 256 and plain.run is None
+    prompt = [int(token) for token in plain.template.prompt([Message("user", ASK)])]
+    tokens = [list(Opened(one).generate(BASE, prompt, 8)) for one in (source, plain)]
+    assert tokens[0] == tokens[1]
+    announce(Served(source, "m", 1), "http://127.0.0.1:1", "", False)
+    assert "markdown is a guess" in capsys.readouterr().err
+
+
+def test_what_cannot_be_served_is_one_line(
+    runs: dict[str, Path], cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs["torch"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, _, said = cli("serve", run, "--port", port)
+        assert status == 2 and f"port {port} of 127.0.0.1" in said and f"--port {port + 1}" in said
+    for arguments, words in (
+        (("serve", tmp_path / "none"), "no such model folder"),
+        (("chat", tmp_path / "none"), "no such model folder"),
+        (("serve", run, "--checkpoint", "step-9"), "no checkpoint 'step-9'"),
+        (("serve", run.parent / "base", "--checkpoint", "best"), "not a run"),
+        (("serve", run, "--name", "qwen3.5-mine"), "folds system messages"),
+        (("serve", run, "--host", "nowhere.invalid"), "--host nowhere.invalid"),
+        (("serve", run, "--port", "70000"), "--port"),
+        (("chat", run, "--temperature", "3"), "--temperature"),
+    ):
+        status, out, said = cli(*arguments)
+        assert (status, out) == (2, "") and words in said and "Traceback" not in said, said
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else object())
+    status, _, said = cli("serve", run)
+    assert status == 2 and "serve needs uvicorn" in said and "mlx-finetune[serve]" in said
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+def test_the_command_says_where_it_is_and_ends_at_once_also_in_an_answer(runs: dict[str, Path], sent: signal.Signals) -> None:
+    command = [sys.executable, "-m", "mlx_finetune", "serve", str(runs["torch"]), "--port", "0", "--json", "--max-tokens", "200"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        about = json.loads(process.stdout.readline())
+        assert about["models"] == ["base-torch", "base-torch-base"] and about["context_length"] == 256
+        assert about["gptme"].endswith(f"OPENAI_API_KEY=none gptme -m local/base-torch --tool-format {about['tool_format']}")
+        asking = threading.Thread(target=lambda: _tried(about["url"]))
+        asking.start()
+        time.sleep(0.3)
+        process.send_signal(sent)
+        assert process.wait(20) == (130 if sent == signal.SIGINT else 143)
+        asking.join()
+        assert "Traceback" not in process.stderr.read()
+
+
+def _tried(url: str) -> None:
+    with suppress(OSError, HTTPException):
+        send(url, body=asked("base-torch-base", ASK, max_tokens=200))
+
+
+def test_another_host_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    for host, local in (("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("192.168.1.2", False)):
+        assert is_local(host) == local
+    warn("0.0.0.0", False)
+    said = capsys.readouterr().err
+    assert "other machines reach this server" in said and "no key is asked for" in said and "MLX_FINETUNE_API_KEY" in said

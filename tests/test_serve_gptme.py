@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,33 +46,43 @@ def session(gptme_python: str, place: str | Path, tool_format: str, scratch: Pat
 
 
 def learned_by_heart(root: Path, told: Sequence[Message], turns: Sequence[Message], tools: Sequence[dict[str, Any]]) -> Path:
-    messages = (*told, *turns)
-    write_conversations(root / "c.jsonl", [Conversation(messages, "gptme", "one", "MIT", {}, tuple(tools))])
-    model = root / "base"
-    prepare([root / "c.jsonl"], ChatTemplate.load(model), make_config({"valid_fraction": 0, "max_length": 16384}, "t"), root / "d", {})
+    write_conversations(root / "c.jsonl", [Conversation((*told, *turns), "gptme", "one", "MIT", {}, tuple(tools))])
+    model, windows = root / "base", make_config({"valid_fraction": 0, "max_length": 16384}, "t")
+    prepare([root / "c.jsonl"], ChatTemplate.load(model), windows, root / "d", {})
     how = {"model": str(model), "data": str(root / "d"), "out": str(root / "run"), "engine": "torch", "fine_tune_type": "full"}
-    how |= {"steps": 60, "learning_rate": 3e-3, "gradient_accumulation": 1, "save_every": 60, "eval_every": 60, "lr_schedule": "constant"}
+    how |= {"steps": 40, "learning_rate": 4e-3, "lr_schedule": "constant", "gradient_accumulation": 1}
     plan = plan_run(make_config(how, "t"))
     execute(plan, lambda done, steps, note: None)
     return plan.run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tool_format", ["markdown", "xml", "tool"])
 def test_gptme_does_a_task_of_two_steps_with_a_model_that_learned_it(gptme_python: str, tmp_path: Path, tool_format: str) -> None:
-    base = make_tiny("llama", tmp_path / "base", tokenizer=True, changes={"max_position_embeddings": 32768})
+    changes = {"max_position_embeddings": 32768, "num_hidden_layers": 2}
+    base = make_tiny("llama", tmp_path / "base", tokenizer=True, changes=changes)
     (base / "chat_template.jinja").write_text(QWEN if tool_format == "tool" else CHATML)
     before, asking, _ = session(gptme_python, base, tool_format, tmp_path / "before")
     first = next(request for request in asking.asked if request.stream)
     assert first.messages[-1] == Message("user", TASK) and bool(first.tools) == (tool_format == "tool")
-    if tool_format == "tool":
-        ids = ("call00001", "call00002", "call00003")
-        turns = [Message("assistant", "", tool_calls=(ToolCall(i, name, json.dumps(arguments)),)) for i, (name, arguments) in zip(ids, CALLS, strict=True)]
-        results = [Message("tool", text, tool_call_id=i) for i, text in zip(ids, (SAVED, RAN), strict=False)]
-    else:
-        turns, results = [Message("assistant", text) for text in ANSWERS[tool_format]], [Message("system", text) for text in (SAVED, RAN)]
-    run = learned_by_heart(tmp_path, first.messages, (turns[0], results[0], turns[1], results[1], turns[2]), first.tools)
+    run = learned_by_heart(tmp_path, first.messages, conversation(tool_format), first.tools)
     after, served, log = session(gptme_python, run, tool_format, tmp_path / "after")
-    print(after.printed, log, [m.content[-200:] for r in served.asked for m in r.messages[-2:]], after.seconds)
-    assert after.executed[:2] == [SAVED, RAN.split("\n")[0]], after.printed
-    assert after.status == 0
-    assert not before.executed
+    assert before.executed == [] and after.executed[:2] == [SAVED, RAN.split("\n")[0]], after.printed
+    assert after.status == 0 and [line.split()[2] for line in log] == ["200"] * len(served.asked)
+    results = [m.content for m in served.asked[-1].messages if m.role in ("system", "tool")][-2:]
+    assert results == [SAVED, RAN]  # as they were learned, so each turn was asked for with what stands before it in training
+    assert [request.stream for request in served.asked].count(False) == 1  # the title, in between
+
+
+def conversation(tool_format: str) -> list[Message]:
+    """The turns of the task and the results between them, as gptme sends them in this format."""
+    if tool_format in ANSWERS:
+        turns, results = (
+            [Message("assistant", text) for text in ANSWERS[tool_format]],
+            [Message("system", text) for text in (SAVED, RAN)],
+        )
+    else:
+        made = [ToolCall(f"call0000{i}", name, json.dumps(arguments)) for i, (name, arguments) in enumerate(CALLS)]
+        turns = [Message("assistant", "", tool_calls=(call,)) for call in made]
+        results = [Message("tool", text, tool_call_id=call.id) for call, text in zip(made, (SAVED, RAN), strict=False)]
+    return [turns[0], results[0], turns[1], results[1], turns[2]]

@@ -37,6 +37,7 @@ class Curves:
 
 def all_curves(train: Sequence[Mapping[str, Any]], valid: Sequence[Mapping[str, Any]], max_grad_norm: float) -> list[Curves]:
     """Of a run, the loss first; a figure of which nothing was measured is left out."""
+    train, valid = ([row for row in rows if np.isfinite(row["loss"])] for rows in (train, valid))
     made = [loss_curves(train, valid), by_source(valid)]
     for name, title, unit, lines in (
         ("rate", "Learning rate", "learning rate (per step)", [("learning rate", _column(train, "learning_rate"), "rate")]),
@@ -108,7 +109,7 @@ def thinned(steps: Sequence[float], values: Sequence[float], most: int = POINTS)
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
-    there = [row for row in rows if row.get(name) is not None]
+    there = [row for row in rows if row.get(name) is not None and np.isfinite(row[name])]
     return thinned([row["step"] for row in there], [scale * row[name] for row in there])
 
 

@@ -50,6 +50,8 @@ class Rate(Read):
 
     name: str
     of: int
+    of_base: int | None = None  # where an answer did not say
+    of_tuned: int | None = None
     base: float | None
     tuned: float | None  # share of its answers for which it holds
     difference: float | None = None
@@ -138,6 +140,16 @@ class Answer(Read):
     answer: str
 
 
+class Progress(Read):
+    """What progress.json says of where a checkpoint comes from."""
+
+    engine: str = ""
+    device: str = ""
+    data: str = ""  # id of the data set
+    model: str = ""  # fingerprint of the base model
+    versions: dict[str, str] = {}
+
+
 class Split(Read):
     """What dataset.json counts of a split."""
 
@@ -215,7 +227,7 @@ def read_losses(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
         sources = row.get("by_source", {})
         numbers = [row.get(name) for name in names] + [row[name] for name in MEASURED if name in row]
         numbers += list(sources.values()) if isinstance(sources, Mapping) else [None]
-        if not all(isinstance(value, int | float) for value in numbers):
+        if not all(isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63) for value in numbers):
             raise UserError(f"{path}:{number}: not a line of metrics", hint="take the line out")
     return [row for row in rows if row["split"] == "train"], [row for row in rows if row["split"] == "valid"]
 

@@ -138,10 +138,10 @@ def _plain(value: object) -> str:
 
 def _versions(of: OfRun) -> str:
     progress = of.progress
-    rows = [cells(str(name), str(version)) for name, version in (progress.get("versions") or {}).items()]
-    facts = {"engine": progress.get("engine", of.config.engine), "device": progress.get("device"), "checkpoint": of.checkpoint}
-    facts |= {"data, by content": progress.get("data"), "base model, by content": progress.get("model")}
-    told = [cells(name, str(value)) for name, value in facts.items() if value]
+    rows = [cells(name, version) for name, version in progress.versions.items()]
+    facts = {"engine": progress.engine or of.config.engine, "device": progress.device, "checkpoint": of.checkpoint}
+    facts |= {"data, by content": progress.data, "base model, by content": progress.model}
+    told = [cells(name, value) for name, value in facts.items() if value]
     return table("Computed by", ("what", "value"), told, sortable=False) + table(
         "Versions", ("package", "version"), rows, sortable=False
     )

@@ -1,7 +1,6 @@
 """Everything about a run that stands on its disk, and in words what is not there."""
 
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -19,13 +18,14 @@ from mlx_finetune.report.files_of_run import (
     Collected,
     Evaluation,
     Prepared,
+    Progress,
     read_answers,
     read_as,
     read_losses,
 )
 from mlx_finetune.serving.defaults import HOST, PORT
 from mlx_finetune.serving.trained import read_trained, served_name
-from mlx_finetune.training.checkpoint import read_progress, trained_template
+from mlx_finetune.training.checkpoint import trained_template
 from mlx_finetune.training.loop import total_steps
 from mlx_finetune.training.patience import out_of_patience
 from mlx_finetune.training.samples import SAMPLES
@@ -43,7 +43,7 @@ class OfRun:
     steps: int | None  # in all; None where the data is gone
     day: date | None  # of the last line
     checkpoint: str  # empty where none is saved yet
-    progress: Mapping[str, Any]  # of that checkpoint
+    progress: Progress  # of that checkpoint
     evaluation: Evaluation | None
     answers: list[Answer]
     dataset: Dataset | None
@@ -81,7 +81,7 @@ def of_run(run: Path) -> OfRun:
     evaluation, again = run / EVALUATION, f"mlx-finetune evaluate {run} writes it again"
     found = read_as(Evaluation, evaluation, again) if evaluation.is_file() else None
     checkpoint = _checkpoint(run, found)
-    progress = read_progress(checkpoint) if checkpoint else {}
+    progress = read_as(Progress, checkpoint / "progress.json", "remove that checkpoint") if checkpoint else Progress()
     dataset, prepared, gone = _data(config, progress)
     return OfRun(
         run=run,
@@ -110,13 +110,13 @@ def _checkpoint(run: Path, evaluation: Evaluation | None) -> Path | None:
     return whole[0].resolve() if whole else None
 
 
-def _data(config: RunConfig, progress: Mapping[str, Any]) -> tuple[Dataset | None, Prepared | None, str]:
+def _data(config: RunConfig, progress: Progress) -> tuple[Dataset | None, Prepared | None, str]:
     """The prepared folder; where it is gone or another one now, why."""
     try:
         dataset = Dataset.open(Path(config.data))
     except UserError as error:
         return None, None, error.message
-    if progress.get("data") not in (None, dataset.info.get("id")):
+    if progress.data not in ("", dataset.info.get("id")):
         return None, None, f"{dataset.folder}: prepared anew since this run learned from it"
     return dataset, read_as(Prepared, dataset.folder / "dataset.json", "run mlx-finetune prepare again"), ""
 

@@ -49,9 +49,7 @@ def about(of: OfRun) -> str:
         sources = of.prepared.train.conversations
         facts.append(f"{count(of.prepared.train.learned_tokens, 'learned token')} of {', '.join(map(text, sources))}")
     facts.append(state(of))
-    facts.append(
-        f"{text(of.progress.get('engine', config.engine))} on {text(of.progress['device'])}" if "device" in of.progress else ""
-    )
+    facts.append(f"{text(of.progress.engine)} on {text(of.progress.device)}" if of.progress.device else "")
     seconds = sum(row.get("seconds", 0) for row in of.train)
     facts += [f"{_duration(seconds)} of training" if seconds else "", f"{of.day:%-d %B %Y}" if of.day else ""]
     return paragraph(" · ".join(filter(None, facts)), "about")

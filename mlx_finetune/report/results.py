@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from mlx_finetune.evaluating import FEW, TITLES
 from mlx_finetune.evaluation.judging import RATES
 from mlx_finetune.report.differences import compared
 from mlx_finetune.report.files_of_run import Answer, Evaluation, Generation, GptmeEval, Rate, Row, Sample
@@ -103,6 +104,9 @@ def _how(found: Evaluation) -> str:
             f" Brackets: 95 % interval of the difference, by {found.bootstrap.samples:,} bootstrap samples"
             f" over {text(found.bootstrap.unit)}s; a difference is coloured where the interval leaves out 0."
         )
+    measured = max((row.conversations for row in found.rows if row.group == "all"), default=FEW)
+    if measured < FEW:
+        told += f" Only {count(measured, 'conversation')} held out: the true intervals are wider than these."
     return paragraph(told, "faint")
 
 
@@ -116,7 +120,7 @@ def loss_table(found: Evaluation) -> str:
     ends = [0.0, *(end for row in rows for end in (row.low, row.high, row.difference) if end is not None)]
     lines = [
         [
-            Cell(text("all held-out tokens" if row.group == "all" else row.name) + _faint(GROUPS.get(row.group, row.group))),
+            Cell(text(TITLES.get(row.name, row.name)) + _faint(GROUPS.get(row.group, row.group))),
             Cell(f"{row.base:.3f}", row.base),
             Cell(f"<b>{row.tuned:.3f}</b>", row.tuned),
             Cell(interval(row.difference, row.low, row.high), row.difference, verdict(row, False)),
@@ -154,16 +158,22 @@ def rate_table(found: Generation) -> str:
                 Cell(percent(rate.base), rate.base),
                 Cell(f"<b>{percent(rate.tuned)}</b>", rate.tuned),
                 Cell(_points(rate), rate.difference, verdict(rate, True)),
-                *cells(rate.of),
+                Cell(_of(rate), rate.of),
             ]
         )
     wrote = f" in gptme's {text(found.format)} format" if found.format else ""
     told = f"Of {count(found.turns, 'turn')} in {count(found.conversations, 'conversation')}, answered greedily by both{wrote}."
     return (
-        table("Answers, share of turns", ("what", "base", "tuned", "points", "turns"), lines)
+        table("Answers, share of turns", ("what", "base", "tuned", "points", "answers"), lines)
         + paragraph(told, "faint")
         + _terms(found)
     )
+
+
+def _of(rate: Rate) -> str:
+    """How many answers it could be told of: those of the base / those of the tuned model, where they are not as many."""
+    each = (rate.of if number is None else number for number in (rate.of_base, rate.of_tuned))
+    return " / ".join(dict.fromkeys(f"{number:,}" for number in each))
 
 
 def _terms(found: Generation) -> str:

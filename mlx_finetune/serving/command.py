@@ -47,7 +47,7 @@ def serve_command(options: ServeOptions) -> None:
     served = Served(source, name, options.max_tokens)
     with listening(options.host, options.port) as listener:
         if not is_local(options.host):
-            _warn(options.host, bool(key))
+            warn(options.host, bool(key))
         say(f"loading {source.checkpoint or source.model}")
         worker = Worker(lambda: Opened(source))
         worker.start()
@@ -66,7 +66,7 @@ def check_installed() -> None:
             raise UserError(f"serve needs {package}, which is not installed", hint="pip install 'mlx-finetune[serve]'")
 
 
-def _warn(host: str, with_key: bool) -> None:
+def warn(host: str, with_key: bool) -> None:
     say(f"--host {host}: other machines reach this server, without encryption" + ("" if with_key else ", and no key is asked for"))
     if not with_key:
         say(f"whoever reaches it can use the model: set {KEY}, or leave --host out")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 16 * 2**20  # of a request
 ALIVE = 10.0  # seconds without a word, after which a stream says that it is alive
+MOST_READ = 4  # requests of which the prompt is made at once
 GONE = 499  # as others call it, in the log: the client went away
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 
@@ -55,6 +56,10 @@ class Front:
     local: bool = True  # bound to this machine: then only its own names are answered to
     created: int = field(default_factory=lambda: int(time.time()))
     _noted: set[str] = field(default_factory=set)
+    _reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_READ))
+
+    def __post_init__(self) -> None:
+        assert self.served.way is None or self.served.way.marks  # proven now, not in the first request
 
     def application(self) -> "Starlette":
         """The routes."""
@@ -141,7 +146,8 @@ class Front:
         from starlette.responses import JSONResponse
 
         body = await _body(asked.request)
-        chat, question = await asyncio.to_thread(self._read, body)  # a long prompt takes a moment
+        async with self._reading:
+            chat, question = await asyncio.to_thread(self._read, body)  # a long prompt takes a moment
         asked.read = len(question.prompt)
         self._note(chat)
         events = self._put(question)

@@ -132,11 +132,11 @@ class Opened:
         adapted = source.checkpoint is not None
         with loading(source.model):
             self.engine: Engine = open_engine(for_a_look(source.config, name), source.model, adapted=adapted)
-        self._states: dict[str, Arrays] = {}
+        self._states: dict[str, Arrays] = {}  # of adapters; whole weights are read again each time
         self._now = BASE
-        if source.checkpoint:
+        if adapted:
             check_names(self.engine, source.model)
-            self._states = {BASE: self.engine.initial(), TUNED: _tuned(self.engine, source.checkpoint)}
+            self._use(TUNED)
         self.forget()
 
     def generate(self, variant: str, prompt: Sequence[int], limit: int, choose: Choose | None = None) -> Generator[int]:
@@ -163,8 +163,18 @@ class Opened:
     def _use(self, variant: str) -> None:
         if variant != self._now:
             self._now = ""  # while neither is whole
-            self.engine.load_state(self._states[variant], 0)
+            self.engine.load_state(self._state(variant), 0)
             self._now = variant
+
+    def _state(self, variant: str) -> Arrays:
+        if variant in self._states:
+            return self._states[variant]
+        checkpoint = self.source.checkpoint
+        assert checkpoint
+        state = _tuned(self.engine, checkpoint) if variant == TUNED else self.engine.initial()
+        if self.engine.targets:
+            self._states[variant] = state
+        return state
 
 
 def _tuned(engine: Engine, checkpoint: Path) -> Arrays:

@@ -6,6 +6,8 @@ import numpy as np
 
 from mlx_finetune.engines.answers import Choose
 
+FIRST = 1024  # of the likeliest tokens, which nearly always hold the share asked for: sorting all takes ten times as long
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -43,5 +45,9 @@ def _of_share(likely: np.ndarray, share: float) -> float:
     """The probability of the last one that is needed to reach `share`."""
     if share >= 1:
         return 0.0
-    falling = np.sort(likely)[::-1]
-    return float(falling[min(int(np.searchsorted(np.cumsum(falling), share)), len(falling) - 1)])
+    for count in (min(FIRST, len(likely)), len(likely)):
+        falling = np.sort(np.partition(likely, -count)[-count:])[::-1]
+        reached = np.cumsum(falling)
+        if reached[-1] >= share:
+            break
+    return float(falling[min(int(np.searchsorted(reached, share)), len(falling) - 1)])

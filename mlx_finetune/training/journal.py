@@ -35,15 +35,15 @@ def read_rows(path: Path, needed: frozenset[str], what: str) -> list[Row]:
         UserError: a line is not JSON or has not what is `needed`; it is called a line of `what`.
     """
     rows = []
-    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    lines = path.read_bytes().rstrip(b"\n").split(b"\n")  # a crash may cut the last one within a character
     for number, line in enumerate(lines, 1):
         if not line and len(lines) == 1:
             break
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             if number < len(lines):
-                raise UserError(f"{path}:{number}: not JSON: {error.msg}", hint=HINT) from error
+                raise UserError(f"{path}:{number}: not JSON: {error}", hint=HINT) from error
             continue
         if not isinstance(row, dict) or not needed <= row.keys():
             raise UserError(f"{path}:{number}: not a line of {what}", hint=HINT)

@@ -30,8 +30,10 @@ class Trackio:
 
     def finish(self) -> None:
         """See `Tracker.finish`."""
+        import trackio
+
         with redirect_stdout(sys.stderr):
-            self._run.finish()
+            trackio.finish()
 
 
 begin = Trackio

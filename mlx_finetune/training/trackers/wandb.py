@@ -20,7 +20,13 @@ class WeightsAndBiases:
         import wandb
 
         alone = wandb.Settings(
-            console="off", disable_code=True, disable_git=True, save_code=False, x_disable_meta=True, x_save_requirements=False
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            save_code=False,
+            host="local",  # else it looks up its name
+            x_disable_meta=True,
+            x_save_requirements=False,
         )
         try:
             self._run = wandb.init(
