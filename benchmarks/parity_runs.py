@@ -88,7 +88,8 @@ def settings_of(model: Path, data: Path, out: Path, engine: str) -> RunConfig:
     """20 steps of 2 micro-batches with warmup, cosine, decay and clipping."""
     places = {"model": str(model), "data": str(data), "out": str(out), "engine": engine}
     shape = {"rank": 4, "alpha": 8, "learning_rate": 1e-3, "batch_size": 2, "gradient_accumulation": 2}
-    return make_config(places | shape | {"steps": STEPS, "save_every": 10, "eval_every": 10, "dtype": "float32"}, "parity")
+    when = {"steps": STEPS, "save_every": 10, "eval_every": 10, "sample_prompts": 0}
+    return make_config(places | shape | when | {"dtype": "float32"}, "parity")
 
 
 def trained(config: RunConfig) -> Path:

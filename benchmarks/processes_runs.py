@@ -22,7 +22,7 @@ from mlx_finetune.training.metrics import read_metrics
 
 STEPS, SAVE_EVERY = 8, 2
 SHAPE: Figures = {"steps": STEPS, "batch_size": 2, "gradient_accumulation": 4, "rank": 4, "alpha": 8, "dropout": 0.1}
-SHAPE |= {"learning_rate": 1e-3, "eval_every": 4, "save_every": SAVE_EVERY, "dtype": "float32"}
+SHAPE |= {"learning_rate": 1e-3, "eval_every": 4, "save_every": SAVE_EVERY, "dtype": "float32", "sample_prompts": 0}
 BIN = Path(sys.executable).parent
 MODULE = ("-m", "mlx_finetune")
 PROGRAM = str(Path(__file__).with_name("processes_program.py"))

@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 1,
     "gradient_accumulation": 2,
 }
-SETTINGS |= {"epochs": 1, "eval_every": 1000, "save_every": 1000}
+SETTINGS |= {"epochs": 1, "eval_every": 1000, "save_every": 1000, "sample_prompts": 0}
 FOUR = Quantisation(bits=4, group_size=64)
 
 

@@ -19,6 +19,7 @@ from mlx_finetune.prepared import show_dataset
 from mlx_finetune.terminal import finish, progress, say
 
 if TYPE_CHECKING:
+    from mlx_finetune.training.loop import Trained
     from mlx_finetune.training.run import Plan
 
 
@@ -63,23 +64,10 @@ def train_command(
 ) -> None:
     """`mlx-finetune train`."""
     from mlx_finetune.evaluation.plot import draw_loss
-    from mlx_finetune.training.memory_watch import COMMANDS, less_memory
     from mlx_finetune.training.progress import training_progress
-    from mlx_finetune.training.run import execute, plan_resume, plan_run
+    from mlx_finetune.training.run import execute
 
-    overrides = parse_assignments(list(assignments)) | named
-    if resume:
-        if file:
-            raise UserError(f"{file}: a resumed run has its own settings", hint="leave the file out, or --resume")
-        run = make_config(overrides, "the command line").out
-        overrides.pop("out", None)
-        if not run:
-            raise UserError(
-                "--resume goes on with the run in --out, with its own settings", hint="mlx-finetune train --resume --out RUN"
-            )
-        plan = plan_resume(Path(run), overrides)
-    else:
-        plan = plan_run(load_config(file, overrides))
+    plan = _plan_of(file, parse_assignments(list(assignments)) | named, resume)
     config = plan.config
     announce(plan)
     if dry_run:
@@ -90,20 +78,9 @@ def train_command(
         trained, engine = execute(plan, advance)
     if engine.ranks.rank == 0 and draw_loss(plan.run) is None:
         say("loss.png was not drawn: pip install matplotlib")
+    _say_why_it_ended(trained, config, plan.run)
     rate = trained.tokens_learned / trained.seconds if trained.seconds else 0.0
     measured = {"learned_tokens_per_second": rate, "peak_memory": engine.peak_memory()}
-    if trained.shortage:
-        say(f"stopped for want of memory: {trained.shortage}; step {trained.step} of {trained.steps} is saved")
-        say(f"next: {less_memory(config)}")
-        raise typer.Exit(130)
-    if trained.interrupted:
-        say(f"interrupted: step {trained.step} of {trained.steps} is saved")
-        say(f"next: {COMMANDS[launched()]} train --resume --out {plan.run}")
-        raise typer.Exit(130)
-
-    if trained.stopped_early:
-        say(f"stopped early, at step {trained.step} of {trained.steps}: {trained.stopped_early}")
-        say(f"to go on all the same: {COMMANDS[launched()]} train --resume --out {plan.run} --patience {2 * config.patience}")
 
     def show() -> None:
         where = engine.device if engine.ranks.size == 1 else f"{engine.device}, {engine.ranks.size} processes"
@@ -112,6 +89,39 @@ def train_command(
         print(f"peak memory {engine.peak_memory() / 1e9:.2f} GB")
 
     finish(vars(trained) | measured | {"out": str(plan.run)}, as_json, show, plan.run, f"mlx-finetune evaluate {plan.run}")
+
+
+def _plan_of(file: Path | None, overrides: dict[str, Any], resume: bool) -> "Plan":
+    """A new run, or with `resume` the one in `out` from its last checkpoint on."""
+    from mlx_finetune.training.run import plan_resume, plan_run
+
+    if not resume:
+        return plan_run(load_config(file, overrides))
+    if file:
+        raise UserError(f"{file}: a resumed run has its own settings", hint="leave the file out, or --resume")
+    run = make_config(overrides, "the command line").out
+    if not run:
+        hint = "mlx-finetune train --resume --out RUN"
+        raise UserError("--resume goes on with the run in --out, with its own settings", hint=hint)
+    return plan_resume(Path(run), {name: value for name, value in overrides.items() if name != "out"})
+
+
+def _say_why_it_ended(trained: "Trained", config: RunConfig, run: Path) -> None:
+    """Before its last step; raises Exit where it was interrupted."""
+    from mlx_finetune.training.memory_watch import COMMANDS, less_memory
+
+    again = f"{COMMANDS[launched()]} train --resume --out {run}"
+    if trained.shortage:
+        say(f"stopped for want of memory: {trained.shortage}; step {trained.step} of {trained.steps} is saved")
+        say(f"next: {less_memory(config)}")
+        raise typer.Exit(130)
+    if trained.interrupted:
+        say(f"interrupted: step {trained.step} of {trained.steps} is saved")
+        say(f"next: {again}")
+        raise typer.Exit(130)
+    if trained.stopped_early:
+        say(f"stopped early, at step {trained.step} of {trained.steps}: {trained.stopped_early}")
+        say(f"to go on all the same: {again} --patience {2 * config.patience}")
 
 
 def announce(plan: "Plan") -> None:

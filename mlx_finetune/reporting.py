@@ -43,14 +43,25 @@ def report_command(options: ReportOptions) -> None:
     out = options.out or options.run / PAGE
     if options.out and out.resolve() != (options.run / PAGE).resolve():
         refuse_existing(out)
-    found = of_run(options.run)
     say(f"report of {options.run} -> {out}")
-    articles, missing = learned_examples(found)
-    with atomic_file(out) as file:
-        file.writelines(page(found, articles, missing))
+    found = write_report(options.run, out)
     result = {"page": str(out), "steps": found.done, "finished": found.finished, "evaluated": found.evaluation is not None}
     following = f"mlx-finetune serve {options.run}" if found.evaluation else f"mlx-finetune evaluate {options.run}"
     finish(result, options.as_json, lambda: None, out, following)
+
+
+def write_report(run: Path, out: Path) -> OfRun:
+    """Writes the page; what it was made of.
+
+    Raises:
+        UserError: it is no run, a file of it is damaged, or matplotlib is not installed.
+    """
+    check_matplotlib()
+    found = of_run(run)
+    articles, missing = learned_examples(found)
+    with atomic_file(out) as file:
+        file.writelines(page(found, articles, missing))
+    return found
 
 
 def learned_examples(found: OfRun) -> tuple[list[str], str]:

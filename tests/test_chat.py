@@ -120,6 +120,7 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_chat(runs: dict[str, Path]) -> No
             if select.select([terminal], [], [], 0.2)[0]:
                 read += os.read(terminal, 4096)
         read = b""
+        time.sleep(0.3)  # until it waits for a key, after its prompt is written
 
     try:
         until("tuned>")

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Answer
+from test_ranks import command, finished
+from test_ranks import start as launch
 from test_training import cut_after, prepared, settings, tensors
 
 from mlx_finetune.config import make_config
@@ -142,6 +144,24 @@ def test_every_process_stops_where_the_first_one_does(first_says: bool) -> None:
 
     look = Evaluations(Beside(), {}, Unwritten(), None, patience=1)  # type: ignore[arg-type]
     assert (look.over() is not None) == first_says
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["mlx", "torch", "fsdp"])
+def test_two_processes_stop_early_together_and_one_of_them_answers(
+    engine: str, tiny_llama: Path, data: Path, tmp_path: Path
+) -> None:
+    few = {"patience": 1, "sample_prompts": 2, "sample_tokens": 4, "batch_size": 1} | ({"fsdp": True} if engine == "fsdp" else {})
+    values = unsteady(tiny_llama, data, tmp_path / "run", engine.replace("fsdp", "torch"), **few)
+    process = launch(command(values), engine.replace("fsdp", "torch"), True)
+    out, err = finished(process)
+    measured = [step for step, _ in held_out(tmp_path / "run")]
+    assert process.returncode == 0 and f"{measured[-1]} steps on" in out, err
+    assert 0 < measured[-1] < STEPS and err.count("stopped early, at step") == 1
+    path = tmp_path / "run" / "samples.jsonl"
+    answered = [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+    assert answered == ([] if engine == "fsdp" else [step for step in measured for _ in range(2)])
+    assert ("no held-out turns are answered on the way" in err) == (engine == "fsdp")
 
 
 def test_patience_without_anything_held_out_is_said_to_have_no_effect() -> None:

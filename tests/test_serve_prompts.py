@@ -23,7 +23,7 @@ from test_requests import (
     prepared,
     recorded,
 )
-from tiny_models import CHATML
+from tiny_models import CHATML, make_tiny
 from tool_chats import LLAMA, MISTRAL, QWEN, SHELL, TOOLS, session
 
 from mlx_finetune.config import make_config
@@ -32,14 +32,15 @@ from mlx_finetune.data.emission import emission
 from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
+from mlx_finetune.export.fuse import write_template
 from mlx_finetune.serving.answer import hidden_of
 from mlx_finetune.serving.calls import WAYS, read_calls, written_by
 from mlx_finetune.serving.command import gptme_command
-from mlx_finetune.serving.opened import Source
+from mlx_finetune.serving.opened import Source, find_source
 from mlx_finetune.serving.pieces import Held, Pieces
 from mlx_finetune.serving.requests import Refusal, read_request
 from mlx_finetune.serving.served import Served
-from mlx_finetune.serving.trained import Trained, read_trained, served_name
+from mlx_finetune.serving.trained import Trained, named_as_folded, read_trained, served_name
 
 needs_recorded = pytest.mark.skipif(not (DATA / "gptme-requests").is_dir(), reason="what gptme sent lies in ../shared")
 
@@ -167,6 +168,10 @@ def test_tools_that_the_template_does_not_take_are_refused_unless_training_had_t
     assert asked.prompt == templates["hermes"].prompt(request.messages).tolist() and asked.way is None
     warned = serving(templates["hermes"], Trained("markdown", known=True))
     assert "--tool-format markdown" in warned.unlike_training(request) and not plain.unlike_training(request)
+    assert warned.question(request).prompt == plain.question(request).prompt
+    native = serving(templates["hermes"], Trained("tool", native=True, known=True))
+    assert native.question(request).prompt == asked.prompt and "trained without them" in native.unlike_training(request)
+    assert native.question(request).way is not None
 
 
 def test_a_name_says_qwen3_5_if_and_only_if_training_folded(templates: dict[str, ChatTemplate], tmp_path: Path) -> None:
@@ -206,6 +211,9 @@ def test_the_command_is_for_the_format_that_the_conversations_have(tmp_path: Pat
     assert called.tool_format == "tool" and called.native and not called.calls_as_text and not called.schemas
     assert trained_on("none", answer("no")) == Trained(known=True)
     assert read_trained(make_config({"data": str(tmp_path / "gone")}, "t")) == Trained()
+    (tmp_path / "markdown" / "d" / "train.jsonl").write_text("[")
+    with pytest.raises(UserError, match=r"train\.jsonl:1: not a line"):
+        read_trained(make_config({"data": str(tmp_path / "markdown" / "d")}, "t"))
     command = gptme_command(serving(templates["none"], Trained("xml", known=True)), "http://127.0.0.1:1")
     assert command == ("OPENAI_BASE_URL=http://127.0.0.1:1/v1 OPENAI_API_KEY=none gptme -m local/m --tool-format xml")
     with_key = gptme_command(serving(templates["none"], Trained(options=("--system", "short"))), "http://127.0.0.1:1", "k")
@@ -244,3 +252,13 @@ def test_what_may_be_a_stop_string_waits_until_it_is_none() -> None:
     assert [held.add(piece) for piece in ("b</", "end> c")] == ["b", ""] and held.found == "</end>"
     assert held.add("more") == "" and held.rest() == "</end> cmore"
     assert Held(()).add("abc") == "abc"
+
+
+def test_a_model_that_was_handed_back_is_served_with_the_policy_of_its_run(tmp_path: Path) -> None:
+    folder = make_tiny("llama", tmp_path / "model", tokenizer=True)
+    template_of(folder, RAISES)
+    template = ChatTemplate.load(folder)
+    write_template(folder, template.source)
+    served = find_source(str(folder), "", "torch").template
+    assert served.policy.name == "folded" and served.source == template.source
+    assert named_as_folded(served_name("", str(folder), "", served.source))

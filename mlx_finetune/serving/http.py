@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mlx_finetune.errors import UserError, no_memory
 from mlx_finetune.serving.answer import Answer, Question
 from mlx_finetune.serving.bodies import WAITING, Reply, error_event
+from mlx_finetune.serving.events import Events, failed
 from mlx_finetune.serving.requests import ChatRequest, Refusal, read_body, read_request
 from mlx_finetune.serving.served import Served
-from mlx_finetune.serving.worker import MOST_WAITING, Event, Full, Job, Worker
+from mlx_finetune.serving.worker import MOST_WAITING, Full, Worker
 from mlx_finetune.terminal import one_line, say
 
 if TYPE_CHECKING:
@@ -181,48 +181,11 @@ class Front:
         return events
 
 
-class Events:
-    """What the worker tells of one job, for the thread that serves."""
-
-    def __init__(self, question: Question) -> None:
-        """To be made in the thread that serves."""
-        self._queue: asyncio.Queue[Event] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def tell(event: Event) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._queue.put_nowait, event)
-
-        self.job = Job(question, tell)
-
-    async def next(self, seconds: float | None = None) -> Event | None:
-        """The next one; None where none came for so long."""
-        try:
-            return await asyncio.wait_for(self._queue.get(), seconds)
-        except TimeoutError:
-            return None
-
-
 class Gone(Refusal):
     """The client went away: nobody reads what is answered."""
 
     def __init__(self) -> None:
         super().__init__("the client has gone", status=GONE)
-
-
-def failure(error: Exception) -> Refusal:
-    """What a client is told of an answer that failed."""
-    if no_memory(error):
-        return Refusal("no memory left for this answer: try a shorter conversation", code="out_of_memory", status=500)
-    if isinstance(error, UserError):
-        return Refusal(error.message, status=500)
-    return Refusal(f"the answer failed ({type(error).__name__}); the server's own output says more", status=500)
-
-
-def _failed(error: Exception) -> Refusal:
-    refusal = failure(error)
-    say(f"an answer failed: {type(error).__name__}: {one_line(str(error), 200)}")
-    return refusal
 
 
 async def _body(request: "Request") -> bytes:
@@ -250,7 +213,7 @@ async def _collected(events: Events) -> tuple[list[str], Answer]:
         if isinstance(event, Answer):
             return pieces, event
         if isinstance(event, Exception):
-            raise _failed(event)
+            raise failed(event)
         pieces.append(event or "")
 
 
@@ -304,7 +267,7 @@ async def _stream(asked: Asked, events: Events, reply: Reply, with_usage: bool) 
                 yield last
             return
         else:
-            refusal = _failed(event)
+            refusal = failed(event)
             asked.status = refusal.status
             yield error_event(refusal.to_json())
             return

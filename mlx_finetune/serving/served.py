@@ -39,6 +39,11 @@ class Served:
         """Whether native calls of a request are fed as gptme's text for them: as in training, or where the template has none."""
         return self.source.trained.calls_as_text or bool(self.source.template.native_refusal)
 
+    @property
+    def without_schemas(self) -> bool:
+        """Whether it learned native calls without having seen the schemas of tools, as gptme's logs hold none."""
+        return self.source.trained.native and not self.source.trained.schemas
+
     def question(self, request: ChatRequest) -> Question:
         """Raises Refusal: an unknown model, messages or tools that the template does not take, or more than the context holds."""
         if request.model not in self.variants:
@@ -47,8 +52,7 @@ class Served:
             )
         self._check_tools(request)
         messages = tuple(with_calls_as_text(request.messages)) if self.calls_as_text else request.messages
-        trained = self.source.trained
-        tools = request.tools if not self.calls_as_text and (trained.schemas or not trained.known) else ()
+        tools = () if self.calls_as_text or self.without_schemas else request.tools
         try:
             prompt = [int(token) for token in self.source.template.prompt(messages, tools)]
         except Refused as refused:
@@ -85,9 +89,15 @@ class Served:
     def unlike_training(self, request: ChatRequest) -> str:
         """What a person should know who asks otherwise than was trained; empty where there is nothing."""
         told = self.source.trained.tool_format
-        if not request.tools or told not in ("markdown", "xml") or self.variants.get(request.model) == BASE:
+        if not request.tools:
             return ""
-        return f"this request brings tools, and the model was trained for gptme --tool-format {told}"
+        if told in ("markdown", "xml") and self.variants.get(request.model) != BASE:
+            return f"this request brings tools, and the model was trained for gptme --tool-format {told}"
+        if self.without_schemas or self.calls_as_text:
+            return (
+                "the schemas of tools are not shown to the model: it was trained without them (gptme's prompt describes its tools)"
+            )
+        return ""
 
 
 def with_calls_as_text(messages: Sequence[Message]) -> Iterator[Message]:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -70,24 +70,24 @@ def _options(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     return system + (("--tools", ",".join(prompt.tools)) if prompt.tools else ())
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines of gptme's conversations, one of each, or of all where none is gptme's."""
-    seen: set[Any] = set()
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """One line of each of gptme's conversations, or of the others where none is gptme's; of many, the first."""
+    of_gptme: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
+    seen: set[Any] = set()
     with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            if row.get("conversation") in seen:
-                continue
-            seen.add(row.get("conversation"))
-            if row.get("source") == "gptme":
-                yield row
-            elif len(others) < ENOUGH:
-                others.append(row)
-            if len(seen) > ENOUGH and len(others) < len(seen):
-                return
-    if len(others) == len(seen):
-        yield from others
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                messages, name = row["messages"], row.get("conversation")
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{path}:{number}: not a line that prepare wrote", hint="prepare the data again") from error
+            if name not in seen and isinstance(messages, list):
+                (of_gptme if row.get("source") == "gptme" else others).append(row)
+                seen.add(name)
+            if len(of_gptme) == ENOUGH:
+                break
+    return of_gptme or others[:ENOUGH]
 
 
 def folds(template: str) -> bool:
