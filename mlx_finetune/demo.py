@@ -1,4 +1,4 @@
-"""The whole road on the embedded sample and SmolLM2-135M-Instruct: collect, prepare, train, evaluate, fuse, export."""
+"""The whole road on the embedded sample and SmolLM2-135M-Instruct: collect, prepare, train, evaluate, report, fuse, export."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +12,7 @@ from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.engines import choose_engine
 from mlx_finetune.evaluation.compare import Comparison, compare
 from mlx_finetune.evaluation.plot import draw_loss
+from mlx_finetune.evaluation.token_kinds import IN_CALL, KINDS
 from mlx_finetune.evaluation.wanted import Wanted
 from mlx_finetune.export.facts import read_facts
 from mlx_finetune.export.fuse import Fused
