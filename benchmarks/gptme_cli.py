@@ -109,20 +109,21 @@ def main() -> None:
     parser.add_argument("--engine", default="")
     parser.add_argument("--base", action="store_true", help="ask the base of the run")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--system", default="short", help="as gptme takes it: full, short, or a prompt of your own")
     parser.add_argument("--tools", default="shell,save,patch")
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--limit", type=float, default=120, help="seconds for a session")
     parser.add_argument("--show", action="store_true", help="print what gptme printed")
     options = parser.parse_args()
     source = find_source(options.model, "", options.engine)
-    name = served_name("", source.config.model, source.run.name if source.run else "", source.template.source)
+    name = served_name("", source.config.model, source.run.resolve().name if source.run else "", source.template.source)
     served, log = Recording(source, name, options.max_tokens), list[str]()
     with tempfile.TemporaryDirectory() as scratch, in_background(served, lambda: Opened(source), log=log.append) as url:
         model = f"{name}-base" if options.base else name
         for tool_format in options.formats:
             log.clear()
             served.asked.clear()
-            how = ["--tool-format", tool_format, "--system", "short", "--tools", options.tools]
+            how = ["--tool-format", tool_format, "--system", options.system, "--tools", options.tools]
             place = Path(scratch) / tool_format
             session = run_gptme(options.gptme.absolute(), url, model, options.prompts, how, place, options.limit)
             print(json.dumps(shown(tool_format, session, log, served.asked)), flush=True)

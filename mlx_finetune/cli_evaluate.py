@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mlx_finetune.evaluation.wanted import LIMIT, TURNS
+from mlx_finetune.evaluation.wanted import LIMIT, SECONDS, STEPS, TURNS
 
 
 def evaluate(
@@ -22,8 +22,8 @@ def evaluate(
     gptme: Annotated[str, typer.Option(metavar="PROGRAM", help="gptme-eval, where it is not on the PATH.")] = "",
     tool_format: Annotated[str, typer.Option(help="Of gptme-eval: markdown, xml or tool. Default: that of the run.")] = "",
     sandbox: Annotated[str, typer.Option(help="Of gptme-eval: auto, bwrap, sandbox-exec or none.")] = "auto",
-    seconds: Annotated[int, typer.Option(min=1, help="Of gptme-eval: for one test.")] = 600,
-    steps: Annotated[int, typer.Option(min=1, help="Of gptme-eval: answers of the model in one test.")] = 20,
+    seconds: Annotated[int, typer.Option(min=1, help="Of gptme-eval: for one test.")] = SECONDS,
+    steps: Annotated[int, typer.Option(min=1, help="Of gptme-eval: answers of the model in one test.")] = STEPS,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before what the models write is executed.")] = False,
     engine: Annotated[str, typer.Option("--engine", help="auto, mlx or torch. Default: the one of the run.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,

@@ -2,20 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.evaluation.compare import Comparison, compare, measure_model
 from mlx_finetune.evaluation.losses import Row
-from mlx_finetune.evaluation.wanted import Wanted
+from mlx_finetune.evaluation.wanted import LIMIT, SECONDS, STEPS, Wanted
 from mlx_finetune.terminal import finish, progress, say, table
 
 TITLES = {"all": "all learned tokens", "gptme": "gptme conversations", "openassistant": "OpenAssistant", "chat": "chat files"}
 TITLES |= {"first of a turn": "first token of a turn", "stop": "token that ends a turn"}
 INDENT = {"all": "", "source": "  of ", "kind": "  ", "turn": "  turns, "}
 LARGE = 700  # nats: its perplexity would be no number
+OF_GPTME_EVAL = ("gptme", "tool_format", "sandbox", "seconds", "steps")  # options that mean nothing without it
 FEW = 10  # conversations; the range of fewer says too much
 EXPLAINED = (
     "Loss: how surprised the model is by each token of the log's own answers, in nats: 0 is not at all, lower is better.",
@@ -34,13 +35,13 @@ class EvaluateOptions:
     data: Path | None = None
     test: bool = False
     generate: int = 0
-    limit: int = 1
+    limit: int = LIMIT
     gptme_eval: tuple[str, ...] = ()
     gptme: str = ""
     tool_format: str = ""
     sandbox: str = "auto"
-    seconds: int = 1
-    steps: int = 1
+    seconds: int = SECONDS
+    steps: int = STEPS
     yes: bool = False
     engine: str = ""
     as_json: bool = False
@@ -48,6 +49,7 @@ class EvaluateOptions:
 
 def evaluate_command(options: EvaluateOptions) -> None:
     """`mlx-finetune evaluate`."""
+    _refuse_what_has_no_effect(options)
     wanted = Wanted("test" if options.test else "valid", options.generate, options.limit)
     what = "test split" if options.test else "held-out conversations"
     answers = f", and answers to up to {wanted.generate} turns" if wanted.generate else ""
@@ -62,6 +64,15 @@ def evaluate_command(options: EvaluateOptions) -> None:
         )
         made, following = options.run / "evaluation.json", f"mlx-finetune report {options.run}"
     finish(comparison.to_json(), options.as_json, lambda: show(comparison), made, following)
+
+
+def _refuse_what_has_no_effect(options: EvaluateOptions) -> None:
+    for name in (one.name for one in fields(options) if getattr(options, one.name) != one.default):
+        told = f"--{name.replace('_', '-')}"
+        if name in OF_GPTME_EVAL and not options.gptme_eval:
+            raise UserError(f"{told} is of gptme-eval", hint=f"add --gptme-eval SUITE, or leave {told} out")
+        if name == "checkpoint" and options.data is not None:
+            raise UserError(f"{told} is of a run, and --data of a model", hint="leave one of them out")
 
 
 def _of_run(options: EvaluateOptions, wanted: Wanted, doing: str) -> Comparison:

@@ -72,7 +72,7 @@ def plan_gptme_eval(run: Path, checkpoint: str, engine: str, options: GptmeOptio
 
 def _agree(suite: Suite, yes: bool) -> None:
     if suite.sandbox:
-        within = f"{suite.sandbox} lets it write into a folder of the run alone, hides your home"
+        within = f"{suite.sandbox} lets it write into a folder of the run and one for temporary files alone, hides your home"
         within += " and leaves it the network" if suite.sandbox == "bwrap" else " and leaves it no network but this machine's"
     else:
         how = HINTS.get(sys.platform, "no sandbox is known here")

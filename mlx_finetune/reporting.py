@@ -46,7 +46,7 @@ def report_command(options: ReportOptions) -> None:
     say(f"report of {options.run} -> {out}")
     found = write_report(options.run, out)
     result = {"page": str(out), "steps": found.done, "finished": found.finished, "evaluated": found.evaluation is not None}
-    following = f"mlx-finetune serve {options.run}" if found.evaluation else f"mlx-finetune evaluate {options.run}"
+    following = f"mlx-finetune {'serve' if found.evaluation else 'evaluate'} {found.typed}"
     finish(result, options.as_json, lambda: None, out, following)
 
 

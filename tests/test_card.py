@@ -8,6 +8,7 @@ import pytest
 import yaml
 from finished_runs import WORDS, make_base, make_run
 
+from mlx_finetune.errors import UserError
 from mlx_finetune.evaluation.compare import compare, open_run
 from mlx_finetune.evaluation.wanted import Wanted
 from mlx_finetune.export.card import card, split_card
@@ -110,6 +111,15 @@ def test_what_evaluate_measured_is_taken_where_it_is_of_this_checkpoint(facts, r
     assert rows(text)["inside a call"] and rows(text)["turns, first"] and "answers to held-out turns" not in text
     config, model, checkpoint = open_run(run, "step-000002")
     assert read_facts(run, checkpoint, model, config).held_out.tokens is None
+    (run / "evaluation.json").unlink()
+
+
+@pytest.mark.parametrize("damaged", ["{}", '{"base": {"loss": 1, "by_source": {}}, "tuned": null}', '{"base": 1, "tuned": {}}'])
+def test_a_damaged_evaluation_is_one_line(run, damaged):
+    config, model, checkpoint = open_run(run, "step-000004")
+    (run / "evaluation.json").write_text(json.dumps({"checkpoint": "step-000004"} | json.loads(damaged)))
+    with pytest.raises(UserError, match=r"evaluation\.json: not what evaluate writes"):
+        read_facts(run, checkpoint, model, config)
     (run / "evaluation.json").unlink()
 
 

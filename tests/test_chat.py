@@ -62,11 +62,13 @@ def test_each_line_is_a_message_of_one_conversation_and_base_and_tuned_take_turn
     assert first != answer_of(opened, BASE, Message("user", "list 1"))
 
 
-def test_reset_and_system_begin_anew(opened: Opened) -> None:
+def test_reset_and_system_begin_anew(opened: Opened, capsys: pytest.CaptureFixture[str]) -> None:
     system = Message("system", "Be kind.")
     alone, told = (answer_of(opened, TUNED, *lead, Message("user", "a")) for lead in ((), (system,)))
     lines = ("a", "/reset", "a", "/system Be kind.", "a", "/reset", "a", "/system", "a")
     assert "\n".join(said(opened, *lines)) == "".join(shown(text) + "\n" for text in (alone, alone, told, told, alone))
+    begun = [line.removeprefix("begun anew, ") for line in capsys.readouterr().err.splitlines() if line.startswith("begun anew")]
+    assert begun == ["without system prompt", "with a system prompt", "with a system prompt", "without system prompt"]
     assert "\n".join(said(opened, "a", system="Be kind.")) == shown(told) + "\n"
 
 

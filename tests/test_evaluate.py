@@ -152,6 +152,16 @@ def test_a_model_is_measured_alone_as_the_base_of_a_run_is(run: Path, cli) -> No
     assert status == 0 and "tuned" not in out and "valid call" in out and not (base / "evaluation.json").exists()
     assert cli("evaluate", base)[2].startswith(f"error: {base}: a model, not a run")
     assert "a run has its own data" in cli("evaluate", run, "--data", run.parent / "dataset")[2]
+    assert "--checkpoint is of a run" in cli("evaluate", base, "--data", run.parent / "dataset", "--checkpoint", "step-000002")[2]
+
+
+def test_a_damaged_evaluation_is_one_line_before_anything_is_measured(run: Path, cli) -> None:
+    path = run / "evaluation.json"
+    for damaged, said in (("garbage", "not JSON"), ("[]", "not what evaluate"), ('{"gptme_eval": 5}', "not what evaluate")):
+        path.write_text(damaged)
+        status, _, err = cli("evaluate", run, "--checkpoint", "step-000004", "--generate", 0)
+        assert status == 2 and said in err and "losses 100 %" not in err and path.read_text() == damaged
+    path.unlink()
 
 
 def test_data_whose_messages_are_gone_or_cut_is_refused_in_one_line(caller: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from mlx_finetune.data.examples import make_examples
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
 from mlx_finetune.evaluation.bootstrap import compare_means, sums_of
-from mlx_finetune.evaluation.generation import spread
+from mlx_finetune.evaluation.generation import answer_all, questions, spread
 from mlx_finetune.evaluation.token_kinds import AFTER, KINDS, Told, tell
 
 
@@ -80,6 +80,30 @@ def test_what_a_template_writes_of_native_tool_calls_is_a_call(tmp_path: Path) -
     assert "<tool_call>" in inside and '"ls"' in inside and "look" not in inside and "one" not in inside
 
 
+XML = "<tool-use>\n<shell>\nls\n</shell>\n</tool-use>"
+
+
+@pytest.mark.parametrize(
+    ("written", "text", "valid"),
+    [
+        (f"\n</think>\n\n{XML}", XML, True),  # as it is taught: the thought is ended at once
+        (f"hm\n</think>\n\n{XML}", f"<think>\nhm\n</think>\n\n{XML}", True),
+        (f"hm\n{XML}", f"<think>\nhm\n{XML}", False),  # all of it is thought
+    ],
+)
+def test_a_thought_that_the_prompt_begins_is_no_part_of_what_is_run(written: str, text: str, valid: bool, tmp_path: Path) -> None:
+    thinking = next(one for one in shipped() if one.name == "trl/qwen3_5_think")
+    template = ChatTemplate.load(model_folder(tmp_path, thinking.jinja, thinking.control, thinking.stops))
+    asked, _ = questions(told([Message("user", "Go."), Message("assistant", XML)], template, "xml"), template, 1, 99)
+
+    class Saying:
+        def generate_all(self, *_: object) -> list[list[int]]:
+            return [template.prompt_tokens(written)]
+
+    (answer,) = answer_all(Saying(), template, asked, 99)  # type: ignore[arg-type]
+    assert (answer.text, answer.judged["valid call"]) == (text, valid)
+
+
 def test_a_secret_that_is_not_learned_is_of_no_kind(template) -> None:
     (one,) = told([Message("user", "Go."), Message("assistant", "Key [REDACTED:jwt:1] and ```x```")], template)
     said = texts(one, template)
@@ -137,6 +161,13 @@ def test_tokens_weigh_and_answers_count_only_where_a_verdict_applies() -> None:
     assert compare_means(shares, seed=0).base == 1
     nothing = compare_means(sums_of([0, 1], np.zeros(2), np.ones(2), np.zeros(2), np.ones(2)), seed=0)
     assert (nothing.base, nothing.tuned, nothing.difference) == (None, 1, None)
+
+
+def test_a_verdict_on_one_conversation_of_a_model_has_no_interval() -> None:
+    """Else each draw that says anything says the same, and nothing would look so sure."""
+    only = np.array([1.0, 0.0])
+    found = compare_means(sums_of([0, 1], np.zeros(2), 1 - only, only, 1 - only), seed=0)
+    assert (found.base, found.tuned, found.difference, found.low, found.high) == (0, 1, 1, None, None)
 
 
 def test_turns_are_spread_evenly_over_conversations_and_within_them() -> None:

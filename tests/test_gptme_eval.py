@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -98,6 +100,33 @@ def test_what_the_model_runs_sees_and_changes_nothing_of_this_person(
     assert list((tmp_path / "run").rglob("stays-here"))
 
 
+@pytest.mark.skipif(SANDBOX != "bwrap", reason="no bwrap on this machine")
+@pytest.mark.parametrize("first", ["#!/bin/sh", "#!{person}/python"])  # of /, and of the home itself
+def test_a_program_of_any_shell_does_not_show_the_home_again(first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    person, program = tmp_path / "person", tmp_path / "person" / "bin" / "gptme-eval"
+    program.parent.mkdir(parents=True)
+    (person / "diary").write_text("of a person")
+    shutil.copy("/bin/sh", person / "bin" / "python")
+    program.write_text(f"{first.format(person=person / 'bin')}\necho began\ncat {person}/diary\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("HOME", str(person))
+    with pytest.raises(UserError, match="no results"):
+        run_suite(Suite(("x",), "markdown", 1, 1, program, SANDBOX), "", "", "m", tmp_path / "run", lambda line: None)
+    said = (tmp_path / "run" / "output.txt").read_text()
+    assert said.startswith("began") and "of a person" not in said
+
+
+def test_what_a_program_leaves_running_is_not_waited_for(tmp_path: Path) -> None:
+    program = tmp_path / "gptme-eval"
+    program.write_text("#!/bin/sh\nsleep 98 &\necho 1\necho 2\n")
+    program.chmod(0o755)
+    began, lines = time.monotonic(), []
+    with pytest.raises(UserError, match="exit status 0"):
+        run_suite(Suite(("x",), "markdown", 1, 1, program, None), "", "", "m", tmp_path / "run", lines.append)
+    assert time.monotonic() - began < 30 and lines == ["1", "2"]
+    assert "sleep 98" not in subprocess.run(["ps", "ax"], capture_output=True, text=True, check=True).stdout
+
+
 def test_base_and_tuned_stand_side_by_side(tmp_path: Path) -> None:
     suite = Suite(("a", "b"), "markdown", 60, 3, tmp_path, None)
     found = side_by_side(suite, {"a": "fail", "b": "pass"}, {"a": "pass", "b": "timeout", "c": "pass"})
@@ -128,6 +157,14 @@ def test_a_program_that_ends_without_results_is_one_line(tmp_path: Path) -> None
     with pytest.raises(UserError, match="no results") as error:
         run_suite(Suite(("x",), "markdown", 1, 1, program, None), "", "", "m", tmp_path / "run", lambda line: None)
     assert (tmp_path / "run" / "output.txt").read_text() == "broken\n" and "output.txt" in error.value.hint
+
+
+def test_a_program_that_cannot_be_started_is_one_line(tmp_path: Path) -> None:
+    program = tmp_path / "gptme-eval"
+    program.write_text("no program")
+    program.chmod(0o755)
+    with pytest.raises(UserError, match=r"--list: .*Exec format error"):
+        check_names(Suite(("x",), "markdown", 1, 1, program, None), tmp_path)
 
 
 def test_the_program_is_the_one_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +198,7 @@ def test_a_sandbox_that_is_not_there_is_refused_by_name(monkeypatch: pytest.Monk
 
 def test_the_profile_of_macos_quotes_what_folders_are_called(tmp_path: Path) -> None:
     folder = tmp_path / 'a "quoted" name'
-    command = confined("sandbox-exec", ["true"], folder, tmp_path, [])
+    command = confined("sandbox-exec", ["true"], [folder], tmp_path, [])
     assert command[0] == "sandbox-exec" and command[-1] == "true" and 'a \\"quoted\\" name' in command[2]
 
 
@@ -187,6 +224,8 @@ def test_what_cannot_be_run_is_refused_before_anything_is_measured(cli: Any, a_r
         (("--gptme-eval", "hello", "--gptme", program, "--tool-format", "yaml"), "not one of markdown"),
         (("--gptme-eval", "helo", "--gptme", program, "--yes"), "did you mean hello?"),
         (("--gptme-eval", "hello", "--data", "d"), "leave --data out"),
+        (("--steps", 3), "--steps is of gptme-eval"),
+        (("--tool-format", "xml"), "--tool-format is of gptme-eval"),
     ):
         status, _, err = cli("evaluate", a_run, *told)
         assert status == 2 and said in err and not (a_run / "evaluation.json").exists()

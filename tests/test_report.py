@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from mlx_finetune.report.curves import LEAST, all_curves, spikes, thinned
 from mlx_finetune.report.differences import WORDS, compared
 from mlx_finetune.report.figures import figure
 from mlx_finetune.report.files_of_run import Rate, Row
+from mlx_finetune.report.html import percent
 from mlx_finetune.report.results import verdict
 
 Cli = Callable[..., Answer]
@@ -88,6 +90,11 @@ def test_the_headline_is_the_result_with_its_interval(run: Path, cli: Cli) -> No
     assert "gptme-eval basic 0 base, then tuned: → 1 of 2" in words
 
 
+def test_a_share_of_nearly_all_is_not_told_as_all_nor_one_of_nearly_none_as_none() -> None:
+    shares = (None, 0.0, 0.004, 0.006, 0.5, 0.994, 0.9975, 1.0)
+    assert [percent(share) for share in shares] == ["\u2013", "0 %", "under 1 %", "1 %", "50 %", "99 %", "over 99 %", "100 %"]
+
+
 def test_every_group_and_rate_has_a_row_and_only_intervals_without_0_are_coloured(run: Path, cli: Cli) -> None:
     write_evaluation(run)
     page = report(cli, run)
@@ -108,6 +115,13 @@ def test_what_is_not_there_is_said_with_what_to_do(run: Path, cli: Cli) -> None:
         assert title not in page
     for title in ("How it learned", "What it learns, token by token", "Data", "Settings and versions", "Use it"):
         assert title in page
+
+
+def test_commands_are_told_as_a_shell_takes_them(run: Path, cli: Cli) -> None:
+    moved = run.rename(run.parent / "my run's <b>")
+    page = words_of(report(cli, moved))
+    for verb in ("evaluate", "serve", "chat", "fuse", "export"):
+        assert f"mlx-finetune {verb} {shlex.quote(str(moved))}" in page, verb
 
 
 def test_an_evaluation_of_an_earlier_version_has_its_losses_by_source(run: Path, cli: Cli) -> None:
@@ -294,6 +308,7 @@ DAMAGED = {
     "rows of nothing": ("evaluation.json", json.dumps(evaluation("a") | {"rows": [{}]}), "rows.0.group"),
     "an answer without a step": ("samples.jsonl", '{"prompt": 1}\n{"step": 1}\n\n', "samples.jsonl:1"),
     "no metrics": ("metrics.jsonl", '{"step": 1, "split": "train", "loss": "x", "tokens": 1}\n', "metrics.jsonl:1"),
+    "a step of no tokens": ("metrics.jsonl", '{"step": 1, "split": "train", "loss": 1.5, "tokens": 0}\n', "metrics.jsonl:1"),
     "sources of no loss": ("metrics.jsonl", '{"step": 1, "split": "valid", "loss": 1, "by_source": []}\n', "metrics.jsonl:1"),
 }
 
@@ -304,7 +319,8 @@ def test_a_damaged_file_is_one_line_and_a_hint_and_the_old_page_stays(name: str,
     (run / "report.html").write_text("old", encoding="utf-8")
     (run / file).write_text(text, encoding="utf-8")
     status, out, err = cli("report", run)
-    assert (status, out) == (2, "") and message in err and err.count("\n") == 2 and "hint: " in err
+    announced, error, hint = err.splitlines()
+    assert (status, out) == (2, "") and announced.startswith("report of ") and message in error and hint.startswith("hint: ")
     assert (run / "report.html").read_text(encoding="utf-8") == "old"
 
 
@@ -317,13 +333,13 @@ def test_a_line_that_is_cut_within_a_character_is_still_being_written(run: Path,
     assert "Prompt 2" in words_of(report(cli, run)) and "Prompt 8" not in words_of(report(cli, run))
     (run / "samples.jsonl").write_bytes(cut + b"\n" + whole)
     status, out, err = cli("report", run)
-    assert (status, out) == (2, "") and "samples.jsonl:1: not JSON" in err and err.count("\n") == 2
+    assert (status, out) == (2, "") and "samples.jsonl:1: not JSON" in err and err.count("\n") == 3
 
 
 def test_what_is_no_run_is_refused(cli: Cli, tmp_path: Path) -> None:
     for verb, message in (("report", "not a run"), ("plot", "no losses yet")):
         status, out, err = cli(verb, tmp_path)
-        assert (status, out) == (2, "") and message in err and err.count("\n") == 2
+        assert (status, out) == (2, "") and message in err.splitlines()[-2] and err.splitlines()[-1].startswith("hint: ")
 
 
 def test_without_matplotlib_plot_still_plots_and_report_says_what_to_install(

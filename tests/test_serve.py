@@ -23,10 +23,12 @@ from serving_client import CHAT, asked, connected, events, send, streamed_text, 
 from mlx_finetune.data.conversation import Message
 from mlx_finetune.serving.answer import Question
 from mlx_finetune.serving.command import announce, warn
-from mlx_finetune.serving.listening import in_background, is_local
+from mlx_finetune.serving.http import is_local
+from mlx_finetune.serving.listening import in_background
 from mlx_finetune.serving.opened import BASE, TUNED, Opened, find_source
 from mlx_finetune.serving.sampling import Sampling
 from mlx_finetune.serving.served import Served
+from mlx_finetune.serving.worker import MOST_WAITING
 
 ASK = "quokka lantern list 1"
 
@@ -187,6 +189,7 @@ REFUSED: dict[str, tuple[Any, int, str]] = {
     "messages": ({"model": "m", "messages": "a"}, 400, "messages is missing"),
     "message": ({"model": "m", "messages": ["a"]}, 400, "messages[0] is not an object"),
     "role": ({"model": "m", "messages": [{"role": "bot", "content": "a"}]}, 400, "messages[0].role"),
+    "no role": ({"model": "m", "messages": [{"content": "a"}]}, 400, "messages[0].role = None"),
     "unhashable role": ({"model": "m", "messages": [{"role": {}, "content": "a"}]}, 400, "messages[0].role"),
     "content": ({"model": "m", "messages": [{"role": "user", "content": 3}]}, 400, "messages[0].content"),
     "no content": ({"model": "m", "messages": [{"role": "user"}]}, 400, "messages[0].content"),
@@ -201,11 +204,15 @@ REFUSED: dict[str, tuple[Any, int, str]] = {
     "max_tokens": ({"model": "m", "messages": USER, "max_tokens": 0}, 400, "max_tokens"),
     "max_tokens as a truth": ({"model": "m", "messages": USER, "max_tokens": True}, 400, "not an integer"),
     "stop": ({"model": "m", "messages": USER, "stop": [1]}, 400, "stop"),
+    "no stop": ({"model": "m", "messages": USER, "stop": False}, 400, "stop is neither"),
+    "stream_options": ({"model": "m", "messages": USER, "stream_options": []}, 400, "stream_options is not an object"),
     "stream": ({"model": "m", "messages": USER, "stream": "yes"}, 400, "stream"),
+    "parallel_tool_calls": ({"model": "m", "messages": USER, "parallel_tool_calls": 0}, 400, "neither true nor false"),
     "several": ({"model": "m", "messages": USER, "n": 2}, 400, "n = 2 is not supported"),
     "logprobs": ({"model": "m", "messages": USER, "logprobs": True}, 400, "logprobs"),
     "format": ({"model": "m", "messages": USER, "response_format": {"type": "json_object"}}, 400, "response_format"),
     "too long": ({"model": "m", "messages": [{"role": "user", "content": "a b " * 500}]}, 400, "maximum context length is 256"),
+    "far too long": ({"model": "m", "messages": [{"role": "user", "content": "a" * 10_000}]}, 400, "10,000 characters"),
 }
 
 
@@ -222,9 +229,11 @@ def test_paths_methods_hosts_kinds_and_sizes_are_looked_at(mlx_server: Running) 
     url = mlx_server.url
     assert send(url, "/v1/completions", body={}).status == 404
     assert send(url, CHAT, method="GET").status == 405
-    assert send(url, body=b"{}", Content_Type="text/plain").status == 415
+    for kind in ("text/plain", ""):  # what a page of the web may send without asking
+        assert send(url, body=b"{}", Content_Type=kind).status == 415
     assert send(url, "/v1/models", method="GET", Host="evil.example:80").status == 403
-    assert send(url, "/v1/models", method="GET", Host="localhost:1").status == 200
+    for host in ("localhost:1", "127.0.0.1", "127.0.0.2:80", "[::1]:80", "LOCALHOST"):
+        assert send(url, "/v1/models", method="GET", Host=host).status == 200, host
     large = b'{"model": "m", "messages": "' + b"a" * (17 * 2**20) + b'"}'
     for headers in ({}, {"Transfer-Encoding": "chunked"}):
         with connected(url) as connection:
@@ -273,6 +282,8 @@ def test_the_key_is_asked_for_where_there_is_one(runs: dict[str, Path]) -> None:
         wrong = send(server.url, "/v1/models", method="GET", Authorization="Bearer no")
         assert wrong.status == 401 and wrong.body["error"]["code"] == "invalid_api_key"
         assert send(server.url, "/health", method="GET").status == 200
+        right = "Bearer s3cret-ü".encode().decode("latin-1")  # as clients put it on the wire
+        assert send(server.url, "/v1/models", method="GET", Authorization=right).status == 200
 
 
 @pytest.fixture
@@ -300,6 +311,42 @@ def test_an_answer_that_fails_is_an_error_and_the_next_one_is_answered(
     assert streamed.status == 200 and '"out_of_memory"' in streamed.body.strip().split("\n\n")[-1]
     monkeypatch.undo()
     assert text_of(send(url, body=asked("m", ASK))) == whole
+
+
+def test_those_who_have_gone_keep_no_place_from_one_who_asks(other_server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold, generate = threading.Event(), other_server.opened.engine.generate
+
+    def slow(*arguments: Any) -> Iterator[int]:
+        hold.wait(30)
+        yield from generate(*arguments)
+
+    monkeypatch.setattr(other_server.opened.engine, "generate", slow)
+    raw = json.dumps(asked("m", ASK)).encode()
+    for _ in range(MOST_WAITING + 10):
+        with connected(other_server.url) as connection:
+            connection.request("POST", CHAT, raw, {"Content-Type": "application/json"})
+            if connection.sock:
+                connection.sock.shutdown(socket.SHUT_RDWR)
+    with ThreadPoolExecutor(1) as pool:
+        deadline = time.monotonic() + 20
+        while sum(" 499 " in line for line in other_server.log) < MOST_WAITING + 10 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        asking = pool.submit(send, other_server.url, body=asked("m", ASK, max_tokens=1))
+        time.sleep(0.2)
+        hold.set()
+        assert asking.result().status == 200
+
+
+def test_a_fault_of_ours_is_told_with_its_traceback_and_the_next_one_is_answered(
+    runs: dict[str, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for server in running(runs["torch"]):
+        with monkeypatch.context() as patched:
+            patched.setattr(Served, "question", lambda served, request: dict[str, str]()["a fault"])
+            got = send(server.url, body=asked("m", ASK))
+        assert got.status == 500 and got.body["error"]["type"] == "server_error" and "KeyError" in got.body["error"]["message"]
+        assert "Traceback" in capfd.readouterr().err and f"POST {CHAT} 500" in server.log[-1]
+        assert text_of(send(server.url, body=asked("m", ASK)))
 
 
 def test_too_many_that_wait_are_sent_away(other_server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,8 +379,9 @@ def test_sampling_keeps_what_it_says() -> None:
     assert near(Sampling(1, top_k=3).probabilities(logits), np.array([0.5, 0.3, 0.15, 0]) / 0.95)
     assert near(Sampling(1, min_p=0.5).probabilities(logits), [0.625, 0.375, 0, 0])
     assert near(Sampling(0.5).probabilities(logits), np.array([25, 9, 2.25, 0.25]) / 36.5)
+    assert near(Sampling(1e-310).probabilities(logits), [1, 0, 0, 0])
     drawn = Sampling(1, seed=3).chooser()
-    assert drawn and near(np.bincount([drawn(logits) for _ in range(4000)], minlength=4) / 4000, 0) is False
+    assert drawn and np.allclose(np.bincount([drawn(logits) for _ in range(4000)], minlength=4) / 4000, np.exp(logits), atol=0.03)
     assert Question("tuned", [1], 1).sampling.chooser() is None
 
 
@@ -351,8 +399,11 @@ def test_a_run_is_served_whose_data_is_gone_and_a_model_as_it_is(
     prompt = [int(token) for token in plain.template.prompt([Message("user", ASK)])]
     tokens = [list(Opened(one).generate(BASE, prompt, 8)) for one in (source, plain)]
     assert tokens[0] == tokens[1]
-    announce(Served(source, "m", 1), "http://127.0.0.1:1", "", False)
-    assert "markdown is a guess" in capsys.readouterr().err
+    for each, key in ((source, ""), (plain, "s3cret")):
+        announce(Served(each, "m", 1), "http://127.0.0.1:1", key, False)
+        said = capsys.readouterr()
+        assert "markdown is a guess" in said.err and "s3cret" not in said.out + said.err
+        assert f"OPENAI_API_KEY={'$MLX_FINETUNE_API_KEY' if key else 'none'} gptme" in said.out
 
 
 def test_what_cannot_be_served_is_one_line(
@@ -362,7 +413,7 @@ def test_what_cannot_be_served_is_one_line(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         status, _, said = cli("serve", run, "--port", port)
-        assert status == 2 and f"port {port} of 127.0.0.1" in said and f"--port {port + 1}" in said
+        assert status == 2 and f"port {port} of 127.0.0.1" in said and "--port 0" in said
     for arguments, words in (
         (("serve", tmp_path / "none"), "no such model folder"),
         (("chat", tmp_path / "none"), "no such model folder"),
@@ -370,6 +421,7 @@ def test_what_cannot_be_served_is_one_line(
         (("serve", run.parent / "base", "--checkpoint", "best"), "not a run"),
         (("serve", run, "--name", "qwen3.5-mine"), "folds system messages"),
         (("serve", run, "--host", "nowhere.invalid"), "--host nowhere.invalid"),
+        (("serve", run, "--host", "a" * 70), "--host aaa"),
         (("serve", run, "--port", "70000"), "--port"),
         (("chat", run, "--temperature", "3"), "--temperature"),
     ):
@@ -403,8 +455,8 @@ def _tried(url: str) -> None:
 
 
 def test_another_host_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
-    for host, local in (("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("192.168.1.2", False)):
-        assert is_local(host) == local
+    assert all(map(is_local, ("127.0.0.1", "127.0.0.9", "::1", "[::1]", "localhost")))
+    assert not any(map(is_local, ("0.0.0.0", "::", "192.168.1.2", "localhost.evil.example", "")))
     warn("0.0.0.0", False)
     said = capsys.readouterr().err
     assert "other machines reach this server" in said and "no key is asked for" in said and "MLX_FINETUNE_API_KEY" in said

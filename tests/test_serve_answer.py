@@ -44,10 +44,12 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatTemplat
     return {name: template_of(tmp_path_factory.mktemp(name), text) for name, text in jinja.items()}
 
 
-def told(template: ChatTemplate, text: str, stop: tuple[str, ...] = (), limit: int = 1000, tools: bool = True) -> dict[str, Any]:
+def told(
+    template: ChatTemplate, text: str, stop: tuple[str, ...] = (), limit: int = 1000, tools: bool = True, **how: Any
+) -> dict[str, Any]:
     """The message and the reason of a whole answer; that a stream of it says the same is looked at here."""
     prompt = template.prompt([Message("user", "a")]).tolist()
-    question = Question("base", prompt, limit, stop=stop, way=written_by(template) if tools else None, tools=TOOLS)
+    question = Question("base", prompt, limit, stop=stop, way=written_by(template) if tools else None, tools=TOOLS, **how)
     into = Answer()
     pieces = list(answer(cast(Opened, Writes(template, text)), question, into))
     reply = Reply("m", len(prompt))
@@ -97,6 +99,7 @@ def test_a_call_that_is_cut_off_or_not_asked_for_is_text(templates: dict[str, Ch
 def test_several_calls_are_numbered(templates: dict[str, ChatTemplate]) -> None:
     one = '<tool_call>\n{"name": "save", "arguments": {"path": "a é"}}\n</tool_call>'
     got = told(templates["hermes"], f"{one}\n{one}")
+    assert told(templates["hermes"], f"{one}\n{one}", one_call=True)["calls"] == got["calls"][:1]
     assert got["calls"] == [("save", {"path": "a é"})] * 2 and len({call["id"] for call in got["tool_calls"]}) == 2
 
 

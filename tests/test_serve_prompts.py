@@ -35,12 +35,11 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.export.fuse import write_template
 from mlx_finetune.serving.answer import hidden_of
 from mlx_finetune.serving.calls import WAYS, read_calls, written_by
-from mlx_finetune.serving.command import gptme_command
 from mlx_finetune.serving.opened import Source, find_source
 from mlx_finetune.serving.pieces import Held, Pieces
 from mlx_finetune.serving.requests import Refusal, read_request
 from mlx_finetune.serving.served import Served
-from mlx_finetune.serving.trained import Trained, named_as_folded, read_trained, served_name
+from mlx_finetune.serving.trained import Trained, gptme_command, named_as_folded, read_trained, served_name
 
 needs_recorded = pytest.mark.skipif(not (DATA / "gptme-requests").is_dir(), reason="what gptme sent lies in ../shared")
 
@@ -214,10 +213,10 @@ def test_the_command_is_for_the_format_that_the_conversations_have(tmp_path: Pat
     (tmp_path / "markdown" / "d" / "train.jsonl").write_text("[")
     with pytest.raises(UserError, match=r"train\.jsonl:1: not a line"):
         read_trained(make_config({"data": str(tmp_path / "markdown" / "d")}, "t"))
-    command = gptme_command(serving(templates["none"], Trained("xml", known=True)), "http://127.0.0.1:1")
+    command = gptme_command("m", Trained("xml", known=True), "http://127.0.0.1:1")
     assert command == ("OPENAI_BASE_URL=http://127.0.0.1:1/v1 OPENAI_API_KEY=none gptme -m local/m --tool-format xml")
-    with_key = gptme_command(serving(templates["none"], Trained(options=("--system", "short"))), "http://127.0.0.1:1", "k")
-    assert "OPENAI_API_KEY=$MLX_FINETUNE_API_KEY" in with_key and with_key.endswith("--tool-format markdown --system short")
+    with_key = gptme_command("m", Trained(options=("--system", "short")), "http://127.0.0.1:1", "$KEY")
+    assert " OPENAI_API_KEY=$KEY " in with_key and with_key.endswith("--tool-format markdown --system short")
 
 
 @needs_recorded

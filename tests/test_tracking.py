@@ -20,7 +20,7 @@ from mlx_finetune.installed import versions
 from mlx_finetune.training import tracking
 from mlx_finetune.training.metrics import Metrics, read_metrics
 from mlx_finetune.training.run import execute, plan_resume
-from mlx_finetune.training.tracking import check_trackers, told, tracked, values_of, where_it_goes
+from mlx_finetune.training.tracking import check_trackers, identity, told, tracked, values_of, where_it_goes
 
 Points = dict[str, list[tuple[int, float]]]
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -260,7 +260,7 @@ def test_trackers_are_told_the_rows_that_are_kept_before_new_ones(tmp_path: Path
         def finish(self) -> None:
             pass
 
-    rows = [{"step": step, "split": "train", "loss": 1.0} for step in (1, 2, 3)]
+    rows = [{"step": step, "split": "train", "loss": 1.0, "tokens": 7} for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     metrics = Metrics(tmp_path / "metrics.jsonl", 2, [Listening()])
     metrics.held_out(3, 1.0, {})
@@ -272,3 +272,12 @@ def test_report_to_may_change_when_a_run_goes_on_and_is_kept_in_its_config(root:
     plan = plan_resume(run, {"report_to": "none", "patience": 4, "sample_prompts": 1, "sample_tokens": 5})
     execute(plan, lambda done, steps, standing: None)
     assert load_config(run / "config.yaml", {}).patience == 4 and load_config(run / "config.yaml", {}).report_to is None
+
+
+def test_a_damaged_identity_is_one_line(tmp_path: Path) -> None:
+    made = identity(tmp_path)
+    assert made == identity(tmp_path)
+    for damaged in ("[]", '{"id": 5}', "{}"):
+        (tmp_path / "tracked.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"tracked\.json: no id"):
+            identity(tmp_path)

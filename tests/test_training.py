@@ -342,11 +342,12 @@ def test_epochs_are_counted_in_whole_data_and_steps_win_over_them(data: Path) ->
 
 def test_metrics_drop_what_a_crash_wrote_after_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "split": "train", "loss": 2.0}\n{"step": 2, "split": "train", "loss": 1.5}\n{"step": 3, "spl')
+    row = '{"step": 1, "split": "train", "loss": 2.0, "tokens": 7}\n'
+    path.write_text(f'{row}{{"step": 2, "split": "train", "loss": 1.5, "tokens": 7}}\n{{"step": 3, "spl')
     Metrics(path, start=1)
     assert [row["step"] for row in read_metrics(path)] == [1]
-    row = '{"step": 1, "split": "train", "loss": 2.0}\n'
-    for bad, reason in (("not json", "not JSON"), ("5", "not a line of metrics"), ('{"step": 1}', "not a line of metrics")):
+    no_rows = ("5", '{"step": 1}', row.replace("1", '"x"', 1), row.replace("2.0", "null"), row.replace(', "tokens": 7', ""))
+    for bad, reason in (("not json", "not JSON"), *((line.strip(), "not a line of metrics") for line in no_rows)):
         path.write_text(f"{row}{bad}\n{row}")
         with pytest.raises(UserError, match=f"metrics.jsonl:2: {reason}"):
             read_metrics(path)

@@ -276,6 +276,11 @@ class ChatTemplate:
         """How turns end: see `emission.ends_of`."""
         return ends_of(self)
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The control tokens that end a turn: servers stop at them where `ends.stops` is true."""
+        return frozenset(i for text in self.ends.tokens if (i := self.special.token_to_id(text)) is not None)
+
     def names_control_token(self, content: str) -> bool:
         return any(special in content for special in self.special_texts)
 

@@ -56,11 +56,12 @@ def sums_of(
 
 
 def compare_means(sums: Sums, seed: int, samples: int = SAMPLES) -> Difference:
-    """With an interval where there are two conversations or more."""
+    """With an interval where each model is scored on two conversations or more."""
     base, tuned = _mean(sums.base, sums.of_base), _mean(sums.tuned, sums.of_tuned)
     if base is None or tuned is None:
         return Difference(base, tuned)
-    low, high = _interval(sums, seed, samples) if len(sums.base) > 1 else (None, None)
+    fewest = min(np.count_nonzero(sums.of_base), np.count_nonzero(sums.of_tuned))
+    low, high = _interval(sums, seed, samples) if fewest > 1 else (None, None)
     return Difference(base, tuned, tuned - base, low, high)
 
 

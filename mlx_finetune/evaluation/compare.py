@@ -123,11 +123,12 @@ def _note(config: RunConfig, engine: str) -> str:
     return f"both on the base as it is stored; training had it in {config.quantization}"
 
 
-def _before(path: Path, comparison: Comparison) -> dict[str, Any] | None:
-    """What gptme-eval said of the same checkpoint in an earlier evaluation: it took long."""
-    found = read_json(path) if path.is_file() else None
-    same = isinstance(found, dict) and found.get("checkpoint") == comparison.checkpoint
-    return found.get("gptme_eval") if isinstance(found, dict) and same else None
+def _before(path: Path, checkpoint: str) -> dict[str, Any] | None:
+    """What gptme-eval said of the same checkpoint in an earlier evaluation: it took long; raises UserError where it is damaged."""
+    found = read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict) or not isinstance(kept := found.get("gptme_eval"), dict | None):
+        raise UserError(f"{path}: not what evaluate writes", hint="remove it: evaluate writes it anew")
+    return kept if found.get("checkpoint") == checkpoint else None
 
 
 def compare(
@@ -139,6 +140,7 @@ def compare(
         UserError: the run has no such checkpoint, or nothing was held out.
     """
     config, model, folder = open_run(run, checkpoint, engine)
+    of_gptme = _before(run / "evaluation.json", folder.name)
     material = Material.of(Dataset.open(Path(config.data)), model, config.batch_size, wanted)
     opened = open_tuned(config, model, material.dataset, folder)
     tuned, state = material.measure(opened, "tuned", progress), opened.state()
@@ -147,8 +149,8 @@ def compare(
     step = int(read_progress(folder)["step"])
     opened.load_state(state, step)
     comparison = replace(material.compared(base, tuned), checkpoint=folder.name, step=step, engine=opened.name)
-    comparison = replace(comparison, note="; ".join(filter(None, (_note(config, opened.name), comparison.note))))
-    comparison = replace(comparison, gptme_eval=_before(run / "evaluation.json", comparison))
+    note = "; ".join(filter(None, (_note(config, opened.name), comparison.note)))
+    comparison = replace(comparison, note=note, gptme_eval=of_gptme)
     write_json(run / "evaluation.json", comparison.to_json())
     return comparison, opened
 
@@ -161,6 +163,7 @@ def measure_model(
     Raises:
         UserError: it has another tokenizer or chat template than the folder was prepared with, or nothing was held out.
     """
+    model = model_folder(str(model))
     config = make_config({"model": str(model), "data": str(data)} | ({"engine": engine} if engine else {}), "evaluate")
     check_model_folder(model)
     material = Material.of(Dataset.open(data), model, config.batch_size, wanted)

@@ -1,4 +1,4 @@
-"""A command that may write only into one folder and does not see a person's home, where the system has a tool for that."""
+"""A command that may write only into folders of its own and does not see a person's home, where the system has a tool for that."""
 
 import shutil
 import sys
@@ -12,12 +12,13 @@ HINTS = {
     "linux": "install bubblewrap (apt install bubblewrap)",
     "darwin": "sandbox-exec is part of macOS: see that /usr/bin is in PATH",
 }
-# Of macOS: only the folder and what the system keeps for temporary files may be written; the network is this machine's alone.
+SESSIONS = ("/run/user",)  # of Linux: sockets by which others of this person's programs can be told what to do
+# Of macOS; the network is this machine's alone.
 PROFILE = """\
 (version 1)
 (allow default)
 (deny file-write*)
-(allow file-write* (subpath {folder}) (subpath "/dev"))
+(allow file-write* {writable} (subpath "/dev"))
 (deny file-read* (subpath {home}))
 (allow file-read* {readable})
 (deny network*)
@@ -41,25 +42,31 @@ def confinement(name: str) -> str | None:
     return name
 
 
-def confined(tool: str | None, command: Sequence[str], folder: Path, home: Path, readable: Sequence[Path]) -> list[str]:
-    """The command, which may then write only below `folder`.
+def confined(tool: str | None, command: Sequence[str], writable: Sequence[Path], home: Path, readable: Sequence[Path]) -> list[str]:
+    """The command, which may then write only below the folders `writable`; it begins in the first of them.
 
-    `home` is hidden but for `folder` and `readable`, which hold programs. On Linux the network stays; on macOS only this machine's.
+    `home` is hidden but for these and `readable`, which hold programs. On Linux the network stays; on macOS only this machine's.
     """
-    folder, home, known = folder.resolve(), home.resolve(), [path.resolve() for path in readable]
+    own, home = [folder.resolve() for folder in writable], home.resolve()
+    # Not a folder that holds the home, such as / where the program is of /bin/sh: it would show the home again.
+    known = [path for path in (path.resolve() for path in readable) if not home.is_relative_to(path)]
     if tool == "bwrap":
-        mounts = ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp", "--tmpfs", str(home)]
-        for path in known:
-            mounts += ["--ro-bind", str(path), str(path)]
-        mounts += ["--bind", str(folder), str(folder), "--chdir", str(folder)]
-        return [tool, *mounts, "--unshare-pid", "--unshare-ipc", "--new-session", "--die-with-parent", *command]
+        mounts = ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
+        for hidden in ("/tmp", *(place for place in SESSIONS if Path(place).is_dir()), str(home)):
+            mounts += ["--tmpfs", hidden]
+        for kind, paths in (("--ro-bind", known), ("--bind", own)):
+            for path in paths:
+                mounts += [kind, str(path), str(path)]
+        apart = ["--unshare-pid", "--unshare-ipc", "--new-session", "--die-with-parent"]
+        return [tool, *mounts, "--chdir", str(own[0]), *apart, *command]
     if tool == "sandbox-exec":
-        quoted = [_quoted(path) for path in (*known, folder)]
-        profile = PROFILE.format(
-            folder=_quoted(folder), home=_quoted(home), readable=" ".join(f"(subpath {one})" for one in quoted)
-        )
+        profile = PROFILE.format(writable=_below(own), home=_quoted(home), readable=_below([*known, *own]))
         return [tool, "-p", profile, *command]
     return list(command)
+
+
+def _below(paths: Sequence[Path]) -> str:
+    return " ".join(f"(subpath {_quoted(path)})" for path in paths)
 
 
 def _quoted(path: Path) -> str:

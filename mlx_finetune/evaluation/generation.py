@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_finetune.data.emission import THINK
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.data.tool_calls import fingerprint
 from mlx_finetune.data.turns import calls_of
@@ -14,17 +15,19 @@ from mlx_finetune.engines import Engine
 from mlx_finetune.evaluation.bootstrap import compare_means, sums_of
 from mlx_finetune.evaluation.judging import RATES, Asked, judge
 from mlx_finetune.evaluation.known_files import known_files
-from mlx_finetune.evaluation.token_kinds import AFTER, AFTER_ERROR, LearnedTurn, Told, end_ids
+from mlx_finetune.evaluation.token_kinds import AFTER, AFTER_ERROR, LearnedTurn, Told
 from mlx_finetune.training.held_out import judged_by
+from mlx_finetune.training.samples import TAIL
 
-TAIL = 600  # characters of a question that are kept
+LOOKED_AT = 8  # tokens at the end of a prompt
 
 
 @dataclass(frozen=True)
 class Question:
     """A turn to be answered: the tokens that training fed before it, and what the answer is measured by.
 
-    `lead`: what the template has a turn begin with before its text, which is taken off an answer.
+    `lead`: what the template has a turn begin with before its text, which is taken off an answer. `thinks`: whether the prompt
+    begins a thought, with which an answer then goes on.
     """
 
     conversation: str
@@ -32,6 +35,7 @@ class Question:
     after: int  # of AFTER
     prompt: list[int]
     lead: str
+    thinks: bool
     last: str  # tail of the message that it answers
     asked: Asked
 
@@ -99,7 +103,8 @@ def _question(told: Told, number: int, template: ChatTemplate) -> Question:
     written = template.decode(example.tokens[turn.start : turn.stop].tolist())
     lead = written[: max(written.rfind(logged), 0)]
     prompt, last = example.tokens[: turn.start].tolist(), before[-1].content[-TAIL:] if before else ""
-    return Question(example.conversation, example.turns[number], turn.after, prompt, lead, last, asked)
+    thinks = template.decode(prompt[-LOOKED_AT:]).rstrip().endswith(THINK[0])
+    return Question(example.conversation, example.turns[number], turn.after, prompt, lead, thinks, last, asked)
 
 
 def _failed_calls(told: Told, turn: LearnedTurn) -> frozenset[tuple[str, str, str, str]]:
@@ -115,12 +120,19 @@ def answer_all(
     advance: Callable[[int, int], None] | None = None,
 ) -> list[Answer]:
     """An answer to each, of at most `limit` tokens; it ends where the model ends its turn."""
-    written = engine.generate_all([question.prompt for question in asked], limit, template.stop_ids | end_ids(template), advance)
+    written = engine.generate_all([question.prompt for question in asked], limit, template.stop_ids | template.end_ids, advance)
     answers = []
     for question, tokens in zip(asked, written, strict=True):
-        text = template.decode(tokens).removeprefix(question.lead)
+        text = _as_gptme_has_it(template.decode(tokens), question)
         answers.append(Answer(text, judge(text, len(tokens) < limit, question.asked)))
     return answers
+
+
+def _as_gptme_has_it(text: str, question: Question) -> str:
+    """Without its lead; a thought begins with its tag, though the prompt had that already: nothing in it is a call."""
+    if question.lead and text.startswith(question.lead):
+        return text.removeprefix(question.lead)
+    return f"{THINK[0]}\n{text}" if question.thinks else text
 
 
 def rates_of(asked: Sequence[Question], base: Sequence[Answer], tuned: Sequence[Answer] | None, seed: int) -> list[Rate]:

@@ -6,10 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -23,9 +24,9 @@ INSTALL = "pipx install gptme, or name the program: --gptme PATH/gptme-eval"
 OUTPUT = "output.txt"  # what the program said
 STATUS = {"success": "fail", "timeout": "timeout", "error": "error"}  # of a test that did not pass, by what gptme-eval calls it
 PASSED = "pass"
-PASSED_ON = ("PATH", "LANG", "LC_ALL", "TERM", "TMPDIR", "SSL_CERT_FILE")  # of the environment: no key, no token
+PASSED_ON = ("PATH", "LANG", "LC_ALL", "TERM", "SSL_CERT_FILE")  # of the environment: no key, no token
 LISTED = re.compile(r"^ {2}(?: {2})?([\w-]+)(?: \(\d+ tests\)| \*)?$", re.MULTILINE)
-LISTED_WITHIN, GRACE = 120, 3  # seconds
+LISTED_WITHIN, GRACE, LOOK = 120, 3, 0.2  # seconds
 RESULTS = "EVAL_RESULTS_DIR"
 
 
@@ -63,26 +64,33 @@ def run_suite(suite: Suite, url: str, key: str, model: str, folder: Path, said: 
     home.mkdir(parents=True)
     limits = ["-p", "1", "-t", str(suite.seconds)]
     command = [str(suite.program), *suite.names, "-m", f"local/{model}@{suite.tool_format}", *limits, "--json"]
-    command = confined(suite.sandbox, command, folder, Path.home(), _programs(suite.program))
-    environment = _environment(home, folder, url, key, suite.steps)
-    with (folder / OUTPUT).open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
-        try:
-            assert process.stdout
-            for line in process.stdout:
-                output.write(line)
-                said(line.rstrip())
-            status = process.wait()
-        finally:
-            end_all(folder / "results")
-            process.wait()
+    with TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # a short path: sockets stand there
+        command = confined(suite.sandbox, command, (folder, Path(scratch)), Path.home(), _programs(suite.program))
+        status = _run(command, folder, _environment(home, folder, Path(scratch), url, key, suite.steps), said)
     found = sorted((folder / "results").glob("*/eval_results.json"))
     if not found:
         raise UserError(f"{PROGRAM} {' '.join(suite.names)}: no results (exit status {status})", hint=f"see {folder / OUTPUT}")
     return outcomes(read_json(found[-1]))
+
+
+def _run(command: Sequence[str], folder: Path, environment: Mapping[str, str], said: Callable[[str], None]) -> int:
+    """The exit status. It is waited for, not for the end of its output: what it leaves running may hold that open."""
+    with (folder / OUTPUT).open("wb") as output, (folder / OUTPUT).open(encoding="utf-8", errors="replace") as written:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        status: int | None = None
+        try:
+            while status is None:
+                with suppress(subprocess.TimeoutExpired):
+                    status = process.wait(LOOK)
+                for line in written:
+                    said(line.rstrip())
+        finally:
+            end_all(folder / "results")
+            process.wait()
+    return status
 
 
 def outcomes(results: Mapping[str, Any]) -> dict[str, str]:
@@ -101,12 +109,15 @@ def side_by_side(suite: Suite, base: Mapping[str, str], tuned: Mapping[str, str]
 
 
 def check_names(suite: Suite, folder: Path) -> None:
-    """Raises UserError for a name that gptme-eval does not list."""
+    """Raises UserError for a name that gptme-eval does not list, or where it lists none."""
     home = folder / "home"
     home.mkdir(parents=True, exist_ok=True)
-    environment = _environment(home, folder, "", "", suite.steps)
+    environment = _environment(home, folder, folder, "", "", suite.steps)
     how: dict[str, Any] = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "check": False}
-    listed = subprocess.run([str(suite.program), "--list"], **how, timeout=LISTED_WITHIN).stdout
+    try:
+        listed = subprocess.run([str(suite.program), "--list"], **how, timeout=LISTED_WITHIN).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"{suite.program} --list: {error}", hint=INSTALL) from error
     known = {"all", "all-practical", *LISTED.findall(listed)}
     for name in suite.names:
         if name not in known:
@@ -115,13 +126,13 @@ def check_names(suite: Suite, folder: Path) -> None:
             raise UserError(f"--gptme-eval {name}: gptme-eval lists no such suite or test", hint=hint)
 
 
-def _environment(home: Path, folder: Path, url: str, key: str, steps: int) -> dict[str, str]:
+def _environment(home: Path, folder: Path, scratch: Path, url: str, key: str, steps: int) -> dict[str, str]:
     """A home of its own; no key of this person's; tokens are counted without asking the network."""
     own = {name: value for name in PASSED_ON if (value := os.environ.get(name))}
     own |= {"HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config"), "XDG_DATA_HOME": str(home / ".local" / "share")}
     own |= {"XDG_STATE_HOME": str(home / ".local" / "state"), "XDG_CACHE_HOME": str(home / ".cache")}
     own |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": key, "GPTME_TIKTOKEN_TIMEOUT": "0", "GPTME_MAX_STEPS": str(steps)}
-    own |= {RESULTS: str(folder / "results"), "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
+    own |= {RESULTS: str(folder / "results"), "TMPDIR": str(scratch), "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
     for who in ("AUTHOR", "COMMITTER"):
         own |= {f"GIT_{who}_NAME": "gptme", f"GIT_{who}_EMAIL": "gptme@localhost"}
     return own

@@ -14,14 +14,16 @@ import numpy as np
 from mlx_finetune.data.batches import Example
 from mlx_finetune.data.conversation import Conversation, Message, read_conversations
 from mlx_finetune.data.dataset import Dataset
+from mlx_finetune.data.overview import turn_places
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.data.tool_calls import FORMATS, calls_in, format_of
 from mlx_finetune.data.turns import failed_turns
 from mlx_finetune.errors import UserError
+from mlx_finetune.training.samples import learned_places
 
 KINDS = ("prose", "inside a call", "first of a turn", "stop")
 PROSE, IN_CALL, FIRST_TOKEN, STOP = range(4)
-AFTER = ("first", "after success", "after an error")
+AFTER = ("first", "after success", "after an error")  # first: no turn of the assistant stands before it in the example
 FIRST_TURN, AFTER_SUCCESS, AFTER_ERROR = range(3)
 
 
@@ -98,15 +100,16 @@ def _format_of(turns: Sequence[Message]) -> str:
 
 def tell(example: Example, messages: Sequence[Message], template: ChatTemplate, tool_format: str, where: str) -> Told:
     """The kinds of an example's tokens; raises UserError where `messages` are not those that it was made of."""
-    places = [i for i, m in enumerate(messages) if _is_learned(m)]
-    segments = _segments(example, template)
+    places, ends = learned_places(messages), np.array(sorted(template.end_ids), np.int32)
+    segments = turn_places(example.tokens, example.weights, len(example.turns), ends).tolist()
     if not len(places) == len(segments) == len(example.turns):
         counts = f"{len(places)} turns for {len(segments)} in the tokens"
         raise UserError(f"{where}: {counts}", hint="run mlx-finetune prepare again")
     failed = failed_turns(messages, tool_format)
     kinds = np.full(len(example.tokens), -1, np.int8)
     turns = []
-    for place, (start, stop) in zip(places, segments, strict=True):
+    for place, (start, behind) in zip(places, segments, strict=True):
+        stop = behind - 1
         pieces = template.pieces(example.tokens[start:stop].tolist())
         text, content = "".join(pieces), messages[place].content.strip()
         lead = text.find(content) if messages[place].tool_calls else text.rfind(content)
@@ -116,29 +119,6 @@ def tell(example: Example, messages: Sequence[Message], template: ChatTemplate, 
         turns.append(turn)
     kinds[example.weights == 0] = -1  # placeholders of secrets within a turn
     return Told(example, tuple(messages), tool_format, tuple(turns), kinds)
-
-
-def _is_learned(message: Message) -> bool:
-    """Whether a message of an example is a turn that is learned: one of blanks is not."""
-    return message.role == "assistant" and message.weight > 0 and bool(message.content.strip() or message.tool_calls)
-
-
-def end_ids(template: ChatTemplate) -> frozenset[int]:
-    """The control tokens that end a turn."""
-    return frozenset(i for text in template.ends.tokens if (i := template.special.token_to_id(text)) is not None)
-
-
-def _segments(example: Example, template: ChatTemplate) -> list[tuple[int, int]]:
-    """First learned token and end of each turn: a turn goes on over what is not learned in it up to the token that ends it."""
-    ends = end_ids(template)
-    learned = np.flatnonzero(example.weights > 0).tolist()
-    found, start = [], -1
-    for place in learned:
-        start = place if start < 0 else start
-        if int(example.tokens[place]) in ends:
-            found.append((start, place))
-            start = -1
-    return found if start < 0 else []
 
 
 def _after(messages: Sequence[Message], place: int, failed: frozenset[int]) -> int:

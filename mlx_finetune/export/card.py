@@ -108,11 +108,11 @@ def _results(facts: Facts) -> str:
     found = facts.held_out
     if found is None:
         return "## Results\n\nHeld-out loss: not measured."
+    if found.compared:
+        return _with_intervals(found)
     rows = [("**the loss**", f"{found.base:.4f}", f"{found.tuned:.4f}")]
     rows += [(_source(s), f"{base:.4f}", f"{tuned:.4f}") for s, (base, tuned) in sorted(found.by_source.items())]
     over = f" over {found.tokens:,} learned tokens" if found.tokens else ""
-    if found.compared:
-        return _with_intervals(found)
     table = _table(("held out", "base", "tuned"), rows)
     return f"## Results\n\n{table}\n\nMean cross entropy in nats a token{over}; lower is better. Its uncertainty was not measured."
 

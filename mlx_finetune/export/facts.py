@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.sources import gptme, openassistant
+from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.hub import HUB_ID
 from mlx_finetune.models.origin import read_origin
@@ -145,8 +146,11 @@ def _held_out(run: Path, checkpoint: str, step: int) -> HeldOut | None:
     path = run / "evaluation.json"
     found = read_json(path) if path.is_file() else {}
     if isinstance(found, Mapping) and found.get("checkpoint") == checkpoint:
-        losses = _losses(found["base"], found["tuned"], found["tuned"].get("tokens"))
-        return replace(losses, compared=tuple(_compared(found)), split=str(found.get("split", "valid")))
+        try:
+            losses = _losses(found["base"], found["tuned"], found["tuned"].get("tokens"))
+            return replace(losses, compared=tuple(_compared(found)), split=str(found.get("split", "valid")))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: not what evaluate writes: {error}", hint=f"mlx-finetune evaluate {run}") from error
     if not (run / "metrics.jsonl").is_file():
         return None
     rows = {row["step"]: row for row in read_metrics(run / "metrics.jsonl") if row["split"] == "valid"}

@@ -227,7 +227,8 @@ def read_losses(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
         sources = row.get("by_source", {})
         numbers = [row.get(name) for name in names] + [row[name] for name in MEASURED if name in row]
         numbers += list(sources.values()) if isinstance(sources, Mapping) else [None]
-        if not all(isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63) for value in numbers):
+        sound = all(isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63) for value in numbers)
+        if not sound or (row["split"] == "train" and row["tokens"] <= 0):
             raise UserError(f"{path}:{number}: not a line of metrics", hint="take the line out")
     return [row for row in rows if row["split"] == "train"], [row for row in rows if row["split"] == "valid"]
 

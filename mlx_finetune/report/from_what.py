@@ -1,6 +1,7 @@
 """What it learned from and how: learned tokens, data, settings, versions, and what to do with it now."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from shlex import quote
 
 from mlx_finetune.config import RunConfig, default
 from mlx_finetune.prepared import COUNTS, SHARES
@@ -19,7 +20,7 @@ def learned(of: OfRun, articles: Sequence[str], missing: str) -> str:
     told = (
         f"{count(len(articles), 'example')} of {len(of.dataset.train) if of.dataset else 0:,}, spread over the training data: "
         "<mark>learned</mark>, only read, <i>control token</i>. "
-        f"More: <code>mlx-finetune inspect {text(of.config.data)} --html FILE</code>"
+        f"More: <code>mlx-finetune inspect {text(quote(of.config.data))} --html FILE</code>"
     )
     return section("learned", "What it learns, token by token", f'<p class="faint key">{told}</p>\n', *articles)
 
@@ -151,7 +152,7 @@ def using(of: OfRun) -> str:
     """Commands."""
     if not of.checkpoint:
         return section("use", "Use it", paragraph("No checkpoint is saved yet.", "missing"))
-    run = str(of.run)
+    run = of.typed
     lines = ["# an OpenAI-compatible server on this machine; it prints how gptme is called", f"mlx-finetune serve {run}"]
     lines += ["# gptme as the conversations were had that it learned from", of.gptme] if of.gptme else []
     serve = commands(*lines)

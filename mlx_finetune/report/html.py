@@ -32,8 +32,12 @@ def signed(number: float, digits: int = 3) -> str:
 
 
 def percent(share: float | None) -> str:
-    """Of a share; a dash where there is none."""
-    return "\u2013" if share is None else f"{100 * share:.0f} %"
+    """Of a share; a dash where there is none. 0 % is none of them, and 100 % all."""
+    if share is None:
+        return "\u2013"
+    if 0 < share <= 0.005:
+        return "under 1 %"
+    return "over 99 %" if 0.995 <= share < 1 else f"{100 * share:.0f} %"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from mlx_finetune.report.files_of_run import (
     read_losses,
 )
 from mlx_finetune.serving.defaults import HOST, PORT
-from mlx_finetune.serving.trained import read_trained, served_name
+from mlx_finetune.serving.trained import gptme_command, read_trained, served_name
 from mlx_finetune.training.checkpoint import trained_template
 from mlx_finetune.training.loop import total_steps
 from mlx_finetune.training.patience import out_of_patience
@@ -51,6 +51,11 @@ class OfRun:
     data_gone: str  # why there is no `dataset`
     collected: Collected | None
     gptme: str  # with which it asks a server of the run as its conversations were had; empty where they are not there any more
+
+    @property
+    def typed(self) -> str:
+        """Its folder, as it is typed in a shell."""
+        return shlex.quote(str(self.run))
 
     @property
     def done(self) -> int:
@@ -133,7 +138,5 @@ def _collected(dataset: Dataset | None, prepared: Prepared | None) -> Collected 
 
 
 def _gptme(run: Path, config: RunConfig) -> str:
-    trained = read_trained(config)
     name = served_name("", config.model, run.resolve().name, trained_template(run))
-    words = ["gptme", "-m", f"local/{name}", "--tool-format", trained.tool_format or "markdown", *trained.options]
-    return f"OPENAI_BASE_URL=http://{HOST}:{PORT}/v1 OPENAI_API_KEY=none {shlex.join(words)}"
+    return gptme_command(name, read_trained(config), f"http://{HOST}:{PORT}")

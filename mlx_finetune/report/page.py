@@ -63,9 +63,8 @@ def state(of: OfRun) -> str:
         return f"{count(of.done, 'step')}, finished"
     if of.stopped_early:
         return f"stopped early at step {of.done:,} of {of.steps:,}: {of.stopped_early}"
-    return (
-        f"step {of.done:,} of {of.steps:,}: still going, or stopped (<code>mlx-finetune train --resume --out {text(of.run)}</code>)"
-    )
+    again = f"mlx-finetune train --resume --out {text(of.typed)}"
+    return f"step {of.done:,} of {of.steps:,}: still going, or stopped (<code>{again}</code>)"
 
 
 def _duration(seconds: float) -> str:

@@ -21,7 +21,7 @@ def headline(of: OfRun) -> str:
     """The one result, or how to get it."""
     found = of.evaluation
     if found is None:
-        return f"<p class=missing>Not evaluated yet: <code>mlx-finetune evaluate {text(of.run)}</code></p>\n"
+        return f"<p class=missing>Not evaluated yet: <code>mlx-finetune evaluate {text(of.typed)}</code></p>\n"
     whole = next((row for row in found.rows if row.group == "all"), None)
     before, after = f"{found.base.loss:.3f}", f"{found.tuned.loss:.3f}"
     change = whole or Row(
@@ -57,7 +57,7 @@ def _card(title: str, before: str, after: str, change: str, kind: str, notes: Se
     arrow = "<span class=arrow><span class=unseen>base, then tuned:</span>\u2192</span>"
     changed = f'<p class="change {kind}">{change}</p>' if change else ""
     numbers = f"<p class=numbers><span>{before}</span> {arrow} <strong>{after}</strong></p>"
-    return f"<div class=card><h3>{title}</h3>{numbers}{changed}{''.join(f'<p class=faint>{note}</p>' for note in notes)}</div>"
+    return f"<div class=card><h2>{title}</h2>{numbers}{changed}{''.join(f'<p class=faint>{note}</p>' for note in notes)}</div>"
 
 
 def interval(difference: float | None, low: float | None, high: float | None, scale: float = 1.0, digits: int = 3) -> str:
@@ -80,7 +80,8 @@ def verdict(change: Row | Rate, higher_is_better: bool) -> str:
 
 
 def _points(rate: Rate) -> str:
-    return interval(rate.difference, rate.low, rate.high, 100, 0)
+    small = any(0 < abs(share) < 0.01 for share in (rate.difference, rate.low, rate.high) if share is not None)
+    return interval(rate.difference, rate.low, rate.high, 100, int(small))
 
 
 def before_after(of: OfRun) -> str:

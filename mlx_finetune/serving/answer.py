@@ -29,6 +29,7 @@ class Question:
     stop: tuple[str, ...] = ()
     way: Written | None = None
     tools: tuple[dict[str, Any], ...] = ()
+    one_call: bool = False  # where it makes several, only the first is told
 
 
 @dataclass
@@ -79,7 +80,8 @@ def answer(opened: Opened, question: Question, into: Answer) -> Generator[str]:
     into.reason = "stop" if stops.found or len(into.tokens) < question.limit else "length"
     kept_back = calls.rest()
     if way and calls.found:
-        _, into.calls = read_calls(way, kept_back, question.tools)
+        _, found = read_calls(way, kept_back, question.tools)
+        into.calls = found[:1] if question.one_call else found
     if into.calls:
         into.reason = "tool_calls"
     yield text if into.calls else text + kept_back

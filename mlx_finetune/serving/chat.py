@@ -92,8 +92,8 @@ class Chat:
             "/base": lambda: self._switch(BASE),
             "/tuned": lambda: self._switch(TUNED),
             "/tokens": self._show_tokens,
-            "/system": lambda: self._begin(rest.strip()),
-            "/reset": lambda: self._begin(self.messages[0].content if self._has_system() else ""),
+            "/system": lambda: self._begin_anew(rest.strip()),
+            "/reset": lambda: self._begin_anew(self.messages[0].content if self._has_system() else ""),
             "/help": self._help,
         }
         if word in commands:
@@ -173,6 +173,10 @@ class Chat:
     def _begin(self, system: str) -> None:
         self.messages = [Message("system", system)] if system else []
         self.last = None
+
+    def _begin_anew(self, system: str) -> None:
+        self._begin(system)
+        say(f"begun anew, {'with a' if system else 'without'} system prompt")
 
     def _help(self) -> None:
         for name, what in HELP.items():

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import shlex
 import sys
 from dataclasses import dataclass
 from io import TextIOWrapper
@@ -11,11 +10,11 @@ from io import TextIOWrapper
 from mlx_finetune.data.policies import POLICIES, policy_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.serving.chat import Chat, Settings
-from mlx_finetune.serving.http import Front
-from mlx_finetune.serving.listening import http_server, is_local, listening, url_of
+from mlx_finetune.serving.http import Front, is_local
+from mlx_finetune.serving.listening import http_server, listening, url_of
 from mlx_finetune.serving.opened import Opened, Source, find_source
 from mlx_finetune.serving.served import Served
-from mlx_finetune.serving.trained import served_name
+from mlx_finetune.serving.trained import gptme_command, served_name
 from mlx_finetune.serving.worker import Worker
 from mlx_finetune.terminal import say
 
@@ -72,18 +71,10 @@ def warn(host: str, with_key: bool) -> None:
         say(f"whoever reaches it can use the model: set {KEY}, or leave --host out")
 
 
-def gptme_command(served: Served, url: str, key: str = "") -> str:
-    """What a person types so that gptme asks as the conversations of the run were had."""
-    trained = served.source.trained
-    environment = {"OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": f"${KEY}" if key else "none"}
-    told = trained.tool_format or "markdown"
-    words = ["gptme", "-m", f"local/{served.name}", "--tool-format", told, *trained.options]
-    return " ".join([*(f"{name}={value}" for name, value in environment.items()), shlex.join(words)])
-
-
 def announce(served: Served, url: str, key: str, as_json: bool) -> None:
     """Where the server is, what it serves, and how gptme talks to it."""
-    source, command = served.source, gptme_command(served, url, key)
+    source = served.source
+    command = gptme_command(served.name, source.trained, url, f"${KEY}" if key else "none")
     policy = policy_of(source.template.source) or POLICIES[0].name
     if as_json:
         about = {"url": url, "models": list(served.variants), "context_length": source.context, "gptme": command}
@@ -101,7 +92,9 @@ def _remarks(source: Source) -> list[str]:
     lines = []
     if source.run and not trained.known:
         lines.append(f"{source.config.data}: the data of the run is not there: its tool format is not known, markdown is a guess")
-    elif trained.known and not trained.tool_format:
+    elif not source.run:
+        lines.append("which tool format a model writes cannot be seen in its folder: markdown is a guess")
+    elif not trained.tool_format:
         lines.append("no conversation of the run calls a tool: the format is a guess")
     lines.append("gptme's own default for local models is --tool-format tool; without a network set GPTME_TIKTOKEN_TIMEOUT=0")
     lines.append("Ctrl-C ends it")

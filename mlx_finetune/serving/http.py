@@ -2,6 +2,8 @@
 
 import asyncio
 import hmac
+import ipaddress
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -24,7 +26,6 @@ MOST_BYTES = 16 * 2**20  # of a request
 ALIVE = 10.0  # seconds without a word, after which a stream says that it is alive
 MOST_READ = 4  # requests of which the prompt is made at once
 GONE = 499  # as others call it, in the log: the client went away
-LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Front:
             Route("/v1/models/{name:path}", self._guarded(self._model), methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: refused})
+        return Starlette(routes=routes, exception_handlers={HTTPException: refused, Exception: self._broken})
 
     def _guarded(self, handle: Callable[[Asked], Awaitable["Response"]]) -> Callable[["Request"], Awaitable["Response"]]:
         from starlette.requests import ClientDisconnect
@@ -106,16 +107,20 @@ class Front:
             headers["Connection"] = "close"  # the rest of the body is not read
         return JSONResponse(refusal.to_json(), refusal.status, headers)
 
+    def _broken(self, request: "Request", error: Exception) -> "Response":
+        """A fault of ours before there was an answer; Starlette raises it again, and uvicorn says nothing of it."""
+        return self._refuse(Asked(request, self.say), failed(error))
+
     def _check_host(self, request: "Request") -> None:
         """A page of the web whose name was made to lead here is not to read answers."""
         host = request.headers.get("host", "")
         name = host if host.endswith("]") or ":" not in host else host.rpartition(":")[0]
-        if self.local and name.lower() not in LOCAL_NAMES:
+        if self.local and not is_local(name):
             raise Refusal(f"this server answers to localhost, not to {host!r:.80}", status=403)
 
     def _check_key(self, request: "Request") -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if self.key and not hmac.compare_digest(given.encode(), self.key.encode()):
+        if self.key and not hmac.compare_digest(given.encode("latin-1"), os.fsencode(self.key)):  # the bytes of either
             raise Refusal("the API key is missing, or not this server's", code="invalid_api_key", status=401)
 
     async def _health(self, request: "Request") -> "Response":
@@ -181,6 +186,14 @@ class Front:
         return events
 
 
+def is_local(host: str) -> bool:
+    """Whether the address is this machine's own, which no other reaches."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
 class Gone(Refusal):
     """The client went away: nobody reads what is answered."""
 
@@ -190,7 +203,7 @@ class Gone(Refusal):
 
 async def _body(request: "Request") -> bytes:
     """Read piece by piece, so that no more than the limit is ever held."""
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # what a page of the web may send without asking
         raise Refusal(f"the content type is {kind[:60]!r}, not application/json", status=415)
     too_large = Refusal(f"the body is larger than {MOST_BYTES >> 20} MB", code="request_too_large", status=413)

@@ -1,6 +1,5 @@
 """Where a server listens: an address that is had before a model is loaded, and the server itself, here or in a thread."""
 
-import ipaddress
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -25,15 +24,16 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise UserError(f"--host {host}: {error.strerror}", hint="--host 127.0.0.1 serves this machine alone") from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: what can be no name at all
+        reason = error.strerror if isinstance(error, OSError) else "not a name of a machine"
+        raise UserError(f"--host {host}: {reason}", hint="--host 127.0.0.1 serves this machine alone") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(128)
     except OSError as error:
         listener.close()
-        raise UserError(f"port {port} of {host}: {error.strerror}", hint=f"choose another: --port {port + 1}") from error
+        raise UserError(f"port {port} of {host}: {error.strerror}", hint="--port 0 takes one that is free") from error
     return listener
 
 
@@ -43,7 +43,7 @@ def http_server(front: Front, ready: Callable[[], None]) -> "uvicorn.Server":
 
     config = uvicorn.Config(
         front.application(), log_level="critical", access_log=False, server_header=False, lifespan="off", ws="none",
-        timeout_graceful_shutdown=PATIENCE,
+        timeout_graceful_shutdown=PATIENCE, http="h11",  # which, unlike httptools, has a limit for headers
     )  # fmt: skip
 
     class Server(uvicorn.Server):
@@ -78,11 +78,3 @@ def url_of(listener: socket.socket, host: str) -> str:
     """As clients on this machine, or those who know its name, write it."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{shown}:{listener.getsockname()[1]}"
-
-
-def is_local(host: str) -> bool:
-    """Whether the address is this machine's own, which no other reaches."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"

@@ -147,7 +147,7 @@ class Opened:
         one.began = len(prompt)
         finished = False
         try:
-            yield from self.engine.generate(prompt, limit, self.template.stop_ids, choose, one.kept)
+            yield from self.engine.generate(prompt, limit, self.template.stop_ids | self.template.end_ids, choose, one.kept)
             finished = True
         except GeneratorExit:
             finished = True  # the other side has gone, between two tokens

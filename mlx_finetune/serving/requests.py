@@ -55,6 +55,7 @@ class ChatRequest:
     limit: int | None
     sampling: Sampling
     stop: tuple[str, ...]
+    one_call: bool
     stream: bool
     with_usage: bool
 
@@ -93,6 +94,7 @@ def read_request(body: Mapping[str, Any]) -> ChatRequest:
         limit=None if limit is None else int(limit),
         sampling=_sampling(body),
         stop=_stop(body.get("stop")),
+        one_call=not _flag(body, "parallel_tool_calls", True),
         stream=_flag(body, "stream"),
         with_usage=_flag(_options(body), "include_usage"),
     )
@@ -126,22 +128,22 @@ def _number(body: Mapping[str, Any], name: str, least: float | None, most: float
     return value
 
 
-def _flag(body: Mapping[str, Any], name: str) -> bool:
+def _flag(body: Mapping[str, Any], name: str, otherwise: bool = False) -> bool:
     value = body.get(name)
-    if value is not None and not isinstance(value, bool):
+    if not isinstance(value, bool | None):
         raise Refusal(f"{name} = {_short(value)} is neither true nor false", name)
-    return bool(value)
+    return otherwise if value is None else value
 
 
 def _options(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    value = body.get("stream_options") or {}
-    if not isinstance(value, Mapping):
+    value = body.get("stream_options")
+    if not isinstance(value, Mapping | None):
         raise Refusal("stream_options is not an object", "stream_options")
-    return value
+    return value or {}
 
 
 def _stop(value: Any) -> tuple[str, ...]:
-    given = [value] if isinstance(value, str) else value or []
+    given = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
         raise Refusal("stop is neither a string nor a list of strings", "stop")
     if len(given) > MOST_STOPS or any(len(one) > LONGEST_STOP for one in given):
@@ -174,7 +176,7 @@ def _message(value: Any, place: str) -> Message:
 
 def _role(value: Any, place: str) -> Role:
     for role in ROLES:
-        if value == role or ROLE_NAMES.get(role) == value:
+        if value in (role, ROLE_NAMES.get(role, role)):
             return role
     raise Refusal(f"{place} = {_short(value)} is not one of {', '.join(ROLES)}", place)
 

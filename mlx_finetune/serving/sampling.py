@@ -28,8 +28,9 @@ class Sampling:
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """float64 [V], of which the sum is 1. Tokens that are equally likely at an edge of what stays all stay."""
-        scaled = logits.astype(np.float64) / self.temperature
-        likely = np.exp(scaled - scaled.max())
+        below = logits.astype(np.float64) - logits.max()
+        with np.errstate(over="ignore"):  # of a tiny temperature: all but the likeliest are infinitely far below
+            likely = np.exp(below / self.temperature)
         likely /= likely.sum()
         least = max(self.min_p * likely.max(), _of_place(likely, self.top_k), _of_share(likely, self.top_p))
         kept = np.where(likely >= least, likely, 0.0)

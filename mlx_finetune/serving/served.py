@@ -13,6 +13,7 @@ from mlx_finetune.serving.opened import BASE, Source
 from mlx_finetune.serving.requests import ChatRequest, Refusal
 
 OF_BASE = "-base"
+LONGEST = 32  # characters for each token of the context: more cannot fit, and is not made into tokens, which takes much memory
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Served:
         self._check_tools(request)
         messages = tuple(with_calls_as_text(request.messages)) if self.calls_as_text else request.messages
         tools = () if self.calls_as_text or self.without_schemas else request.tools
+        self._check_length(messages)
         try:
             prompt = [int(token) for token in self.source.template.prompt(messages, tools)]
         except Refused as refused:
@@ -65,6 +67,7 @@ class Served:
             stop=request.stop,
             way=self.way if request.tools else None,
             tools=request.tools,
+            one_call=request.one_call,
         )
 
     def _check_tools(self, request: ChatRequest) -> None:
@@ -74,16 +77,21 @@ class Served:
             what = f"the chat template of this model takes no tools ({self.source.template.native_refusal})"
             raise Refusal(f"{what}; with gptme use --tool-format {told}", "tools", "unsupported_parameter")
 
+    def _check_length(self, messages: Sequence[Message]) -> None:
+        characters = sum(len(message.content) + sum(len(call.arguments) for call in message.tool_calls) for message in messages)
+        if self.source.context is not None and characters > LONGEST * self.source.context:
+            raise self._too_long(f"{characters:,} characters")
+
+    def _too_long(self, length: str) -> Refusal:
+        said = f"This model's maximum context length is {self.source.context} tokens. However, your messages resulted in {length}."
+        return Refusal(said, "messages", "context_length_exceeded")
+
     def _limit(self, prompt: int, asked: int | None) -> int:
         limit, context = asked or self.max_tokens, self.source.context
         if context is None:
             return limit
         if prompt >= context:
-            raise Refusal(
-                f"This model's maximum context length is {context} tokens. However, your messages resulted in {prompt} tokens.",
-                "messages",
-                "context_length_exceeded",
-            )
+            raise self._too_long(f"{prompt} tokens")
         return min(limit, context - prompt)
 
     def unlike_training(self, request: ChatRequest) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,12 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             if len(of_gptme) == ENOUGH:
                 break
     return of_gptme or others[:ENOUGH]
+
+
+def gptme_command(name: str, trained: Trained, url: str, key: str = "none") -> str:
+    """What a person types so that gptme asks the server at `url` as the conversations of the run were had. `key`: for a shell."""
+    words = ["gptme", "-m", f"local/{name}", "--tool-format", trained.tool_format or "markdown", *trained.options]
+    return f"OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={key} {shlex.join(words)}"
 
 
 def folds(template: str) -> bool:

@@ -1,6 +1,5 @@
 """One thread that computes all answers, one after the other: MLX wants one, and the model is busy anyway."""
 
-import queue
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -32,7 +31,7 @@ class Worker:
 
     def __init__(self, open_model: Callable[[], Opened]) -> None:
         """`open_model` is called in the thread; `start` hands on what it raises."""
-        self._open, self._jobs = open_model, queue.Queue[Job | None](MOST_WAITING)
+        self._open, self._jobs, self._change = open_model, list[Job](), threading.Condition()
         self._ready, self._failed = threading.Event(), list[BaseException]()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -46,23 +45,24 @@ class Worker:
             raise self._failed[0]
 
     def put(self, job: Job) -> None:
-        """Raises Full where too many wait."""
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full as full:
-            raise Full from full
+        """Raises Full where too many wait; those who have gone do not count."""
+        with self._change:
+            self._jobs = [each for each in self._jobs if not self._gone(each)]
+            if len(self._jobs) >= MOST_WAITING:
+                raise Full
+            self._jobs.append(job)
+            self._change.notify()
 
     @property
     def waiting(self) -> int:
         """How many questions nobody has looked at yet."""
-        return self._jobs.qsize()
+        return sum(not self._gone(each) for each in self._jobs)
 
     def stop(self, seconds: float = 10) -> None:
         """Ends after the next token; waits at most so long."""
-        self._stopping.set()
-        while not self._jobs.empty():
-            self._jobs.get_nowait()
-        self._jobs.put(None)
+        with self._change:
+            self._stopping.set()
+            self._change.notify()
         self._thread.join(seconds)
 
     def _run(self) -> None:
@@ -73,8 +73,14 @@ class Worker:
             return
         finally:
             self._ready.set()
-        while job := self._jobs.get():
+        while job := self._next():
             self._answer(opened, job)
+
+    def _next(self) -> Job | None:
+        """The one that waits longest; None at the end."""
+        with self._change:
+            self._change.wait_for(lambda: self._jobs or self._stopping.is_set())
+            return None if self._stopping.is_set() else self._jobs.pop(0)
 
     def _answer(self, opened: Opened, job: Job) -> None:
         """Whatever fails in one answer is told to the one who asked; the next one is answered."""

@@ -1,7 +1,7 @@
 """Lines of JSON that a run writes as it goes, each with its step; a run that goes on first drops what lies after its checkpoint."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,15 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file
 
 HINT = "take the line out, or start a new run"
+NUMBER = (int, float)
 Row = dict[str, Any]
+Needed = Mapping[str, type | tuple[type, ...]]  # what each line has, and of which type it is
 
 
 class Journal:
     """Appends to the file. `kept`: what an earlier start wrote up to the step at which this one goes on."""
 
-    def __init__(self, path: Path, start: int, needed: frozenset[str], what: str) -> None:
+    def __init__(self, path: Path, start: int, needed: Needed, what: str) -> None:
         """`start`: steps already done. `needed`, `what`: see `read_rows`."""
         self.path = path
         self.kept = [row for row in read_rows(path, needed, what) if row["step"] <= start] if start and path.is_file() else []
@@ -28,7 +30,7 @@ class Journal:
             file.write(_lines(rows))
 
 
-def read_rows(path: Path, needed: frozenset[str], what: str) -> list[Row]:
+def read_rows(path: Path, needed: Needed, what: str) -> list[Row]:
     """All rows; a last line that a crash cut is left out.
 
     Raises:
@@ -45,7 +47,7 @@ def read_rows(path: Path, needed: frozenset[str], what: str) -> list[Row]:
             if number < len(lines):
                 raise UserError(f"{path}:{number}: not JSON: {error}", hint=HINT) from error
             continue
-        if not isinstance(row, dict) or not needed <= row.keys():
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in needed.items()):
             raise UserError(f"{path}:{number}: not a line of {what}", hint=HINT)
         rows.append(row)
     return rows

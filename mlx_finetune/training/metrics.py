@@ -5,10 +5,10 @@ from pathlib import Path
 
 from mlx_finetune.engines import StepResult
 from mlx_finetune.errors import UserError
-from mlx_finetune.training.journal import Journal, Row, read_rows
+from mlx_finetune.training.journal import HINT, NUMBER, Journal, Needed, Row, read_rows
 from mlx_finetune.training.tracking import Tracker
 
-NEEDED = frozenset({"step", "split", "loss"})
+NEEDED: Needed = {"step": int, "split": str, "loss": NUMBER}
 
 
 class Metrics:
@@ -56,4 +56,10 @@ def read_metrics(path: Path) -> list[Row]:
     """All rows; a last line that a crash cut is left out. Rows of earlier versions have no `memory`."""
     if not path.is_file():
         raise UserError(f"{path}: no metrics", hint="mlx-finetune train writes them")
-    return read_rows(path, NEEDED, "metrics")
+    rows = read_rows(path, NEEDED, "metrics")
+    for number, row in enumerate(rows, 1):
+        counted = row["split"] != "train" or isinstance(row.get("tokens"), int)
+        sources = row.get("by_source", {})
+        if not counted or not isinstance(sources, dict) or not all(isinstance(loss, NUMBER) for loss in sources.values()):
+            raise UserError(f"{path}:{number}: not a line of metrics", hint=HINT)
+    return rows

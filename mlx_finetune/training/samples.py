@@ -1,7 +1,7 @@
 """A few held-out turns are answered with each held-out loss, so that one sees a run learn: samples.jsonl."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from mlx_finetune.data.conversation import Message, conversation_of
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.data.overview import turn_places
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.engines import Engine
 from mlx_finetune.errors import UserError
 from mlx_finetune.training.held_out import judged_by
-from mlx_finetune.training.journal import Journal
+from mlx_finetune.training.journal import Journal, Needed
 
 SAMPLES = "samples.jsonl"
-NEEDED = frozenset({"step", "prompt", "question", "logged", "answer"})
+NEEDED: Needed = {"step": int, "prompt": int, "question": str, "logged": str, "answer": str}
 LOOKED_AT = 200  # examples, the shortest ones
 TAIL = 600  # characters of a question that are kept
 
@@ -58,40 +59,42 @@ def choose_prompts(dataset: Dataset, template: ChatTemplate, count: int) -> list
 
 
 def _turns(dataset: Dataset, template: ChatTemplate) -> Iterator[_Place]:
-    store, control = dataset.valid, np.array(template.special_ids, np.int32)
+    store, ends = dataset.valid, np.array(sorted(template.end_ids), np.int32)
     judged = judged_by(set(store.sources))
     fitting = [i for i, source in enumerate(store.sources) if source in judged]
     found: dict[str, list[tuple[int, int, int, int]]] = {}
     for i in sorted(fitting, key=lambda i: (store.lengths[i], i))[:LOOKED_AT]:
         example = store[i]
-        turns = turn_places(example.tokens, example.weights, len(example.turns), control).tolist()
+        turns = turn_places(example.tokens, example.weights, len(example.turns), ends).tolist()
         found.setdefault(example.conversation, []).extend((start, i, number, end) for number, (start, end) in enumerate(turns))
     for turns in found.values():
         yield from (_Place(rank, *turn) for rank, turn in enumerate(sorted(turns)))
 
 
-def _prompt(dataset: Dataset, template: ChatTemplate, place: _Place, lines: dict[int, dict[str, Any]]) -> Prompt:
-    example, messages = dataset.valid[place.example], lines[place.example]["messages"]
-    asked = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m["weight"] and _says_something(m)]
+def _prompt(dataset: Dataset, template: ChatTemplate, place: _Place, lines: Mapping[int, Sequence[Message]]) -> Prompt:
+    example, messages = dataset.valid[place.example], lines[place.example]
+    asked = learned_places(messages)
     if len(asked) != len(example.turns):
         raise _others(dataset.folder / "valid.jsonl")
-    before = messages[asked[place.number] - 1]["content"] if asked[place.number] else ""
+    before = messages[asked[place.number] - 1].content if asked[place.number] else ""
     tokens, logged = example.tokens[: place.start].tolist(), example.tokens[place.start : place.end].tolist()
-    return Prompt(tuple(tokens), example.conversation, (before or "")[-TAIL:], template.decode(logged))
+    return Prompt(tuple(tokens), example.conversation, before[-TAIL:], template.decode(logged))
 
 
-def _says_something(message: dict[str, Any]) -> bool:
-    """A turn of blanks is in no example."""
-    return bool((message["content"] or "").strip() or message.get("tool_calls"))
+def learned_places(messages: Sequence[Message]) -> list[int]:
+    """Of the messages of an example, those that are learned: a turn of blanks is not."""
+    turns = (i for i, message in enumerate(messages) if message.role == "assistant" and message.weight > 0)
+    return [i for i in turns if messages[i].content.strip() or messages[i].tool_calls]
 
 
-def _lines(path: Path, numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """Those lines of the file, by their number from 0."""
+def _lines(path: Path, numbers: Sequence[int]) -> dict[int, tuple[Message, ...]]:
+    """The messages on those lines of the file, by their number from 0."""
     if not numbers:
         return {}
     try:
         with path.open(encoding="utf-8") as file:
-            found = {i: json.loads(line) for i, line in enumerate(islice(file, max(numbers) + 1)) if i in numbers}
+            lines = {i: line for i, line in enumerate(islice(file, max(numbers) + 1)) if i in numbers}
+        found = {i: conversation_of(json.loads(line), f"{path}:{i + 1}").messages for i, line in lines.items()}
     except (OSError, ValueError) as error:
         raise _others(path) from error
     if len(found) < len(set(numbers)):
@@ -111,8 +114,7 @@ class Samples:
     ) -> None:
         """`limit`: tokens of an answer; `start`: steps already done."""
         self._engine, self._template, self._prompts, self._limit = engine, template, prompts, limit
-        ends = (template.special.token_to_id(text) for text in template.ends.tokens)
-        self._stop = template.stop_ids | {token for token in ends if token is not None}
+        self._stop = template.stop_ids | template.end_ids
         path = run / SAMPLES
         self._journal = Journal(path, start, NEEDED, "samples") if prompts or path.is_file() else None
 

@@ -66,11 +66,14 @@ def values_of(row: Row) -> dict[str, float]:
 
 
 def identity(run: Path) -> str:
-    """By which trackers know the run again, made at its first start."""
+    """By which trackers know the run again, made at its first start; raises UserError where the file is damaged."""
     path = run / IDENTITY
     if not path.is_file():
         write_json(path, {"id": secrets.token_hex(6)})
-    return str(read_json(path)["id"])
+    found = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("id"), str):
+        raise UserError(f"{path}: no id", hint="remove it: trackers then show the run as a new one")
+    return str(found["id"])
 
 
 def where_it_goes(config: RunConfig, run: Path, environment: Mapping[str, str] = os.environ) -> list[str]:
