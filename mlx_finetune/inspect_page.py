@@ -35,9 +35,7 @@ def page(statistics: Mapping[str, Any], shown: Sequence[ShownExample], lengths: 
     """The page, part by part."""
     beside = Path(__file__).parent
     style, script = ((beside / f"inspect_page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    policy = (
-        f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; base-uri 'none'; form-action 'none'"
-    )
+    policy = f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; base-uri 'none'; form-action 'none'"
     title = _text(f"{statistics['split']} of {statistics['dataset']}")
     yield f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
     yield f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
