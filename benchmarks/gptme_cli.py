@@ -2,7 +2,7 @@
 
     python benchmarks/gptme_cli.py RUN_OR_MODEL --gptme .venv/gptme/bin/gptme "Save hello.py, then run it."
 
-gptme executes what the model writes, in a scratch folder but with your rights: not for models that nobody knows.
+gptme executes what the model writes, in a scratch folder: confined where bwrap or sandbox-exec is there, else with your rights.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_finetune.evaluation.confined import confined, confinement
+from mlx_finetune.evaluation.gptme_eval import programs_of
 from mlx_finetune.serving.answer import Question
 from mlx_finetune.serving.listening import in_background
 from mlx_finetune.serving.opened import Opened, find_source
@@ -57,9 +59,10 @@ class Session:
 
 
 def run_gptme(
-    gptme: Path, url: str, name: str, prompts: Sequence[str], options: Sequence[str], scratch: Path, limit: float = 120
-) -> Session:
-    """Runs the CLI in `scratch`/work, with a home of its own; several prompts are asked one after the other."""
+    gptme: Path, url: str, name: str, prompts: Sequence[str], options: Sequence[str], scratch: Path, limit: float = 120,
+    steps: int = 8,
+) -> Session:  # fmt: skip
+    """Runs the CLI in `scratch`/work, with a home of its own, confined where the system can; several prompts one after the other."""
     work, home = scratch / "work", scratch / "home"
     for folder in (work, home):
         folder.mkdir(parents=True)
@@ -68,9 +71,10 @@ def run_gptme(
     }
     environment |= {"HOME": str(home), "OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": "none", "GPTME_TIKTOKEN_TIMEOUT": "0"}
     environment |= {f"XDG_{kind}_HOME": str(home / kind.lower()) for kind in ("CONFIG", "DATA", "CACHE", "STATE")}
-    environment |= {"GPTME_LOGS_HOME": str(scratch / "logs"), "GPTME_CHECK": "false", "TERM": "dumb"}
+    environment |= {"GPTME_LOGS_HOME": str(scratch / "logs"), "GPTME_CHECK": "false", "TERM": "dumb", "GPTME_MAX_STEPS": str(steps)}
     chained = [word for prompt in prompts for word in ("-", prompt)][1:]
     command = [str(gptme), "-m", f"local/{name}", "--non-interactive", "--no-confirm", *options, *chained]
+    command = confined(confinement("auto"), command, (work, scratch), Path.home(), programs_of(gptme))
     began = time.monotonic()
     status: int | None
     try:
@@ -113,6 +117,7 @@ def main() -> None:
     parser.add_argument("--tools", default="shell,save,patch")
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--limit", type=float, default=120, help="seconds for a session")
+    parser.add_argument("--steps", type=int, default=8, help="answers in a session")
     parser.add_argument("--show", action="store_true", help="print what gptme printed")
     options = parser.parse_args()
     source = find_source(options.model, "", options.engine)
@@ -125,7 +130,7 @@ def main() -> None:
             served.asked.clear()
             how = ["--tool-format", tool_format, "--system", options.system, "--tools", options.tools]
             place = Path(scratch) / tool_format
-            session = run_gptme(options.gptme.absolute(), url, model, options.prompts, how, place, options.limit)
+            session = run_gptme(options.gptme.absolute(), url, model, options.prompts, how, place, options.limit, options.steps)
             print(json.dumps(shown(tool_format, session, log, served.asked)), flush=True)
             if options.show or session.status not in (0, None):
                 print(session.printed[-4000:], file=sys.stderr)

@@ -65,7 +65,7 @@ def run_suite(suite: Suite, url: str, key: str, model: str, folder: Path, said: 
     limits = ["-p", "1", "-t", str(suite.seconds)]
     command = [str(suite.program), *suite.names, "-m", f"local/{model}@{suite.tool_format}", *limits, "--json"]
     with TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # a short path: sockets stand there
-        command = confined(suite.sandbox, command, (folder, Path(scratch)), Path.home(), _programs(suite.program))
+        command = confined(suite.sandbox, command, (folder, Path(scratch)), Path.home(), programs_of(suite.program))
         status = _run(command, folder, _environment(home, folder, Path(scratch), url, key, suite.steps), said)
     found = sorted((folder / "results").glob("*/eval_results.json"))
     if not found:
@@ -138,7 +138,7 @@ def _environment(home: Path, folder: Path, scratch: Path, url: str, key: str, st
     return own
 
 
-def _programs(program: Path) -> list[Path]:
+def programs_of(program: Path) -> list[Path]:
     """Folders that the program needs to be read, also where they are in a person's home."""
     shebang = program.open("rb").readline(4096).decode("utf-8", errors="replace")
     python = Path(shebang[2:].strip().split(" ")[0]) if shebang.startswith("#!/") else program
