@@ -24,7 +24,6 @@ from mlx_finetune.serving.listening import in_background
 from mlx_finetune.serving.opened import Opened, find_source
 from mlx_finetune.serving.requests import ChatRequest
 from mlx_finetune.serving.served import Served
-from mlx_finetune.serving.trained import served_name
 
 EXECUTED = ("Ran command", "Ran allowlisted command", "Executed code block", "Saved to ", "Appended to ", "Patch successfully")
 FORMATS = ("markdown", "xml", "tool")
@@ -62,7 +61,7 @@ def run_gptme(
     gptme: Path, url: str, name: str, prompts: Sequence[str], options: Sequence[str], scratch: Path, limit: float = 120,
     steps: int = 8,
 ) -> Session:  # fmt: skip
-    """Runs the CLI in `scratch`/work, with a home of its own, confined where the system can; several prompts one after the other."""
+    """Runs the CLI in `scratch`/work, with a home of its own, confined where the system can; prompts one after the other."""
     work, home = scratch / "work", scratch / "home"
     for folder in (work, home):
         folder.mkdir(parents=True)
@@ -121,7 +120,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print what gptme printed")
     options = parser.parse_args()
     source = find_source(options.model, "", options.engine)
-    name = served_name("", source.config.model, source.run.resolve().name if source.run else "", source.template.source)
+    name = source.named()
     served, log = Recording(source, name, options.max_tokens), list[str]()
     with tempfile.TemporaryDirectory() as scratch, in_background(served, lambda: Opened(source), log=log.append) as url:
         model = f"{name}-base" if options.base else name

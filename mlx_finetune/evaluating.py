@@ -148,7 +148,7 @@ def _show_rates(generation: dict[str, Any], alone: bool) -> None:
     header = ("share of answers", "model") if alone else ("share of answers", "base", "tuned", "difference", "95 % range")
     table(title, [_rate_row(rate)[: len(header)] for rate in generation["rates"]], header)
     if left_out := generation["left_out"]:
-        print(f"{_count(left_out, 'turn')} not asked: longer than the limit in the log, or native tool calls")
+        print(f"{_count(left_out, 'turn')} not asked: longer than the limit in the log, or with native calls that cannot be read")
 
 
 def _rate_row(rate: dict[str, Any]) -> tuple[str, ...]:

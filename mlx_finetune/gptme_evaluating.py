@@ -20,7 +20,6 @@ from mlx_finetune.serving.defaults import MAX_TOKENS
 from mlx_finetune.serving.listening import in_background
 from mlx_finetune.serving.opened import Opened, Source, find_source
 from mlx_finetune.serving.served import OF_BASE, Served
-from mlx_finetune.serving.trained import served_name
 from mlx_finetune.terminal import progress, say, table
 
 FOLDER = "gptme-eval"  # in a run: what gptme wrote and did, one folder for each time
@@ -90,7 +89,7 @@ def measure_gptme_eval(plan: GptmePlan) -> dict[str, Any]:
     """Base and tuned model through the suite; the outcome stands in evaluation.json too, which is there already."""
     source, suite = plan.source, plan.suite
     assert source.run is not None
-    name = served_name("", source.config.model, source.run.resolve().name, source.template.source)
+    name = source.named()
     served, key = Served(source, name, MAX_TOKENS), secrets.token_hex(16)
     found = {}
     with in_background(served, lambda: Opened(source), key) as url:

@@ -12,9 +12,9 @@ from tool_chats import LLAMA, MISTRAL, QWEN, TOOLS
 
 from mlx_finetune.data.conversation import Message
 from mlx_finetune.data.template import ChatTemplate
+from mlx_finetune.data.written_calls import written_by
 from mlx_finetune.serving.answer import Answer, Question, Thought, answer, lead_of
 from mlx_finetune.serving.bodies import Reply
-from mlx_finetune.serving.calls import written_by
 from mlx_finetune.serving.opened import Opened
 
 PROMPT = "{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -31,10 +31,9 @@ from mlx_finetune.data.conversation import Conversation, Message, write_conversa
 from mlx_finetune.data.emission import emission
 from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.template import ChatTemplate
+from mlx_finetune.data.written_calls import WAYS, hidden_of, read_calls, written_by
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.fuse import write_template
-from mlx_finetune.serving.answer import hidden_of
-from mlx_finetune.serving.calls import WAYS, read_calls, written_by
 from mlx_finetune.serving.opened import Source, find_source
 from mlx_finetune.serving.pieces import Held, Pieces
 from mlx_finetune.serving.requests import Refusal, read_request
@@ -175,14 +174,14 @@ def test_tools_that_the_template_does_not_take_are_refused_unless_training_had_t
 
 def test_a_name_says_qwen3_5_if_and_only_if_training_folded(templates: dict[str, ChatTemplate], tmp_path: Path) -> None:
     folding, plain = template_of(tmp_path, RAISES).source, templates["none"].source
-    assert served_name("", "Qwen/Qwen3.5-0.8B", "run", folding) == "qwen3.5-0.8b-run"
-    assert served_name("", "org/Other", "run", folding) == "other-run-folded-as-qwen3.5"
-    assert served_name("", "Qwen/Qwen3.5-0.8B", "run", plain) == "qwen3-5-0.8b-run"
-    assert served_name("", "a/My Model!", "", plain) == "my-model"
-    assert served_name("mine", "a", "b", plain) == "mine"
+    assert served_name("Qwen/Qwen3.5-0.8B", Path("run"), folding) == "qwen3.5-0.8b-run"
+    assert served_name("org/Other", Path("run"), folding) == "other-run-folded-as-qwen3.5"
+    assert served_name("Qwen/Qwen3.5-0.8B", Path("run"), plain) == "qwen3-5-0.8b-run"
+    assert served_name("a/My Model!", None, plain) == "my-model"
+    assert served_name("a", Path("b"), plain, "mine") == "mine"
     for told, template in (("mine", folding), ("my_qwen3_5", plain), ("a b", plain), ("a/b", plain)):
         with pytest.raises(UserError):
-            served_name(told, "a", "b", template)
+            served_name("a", Path("b"), template, told)
 
 
 def test_the_command_is_for_the_format_that_the_conversations_have(tmp_path: Path, templates: dict[str, ChatTemplate]) -> None:
@@ -260,4 +259,4 @@ def test_a_model_that_was_handed_back_is_served_with_the_policy_of_its_run(tmp_p
     write_template(folder, template.source)
     served = find_source(str(folder), "", "torch").template
     assert served.policy.name == "folded" and served.source == template.source
-    assert named_as_folded(served_name("", str(folder), "", served.source))
+    assert named_as_folded(served_name(str(folder), None, served.source))

@@ -77,7 +77,9 @@ class Dataset:
         if not isinstance(info, dict) or info.get("version") != VERSION:
             found = info.get("version") if isinstance(info, dict) else None
             raise UserError(f"{folder}/dataset.json: version {found!r}, not {VERSION}", hint="run mlx-finetune prepare again")
-        stores, sizes = [], info.get("bytes", {})
+        stores, sizes = [], info.get("bytes")
+        if not isinstance(sizes, dict) or not isinstance(info.get("id"), str):
+            raise UserError(f"{folder}/dataset.json: not whole", hint="run mlx-finetune prepare again")
         for split in SPLITS:
             path = folder / f"{split}.arrow"
             if not path.is_file() or path.stat().st_size != sizes.get(split):
@@ -143,7 +145,7 @@ def prepared_before(folder: Path) -> dict[str, Any] | None:
         refuse_existing(folder)
         return None
     info = read_json(folder / "dataset.json")
-    if not isinstance(info, dict) or not {"version", "bytes", "examples"} <= info.keys():
+    if not isinstance(info, dict) or "version" not in info or not all(isinstance(info.get(k), dict) for k in ("bytes", "examples")):
         refuse_existing(folder)
     return dict(info)
 

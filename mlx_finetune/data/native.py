@@ -10,9 +10,11 @@ import json
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+from mlx_finetune.data.conversation import Message
 
 HEAD = re.compile(r"^@([^\r\n]+?)\(([\w\-:.]+)\):\s*(?=\{)", re.MULTILINE)
 JSON_TOKEN = re.compile(r'\\.|["{}]', re.DOTALL)
@@ -126,3 +128,29 @@ def _fenced(text: str, begin: int) -> list[tuple[int, int]]:
             found.append((start, fences[index][1]))
         index += 1
     return found
+
+
+def with_calls_as_text(messages: Sequence[Message]) -> Iterator[Message]:
+    """Native calls and their results as gptme has them in its log, where `collect --tool-calls text` leaves them."""
+    for message in messages:
+        if message.tool_calls:
+            calls = [f"@{call.name}({call.id or 'call'}): {_as_written(call.arguments)}" for call in message.tool_calls]
+            said = message.content.removesuffix("\n")
+            yield replace(message, content="\n".join([said, *calls] if said else calls), tool_calls=())
+        elif message.role == "tool":
+            yield replace(message, role="system", tool_call_id="")
+        else:
+            yield message
+
+
+def _as_written(arguments: str) -> str:
+    """Models write other letters than English ones as they are; gptme sends them escaped.
+
+    Half a character stays escaped, and what is no JSON as it is.
+    """
+    try:
+        value = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return arguments
+    text = json.dumps(value, ensure_ascii=False)
+    return json.dumps(value) if any("\ud800" <= letter <= "\udfff" for letter in text) else text

@@ -33,7 +33,7 @@ HOLD_OUT = {
     "valid": "prepare two or more conversations, with a valid_fraction",
     "test": "prepare with --test-fraction 0.1, or leave --test out",
 }
-NO_ANSWERS = "no answers were asked for: of {} turns each is longer than the limit in the log, or has native tool calls"
+NO_ANSWERS = "no answers were asked for: of {} turns each is longer than the limit in the log, or has calls that cannot be read"
 PREPARE = "run mlx-finetune prepare again, with this model"
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # a title -> (done, of how many)
 

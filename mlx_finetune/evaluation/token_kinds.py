@@ -5,6 +5,7 @@ is learned of a turn is "first of a turn"; of the others those that hold a chara
 among them (in xml the tool's element, in the format tool `@name(id): {...}`); the rest is "prose".
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 from mlx_finetune.data.batches import Example
 from mlx_finetune.data.conversation import Conversation, Message, read_conversations
 from mlx_finetune.data.dataset import Dataset
+from mlx_finetune.data.emission import THINK, Tools
+from mlx_finetune.data.native import with_calls_as_text
 from mlx_finetune.data.overview import turn_places
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.data.tool_calls import FORMATS, calls_in, format_of
@@ -25,6 +28,7 @@ KINDS = ("prose", "inside a call", "first of a turn", "stop")
 PROSE, IN_CALL, FIRST_TOKEN, STOP = range(4)
 AFTER = ("first", "after success", "after an error")  # first: no turn of the assistant stands before it in the example
 FIRST_TURN, AFTER_SUCCESS, AFTER_ERROR = range(3)
+NO_THOUGHT = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Told:
     format: str
     turns: tuple[LearnedTurn, ...]
     kinds: np.ndarray  # int8 [T], of KINDS; -1 where nothing is learned
+    tools: Tools = ()  # schemas that the model was given
 
     @property
     def after(self) -> np.ndarray:
@@ -74,7 +79,7 @@ def told_examples(dataset: Dataset, split: str, template: ChatTemplate) -> list[
         raise UserError(f"{path}: {len(rows)} lines for {len(store)} examples", hint="run mlx-finetune prepare again")
     formats = formats_of(store, rows)
     return [
-        tell(example, row.messages, template, formats[example.conversation], f"{path}:{i + 1}")
+        tell(example, row.messages, template, formats[example.conversation], f"{path}:{i + 1}", row.tools)
         for i, (example, row) in enumerate(zip(store, rows, strict=True))
     ]
 
@@ -98,14 +103,16 @@ def _format_of(turns: Sequence[Message]) -> str:
     return format_of(turn.content for turn in turns) or FORMATS[0]
 
 
-def tell(example: Example, messages: Sequence[Message], template: ChatTemplate, tool_format: str, where: str) -> Told:
+def tell(
+    example: Example, messages: Sequence[Message], template: ChatTemplate, tool_format: str, where: str, tools: Tools = ()
+) -> Told:
     """The kinds of an example's tokens; raises UserError where `messages` are not those that it was made of."""
     places, ends = learned_places(messages), np.array(sorted(template.end_ids), np.int32)
     segments = turn_places(example.tokens, example.weights, len(example.turns), ends).tolist()
     if not len(places) == len(segments) == len(example.turns):
         counts = f"{len(places)} turns for {len(segments)} in the tokens"
         raise UserError(f"{where}: {counts}", hint="run mlx-finetune prepare again")
-    failed = failed_turns(messages, tool_format)
+    failed = failed_turns(tuple(with_calls_as_text(messages)), tool_format)
     kinds = np.full(len(example.tokens), -1, np.int8)
     turns = []
     for place, (start, behind) in zip(places, segments, strict=True):
@@ -118,7 +125,7 @@ def tell(example: Example, messages: Sequence[Message], template: ChatTemplate, 
         kinds[start], kinds[stop] = FIRST_TOKEN, STOP
         turns.append(turn)
     kinds[example.weights == 0] = -1  # placeholders of secrets within a turn
-    return Told(example, tuple(messages), tool_format, tuple(turns), kinds)
+    return Told(example, tuple(messages), tool_format, tuple(turns), kinds, tools)
 
 
 def _after(messages: Sequence[Message], place: int, failed: frozenset[int]) -> int:
@@ -141,8 +148,17 @@ def _in_calls(turn: LearnedTurn, message: Message, pieces: Sequence[str], tool_f
 def _call_spans(turn: LearnedTurn, message: Message, tool_format: str) -> Iterator[tuple[int, int]]:
     """Where calls stand in the text of a turn. Native ones: all that the template writes behind the words of the message."""
     if message.tool_calls:
-        content = message.content.strip()
-        yield (turn.lead + len(content) if content else 0, len(turn.text))
+        yield _end_of_words(turn.text, message.content.strip()), len(turn.text)
         return
     for call in calls_in(turn.text[turn.lead :], tool_format):
         yield turn.lead + call.start, turn.lead + call.end
+
+
+def _end_of_words(text: str, words: str) -> int:
+    """Where the words of a turn with native calls end; without words, a thought that the template ends for it."""
+    if THINK[1] in words and words not in text:  # the prompt began it
+        words = words.removeprefix(THINK[0]).lstrip()
+    if words:
+        return max(text.find(words), 0) + len(words)
+    thought = NO_THOUGHT.match(text)
+    return thought.end() if thought else 0

@@ -138,5 +138,5 @@ def _collected(dataset: Dataset | None, prepared: Prepared | None) -> Collected 
 
 
 def _gptme(run: Path, config: RunConfig) -> str:
-    name = served_name("", config.model, run.resolve().name, trained_template(run))
+    name = served_name(config.model, run, trained_template(run))
     return gptme_command(name, read_trained(config), f"http://{HOST}:{PORT}")

@@ -9,9 +9,9 @@ from mlx_finetune.data.conversation import Message, ToolCall
 from mlx_finetune.data.emission import THINK, emission
 from mlx_finetune.data.provenance import Refused
 from mlx_finetune.data.template import ChatTemplate
-from mlx_finetune.serving.calls import Written, read_calls
+from mlx_finetune.data.written_calls import Written, decoder, hidden_of, read_calls
 from mlx_finetune.serving.opened import Opened
-from mlx_finetune.serving.pieces import Decode, Held, Pieces
+from mlx_finetune.serving.pieces import Held, Pieces
 from mlx_finetune.serving.sampling import Sampling
 
 PROBE = (Message("user", "U"), Message("assistant", "A"))
@@ -123,17 +123,6 @@ def _without(lead: list[int], tokens: Iterator[int], into: list[int]) -> Iterato
         yield token
     if len(waiting) < len(lead):
         yield from waiting
-
-
-def decoder(template: ChatTemplate) -> Decode:
-    """Text of tokens with the control tokens among them."""
-    return lambda ids: str(template.special.decode(ids, skip_special_tokens=False))
-
-
-def hidden_of(template: ChatTemplate, way: Written | None) -> set[int]:
-    """Control tokens, but for those of thoughts, and those with which calls are written."""
-    marks = (*THINK, *((*way.marks, *way.inside) if way else ()))
-    return set(template.special_ids) - {template.special.token_to_id(mark) for mark in marks}
 
 
 def opens_thought(template: ChatTemplate, prompt: list[int]) -> bool:

@@ -14,7 +14,7 @@ from mlx_finetune.serving.http import Front, is_local
 from mlx_finetune.serving.listening import http_server, listening, url_of
 from mlx_finetune.serving.opened import Opened, Source, find_source
 from mlx_finetune.serving.served import Served
-from mlx_finetune.serving.trained import gptme_command, served_name
+from mlx_finetune.serving.trained import gptme_command
 from mlx_finetune.serving.worker import Worker
 from mlx_finetune.terminal import say
 
@@ -41,9 +41,7 @@ def serve_command(options: ServeOptions) -> None:
     check_installed()
     key = options.api_key or os.environ.get(KEY, "")
     source = find_source(options.run, options.checkpoint, options.engine)
-    run = source.run.resolve().name if source.run else ""
-    name = served_name(options.name, source.config.model, run, source.template.source)
-    served = Served(source, name, options.max_tokens)
+    served = Served(source, source.named(options.name), options.max_tokens)
     with listening(options.host, options.port) as listener:
         if not is_local(options.host):
             warn(options.host, bool(key))

@@ -18,7 +18,7 @@ from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.mlx_config import check_supported, max_exact_length, text_config
 from mlx_finetune.models.mpt_config import longest_of
 from mlx_finetune.models.quantised_sources import packed_by
-from mlx_finetune.serving.trained import Trained, read_trained
+from mlx_finetune.serving.trained import Trained, read_trained, served_name
 from mlx_finetune.training.checkpoint import load_checkpoint, trained_template
 from mlx_finetune.training.memory_watch import loading
 from mlx_finetune.training.run import check_names
@@ -45,6 +45,10 @@ class Source:
     def variants(self) -> tuple[str, ...]:
         """What can be talked to, the usual one first."""
         return (TUNED, BASE) if self.checkpoint else (BASE,)
+
+    def named(self, told: str = "") -> str:
+        """The name of the model for clients: see `served_name`."""
+        return served_name(self.config.model, self.run, self.template.source, told)
 
 
 def find_source(place: str, checkpoint: str, engine: str) -> Source:

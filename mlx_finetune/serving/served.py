@@ -1,14 +1,14 @@
 """What is served under which names, and how a request becomes the very tokens that training has in that place."""
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from mlx_finetune.data.conversation import Message
+from mlx_finetune.data.native import with_calls_as_text
 from mlx_finetune.data.provenance import Refused
+from mlx_finetune.data.written_calls import Written, written_by
 from mlx_finetune.serving.answer import Question
-from mlx_finetune.serving.calls import Written, written_by
 from mlx_finetune.serving.opened import BASE, Source
 from mlx_finetune.serving.requests import ChatRequest, Refusal
 
@@ -106,21 +106,3 @@ class Served:
                 "the schemas of tools are not shown to the model: it was trained without them (gptme's prompt describes its tools)"
             )
         return ""
-
-
-def with_calls_as_text(messages: Sequence[Message]) -> Iterator[Message]:
-    """Native calls and their results as gptme has them in its log, where `collect --tool-calls text` leaves them."""
-    for message in messages:
-        if message.tool_calls:
-            calls = [f"@{c.name}({c.id}): {_as_written(c.arguments)}" for c in message.tool_calls]
-            said = message.content.removesuffix("\n")
-            yield replace(message, content="\n".join([said, *calls] if said else calls), tool_calls=())
-        elif message.role == "tool":
-            yield replace(message, role="system", tool_call_id="")
-        else:
-            yield message
-
-
-def _as_written(arguments: str) -> str:
-    """Models write other letters than English ones as they are; gptme sends them escaped."""
-    return json.dumps(json.loads(arguments or "{}"), ensure_ascii=False)

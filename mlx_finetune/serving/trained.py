@@ -107,8 +107,8 @@ def named_as_folded(name: str) -> bool:
     return any(mark in name.lower() for mark in FOLDED_NAMES)
 
 
-def served_name(told: str, model: str, run: str, template: str) -> str:
-    """The name of the model for clients: told by the person, or made of those of the model and the run.
+def served_name(model: str, run: Path | None, template: str, told: str = "") -> str:
+    """The name of the model for clients: told by the person, or made of those of the model and the run's folder.
 
     Raises:
         UserError: for the name that was told gptme would send other messages than the model was trained with.
@@ -122,7 +122,8 @@ def served_name(told: str, model: str, run: str, template: str) -> str:
             hint = "add qwen3.5 to the name" if fold else "take qwen3.5 out of the name"
             raise UserError(f"--name {told}: gptme {what}", hint=f"{hint}, or leave --name out")
         return told
-    parts = (re.sub(r"[^a-z0-9.-]+", "-", Path(part).name.lower()).strip("-.") for part in (model, run))
+    folder = run.resolve().name if run else ""
+    parts = (re.sub(r"[^a-z0-9.-]+", "-", Path(part).name.lower()).strip("-.") for part in (model, folder))
     name = "-".join(filter(None, parts)) or "model"
     if fold and not named_as_folded(name):
         return f"{name}-folded-as-qwen3.5"

@@ -58,6 +58,23 @@ def new_id() -> str:
     return "".join(secrets.choice(LETTERS) for _ in range(9))
 
 
+def decoder(template: ChatTemplate) -> Callable[[list[int]], str]:
+    """Text of tokens with the control tokens among them."""
+    return lambda ids: str(template.special.decode(ids, skip_special_tokens=False))
+
+
+def hidden_of(template: ChatTemplate, way: Written | None) -> set[int]:
+    """Control tokens, but for those of thoughts, and those with which calls are written."""
+    marks = (*THINK, *((*way.marks, *way.inside) if way else ()))
+    return set(template.special_ids) - {template.special.token_to_id(mark) for mark in marks}
+
+
+def written_text(template: ChatTemplate, way: Written, tokens: Sequence[int]) -> str:
+    """What the tokens of a turn say, with what `read_calls` looks for."""
+    hidden = hidden_of(template, way)
+    return decoder(template)([token for token in tokens if token not in hidden])
+
+
 def written_by(template: ChatTemplate) -> Written | None:
     """The way in which the template writes calls; None where it writes none, or in another way than those known here."""
     if template.native_refusal:
@@ -100,15 +117,19 @@ def _reads(way: Written, template: ChatTemplate, said: str, calls: Sequence[tupl
 
 def _call(value: Any, *names: str) -> ToolCall | None:
     """Of a JSON object with a name and arguments under one of `names`."""
-    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+    if not isinstance(value, Mapping) or not _is_word(value.get("name")):
         return None
     arguments: Any = next((value[name] for name in names if name in value), {})
     if isinstance(arguments, str):
         arguments = _json(arguments)
     if not isinstance(arguments, dict):
         return None
-    said = value.get("id")
-    return ToolCall(said if isinstance(said, str) and said else new_id(), value["name"], _text(arguments))
+    return ToolCall(value["id"] if _is_word(value.get("id")) else new_id(), value["name"], _text(arguments))
+
+
+def _is_word(value: Any) -> bool:
+    """Whether it is some text without line ends and halves of characters."""
+    return isinstance(value, str) and value != "" and value.isprintable()
 
 
 def _text(arguments: Mapping[str, Any]) -> str:
