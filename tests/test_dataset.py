@@ -208,6 +208,7 @@ def test_a_placeholder_is_counted_where_it_is_not_learned(tiny: ChatTemplate, tm
     assert tally["learned_tokens"] == (encoded.weights > 0).sum() > 1
 
 
+@pytest.mark.long
 def test_a_collection_of_any_size_is_prepared_a_conversation_at_a_time(tiny: ChatTemplate, tmp_path: Path) -> None:
     import gc
 

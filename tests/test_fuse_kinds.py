@@ -123,7 +123,7 @@ def test_the_fused_model_is_the_tuned_one_and_nothing_else_changed(kind, model_t
     assert verified.largest_difference < 1e-4 * verified.largest_logit or dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_without_torch_every_kind_is_proven_in_mlx(dtype, tmp_path):
     cases = [make_case(kind, tmp_path, dtype=dtype) for kind in KINDS]
     program = (

@@ -268,8 +268,13 @@ def write_workspace(folder: Path, kind: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("workspace", ["empty", "files", "git"])
-@pytest.mark.parametrize("person", [False, True])
+OTHERS = (("empty", True), ("files", False), ("files", True), ("git", False))
+
+
+@pytest.mark.parametrize(
+    ("workspace", "person"),
+    [("empty", False), ("git", True), *(pytest.param(*both, marks=pytest.mark.long) for both in OTHERS)],
+)
 def test_gptme_itself_sends_the_same_short_prompt(
     tmp_path: Path, gptme_python: str, gptme_home: dict[str, str], workspace: str, person: bool
 ) -> None:

@@ -88,6 +88,7 @@ def test_portability_moves_a_run_both_ways_and_starts_from_adapters_of_peft_and_
         assert abs(float(row["loss by peft"]) - float(row["without the adapter"])) > 1e-2
 
 
+@pytest.mark.long
 def test_two_processes_are_measured_against_one_and_what_they_sum_is_counted(tmp_path: Path) -> None:
     found = processes.measure(tmp_path, processes.What(processes_runs.KINDS[:1], kills=(), moves=False))
     assert [table.title for table in found] == ["Losses", "Summed in a step"]

@@ -35,6 +35,7 @@ def job(side: str, model: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     return {"side": side, "model": str(model), "data": str(folder), "dtype": "float32", "options": {}} | shape | changes
 
 
+@pytest.mark.long
 def test_the_script_finds_that_all_sides_learn_the_same(tiny_llama: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
