@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {"engine": "torch", "rank": 16, "alpha": 32, "learnin
 SETTINGS |= {"gradient_accumulation": 2, "eval_every": 19, "save_every": 19, "sample_prompts": 2, "sample_tokens": 64}
 WANTED = Wanted(generate=32, limit=256)
 TASKS = ("list the files here", "write fizz.py, a FizzBuzz from 1 to 15, and run it")
-STEPS, TOKENS, SECONDS = 6, 256, 300  # of one session: answers, tokens of each, and time
+STEPS, TOKENS, SECONDS = 6, 256, 300  # of one session: answers in a row, tokens of each, and time
 LOSSES = """\
 Nats a learned token of the three newest conversations, which nobody trained on; `low` and `high`: 95 % range of the difference by a
 paired bootstrap over conversations. Three are few: the true ranges are wider."""
@@ -37,8 +37,8 @@ ANSWERS = """\
 Greedy answers to all of their turns, behind the very tokens that stand there in training, at most 256 tokens each: of how many
 turns which share is good (docs/driving_gptme.md says what each is)."""
 REAL = """\
-gptme 0.35.1 with our server and the system prompt of the sample, two tasks, at most six answers each: the calls that it found
-and ran."""
+gptme 0.35.1 with our server and the system prompt of the sample, two tasks: the calls that it found and ran. It stops after six
+answers, and reminds a model that has not said `complete` twice."""
 
 
 def measure(folder: Path) -> list[Table]:
