@@ -46,7 +46,13 @@ ANSWERS, ANSWER_TOKENS = 12, 128
 PAGE = "report.html"
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the model card calls it
 GGUF = "tuned-q8_0.gguf"
-TITLES = {"question": "held-out prompt", "logged": "answer in the log", "base": "base model", "tuned": "tuned model"}
+CALL = "valid call"  # of the rates
+TITLES = {
+    "question": "held-out prompt, the first whose answer became a call",
+    "logged": "answer in the log",
+    "base": "base model",
+    "tuned": "tuned model",
+}
 
 
 def run_demo(out: Path, engine: str, as_json: bool) -> None:
@@ -109,9 +115,10 @@ def _prepare(config: RunConfig, out: Path) -> None:
 def _result(comparison: Comparison, trained: Trained, memory: int, fused: Fused, verified: Verified) -> dict[str, Any]:
     tuned, generation = comparison.tuned, comparison.generation
     assert tuned is not None and generation is not None  # of a run, asked for answers
-    calls = next(rate for rate in generation["rates"] if rate["name"] == "valid call")
+    calls = next(rate for rate in generation["rates"] if rate["name"] == CALL)
     in_calls = next(row for row in comparison.rows if row.name == KINDS[IN_CALL])
-    sample = next((one for one in generation["samples"] if "valid call" in one["judged"]["tuned"]), generation["samples"][0])
+    became = (one for one in generation["samples"] if one["judged"]["tuned"].get(CALL) and not one["judged"]["base"].get(CALL))
+    sample = next(became, generation["samples"][0])
     return {
         "engine": comparison.engine,
         "held_out_loss_base": comparison.base.loss,
