@@ -48,7 +48,7 @@ BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the model card calls it
 GGUF = "tuned-q8_0.gguf"
 CALL = "valid call"  # of the rates
 TITLES = {
-    "question": "held-out prompt, the first whose answer became a call",
+    "question": "held-out prompt: the first whose answer became a call, where one did",
     "logged": "answer in the log",
     "base": "base model",
     "tuned": "tuned model",
