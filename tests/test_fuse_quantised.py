@@ -41,8 +41,17 @@ def of_trained(run: Path) -> np.ndarray:
     return np.stack(list(logits_of(run.parent / "packed", checkpoint, "mlx", tokens(24).tolist(), as_trained=True)))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "lfm2_moe"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    [
+        ("llama", "float32"),
+        ("llama", "bfloat16"),
+        ("qwen3_moe", "float32"),
+        ("lfm2_moe", "bfloat16"),
+        pytest.param("qwen3_moe", "bfloat16", marks=pytest.mark.long),
+        pytest.param("lfm2_moe", "float32", marks=pytest.mark.long),
+    ],
+)
 def test_it_goes_into_the_original_weights_and_the_difference_is_told(
     cli: Callable[..., Answer], tmp_path: Path, model_type: str, dtype: str
 ) -> None:

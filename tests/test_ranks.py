@@ -60,7 +60,7 @@ def finished(process: subprocess.Popen[str]) -> tuple[str, str]:
     return out, err
 
 
-@pytest.mark.parametrize("engine", ["mlx", "torch"])
+@pytest.mark.parametrize("engine", [pytest.param("mlx", marks=pytest.mark.long), "torch"])
 def test_two_processes_train_what_one_trains_and_go_on_as_one_and_the_other_way_round(
     engine: str, tiny_llama: Path, data: Path, tmp_path: Path
 ) -> None:

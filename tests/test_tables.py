@@ -46,6 +46,7 @@ def test_a_script_writes_both_files_and_its_status_says_whether_the_bounds_hold(
     assert ("Every bound holds" in text) is (status == 0)
 
 
+@pytest.mark.long
 def test_parity_finds_the_engines_alike_in_settings_schedules_and_an_architecture(tmp_path: Path) -> None:
     what = parity.What(("dora", "full"), (), ("qwen3",), ("wsd",), real_steps=0, promises=False, workers=1)
     found = parity.measure(tmp_path, what)
