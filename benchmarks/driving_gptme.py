@@ -4,7 +4,7 @@
 
 Needs .venv/gptme, which scripts/test makes. gptme executes what the models write, in a scratch folder, confined where bwrap or
 sandbox-exec is there. Takes 15 minutes of two cores; writes driving_gptme.md and driving_gptme.json; exit status 1 where the loss
-inside calls does not fall surely, the tuned model makes no more valid calls than its base, or gptme executed none of its calls.
+inside calls does not fall surely, the share of valid calls does not rise surely, or gptme executed none of its calls.
 """
 
 import json
@@ -54,7 +54,7 @@ def measure(folder: Path) -> list[Table]:
 
 
 RAN = "its tuned model's calls ran"
-FALLS, RISES = "falls surely", "tuned beats base"
+FALLS, RISES = "falls surely", "rises surely"
 
 
 def losses(found: dict[str, Any]) -> Table:
@@ -71,7 +71,7 @@ def rates(found: dict[str, Any]) -> Table:
     """Of answers."""
     rows = []
     for rate in found["generation"]["rates"]:
-        promised = {RISES: rate["tuned"] > rate["base"]} if rate["name"] == "valid call" else {}
+        promised = {RISES: rate["low"] is not None and rate["low"] > 0} if rate["name"] == "valid call" else {}
         shown = ("of_base", "base", "of_tuned", "tuned", "low", "high")
         rows.append({"of": rate["name"]} | {name: "" if rate[name] is None else rate[name] for name in shown} | promised)
     return Table("answers", ANSWERS, rows, promised=(RISES,))

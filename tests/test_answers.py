@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,15 +55,35 @@ def test_every_architecture_goes_on_from_what_it_read_as_from_the_start(model_ty
         assert kept.tokens[: len(prompt)] == prompt
 
 
-def test_what_was_read_is_not_read_again(engine_name: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def tokens_read(engine: Engine) -> list[int]:
+    """How many tokens each call of the model's layers is given from now on."""
+    counts: list[int] = []
+    if engine.name == "torch":
+        backbone = engine.model.get_submodule(engine._backbone)  # type: ignore[attr-defined]
+        backbone.register_forward_pre_hook(lambda module, given: counts.append(given[0].shape[1]))
+        return counts
+    last = engine._last_logits  # type: ignore[attr-defined]
+
+    def counted(tokens: Any, caches: Any) -> Any:
+        counts.append(tokens.shape[1])
+        return last(tokens, caches)
+
+    engine._last_logits = counted  # type: ignore[attr-defined]
+    return counts
+
+
+def test_what_was_read_is_not_read_again(engine_name: str, tiny_llama: Path) -> None:
     engine, kept = open_engine(config(engine_name), tiny_llama), Kept()
-    prompt = list(range(3, 60))
+    prompt, counts = list(range(3, 60)), tokens_read(engine)
     answer = list(engine.generate(prompt, 4, frozenset(), kept=kept))
-    read_before = list(kept.tokens)
-    monkeypatch.setattr(f"mlx_finetune.engines.{engine_name}.answers.PREFILL", 1)  # each token is then a call that is counted
-    asked = [*prompt, *answer, 99]
-    next(engine.generate(asked, 1, frozenset(), kept=kept))
-    assert read_before == [*prompt, *answer[:-1]] and kept.tokens == asked
+    assert counts == [len(prompt), 1, 1, 1] and kept.tokens == [*prompt, *answer[:-1]]
+    counts.clear()
+    next(engine.generate([*prompt, *answer, 99], 1, frozenset(), kept=kept))
+    assert counts == [2] and kept.tokens == [
+        *prompt,
+        *answer,
+        99,
+    ]  # the last of the answer, which nothing had read, and the new one
 
 
 def test_an_answer_that_is_given_up_leaves_what_was_kept_of_use(engine_name: str, tiny_llama: Path) -> None:
