@@ -6,10 +6,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, Page, browser
 from tiny_models import make_tiny
 
 import mlx_finetune.engines.mlx  # noqa: F401  before any test imports mlx: its fast BLAS
@@ -70,6 +71,15 @@ def gptme_home(tmp_path: Path) -> dict[str, str]:
     own = {name: str(tmp_path / "home") for name in names} | {"GPTME_TIKTOKEN_TIMEOUT": "0"}
     (tmp_path / "home").mkdir()
     return {name: value for name, value in os.environ.items() if name != "GPTME_LOGS_HOME"} | own
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """A real browser."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    with browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
 
 @pytest.fixture(params=["mlx", "torch"])

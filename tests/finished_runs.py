@@ -52,3 +52,9 @@ def make_run(root: Path, engine: str, out: str = "run", **values: Any) -> Path:
     plan = plan_run(make_config(told | values, "test"))
     execute(plan, lambda done, steps, note: None)
     return plan.run
+
+
+def runs_of_both(root: Path, context: int) -> dict[str, Path]:
+    """A run of each engine, whose model takes `context` tokens and answers otherwise than its base."""
+    make_base(root, changes={"max_position_embeddings": context})
+    return {engine: make_run(root, engine, engine, learning_rate=5e-2, steps=6) for engine in ("mlx", "torch")}

@@ -83,7 +83,7 @@ def test_what_was_read_is_not_read_again(engine_name: str, tiny_llama: Path) -> 
         *prompt,
         *answer,
         99,
-    ]  # the last of the answer, which nothing had read, and the new one
+    ]  # nothing had read the last of the answer
 
 
 def test_an_answer_that_is_given_up_leaves_what_was_kept_of_use(engine_name: str, tiny_llama: Path) -> None:

@@ -13,7 +13,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from finished_runs import make_base, make_run
+from finished_runs import runs_of_both
 
 from mlx_finetune.data.conversation import Message
 from mlx_finetune.serving.chat import Chat, Settings
@@ -24,9 +24,7 @@ COLOUR = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("chat")
-    make_base(root, changes={"max_position_embeddings": 100})
-    return {engine: make_run(root, engine, engine, learning_rate=5e-2, steps=6) for engine in ("mlx", "torch")}
+    return runs_of_both(tmp_path_factory.mktemp("chat"), context=100)
 
 
 @pytest.fixture(scope="module", params=["mlx", "torch"])

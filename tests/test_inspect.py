@@ -3,14 +3,14 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, Page, browser
+from browser import Page
 from chats import PIECES, STRIPS_THINKING, chat, conversation_of, random_chat, template_of
 from conftest import Answer
 from tiny_models import CHATML
@@ -318,15 +318,6 @@ def test_the_page_names_every_conversation_that_it_shows(made: Path, cli: Callab
     assert all(e.conversation in article for e, article in zip(store, articles, strict=True))
     assert cli("inspect", made / "dataset", "--html", "few.html", "--limit", "3")[0] == 0
     assert (tmp_path / "few.html").read_text(encoding="utf-8").count("<article") == 3
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    """A real browser."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 def shown_on(page: Page) -> list[str]:

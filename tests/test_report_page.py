@@ -2,12 +2,11 @@
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import CHROMIUM, Page, browser
+from browser import Page
 from finished_runs import make_base, make_run
 from reported_runs import HOSTILE, evaluation, long_metrics, name_model, write_answers, write_evaluation, write_metrics
 from test_inspect import contrast
@@ -33,15 +32,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             main(["report", str(run)])
         assert not exit.value.code
     return {"whole": whole / "report.html", "bare": root / "bare" / "report.html"}
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    """A real browser."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 def column(page: Page, table: str, number: int) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finished_runs import make_base, make_run
+from finished_runs import runs_of_both
 from serving_client import CHAT, asked, connected, events, send, streamed_text, text_of
 
 from mlx_finetune.data.conversation import Message
@@ -54,9 +54,7 @@ def running(run: Path, **how: Any) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("served")
-    make_base(root, changes={"max_position_embeddings": 256})
-    return {engine: make_run(root, engine, engine, learning_rate=5e-2, steps=6) for engine in ("mlx", "torch")}
+    return runs_of_both(tmp_path_factory.mktemp("served"), context=256)
 
 
 @pytest.fixture(scope="module", params=["mlx", "torch"])
@@ -313,14 +311,20 @@ def test_an_answer_that_fails_is_an_error_and_the_next_one_is_answered(
     assert text_of(send(url, body=asked("m", ASK))) == whole
 
 
-def test_those_who_have_gone_keep_no_place_from_one_who_asks(other_server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    hold, generate = threading.Event(), other_server.opened.engine.generate
+def held(server: Running, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Answers wait until it is set."""
+    hold, generate = threading.Event(), server.opened.engine.generate
 
     def slow(*arguments: Any) -> Iterator[int]:
         hold.wait(30)
         yield from generate(*arguments)
 
-    monkeypatch.setattr(other_server.opened.engine, "generate", slow)
+    monkeypatch.setattr(server.opened.engine, "generate", slow)
+    return hold
+
+
+def test_those_who_have_gone_keep_no_place_from_one_who_asks(other_server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold = held(other_server, monkeypatch)
     raw = json.dumps(asked("m", ASK)).encode()
     for _ in range(MOST_WAITING + 10):
         with connected(other_server.url) as connection:
@@ -350,13 +354,7 @@ def test_a_fault_of_ours_is_told_with_its_traceback_and_the_next_one_is_answered
 
 
 def test_too_many_that_wait_are_sent_away(other_server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    hold, generate = threading.Event(), other_server.opened.engine.generate
-
-    def slow(*arguments: Any) -> Iterator[int]:
-        hold.wait(30)
-        yield from generate(*arguments)
-
-    monkeypatch.setattr(other_server.opened.engine, "generate", slow)
+    hold = held(other_server, monkeypatch)
     with ThreadPoolExecutor(80) as pool:
         asking = [pool.submit(send, other_server.url, body=asked("m", ASK, max_tokens=1)) for _ in range(70)]
         deadline = time.monotonic() + 20
