@@ -21,8 +21,9 @@ from tiny_models import make_tiny
 
 import mlx_finetune
 from mlx_finetune.config import make_config
-from mlx_finetune.data.collect import Sources, collect
+from mlx_finetune.data.collect import collect
 from mlx_finetune.data.dataset import Dataset
+from mlx_finetune.data.found import Sources
 from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.refine import Settings
 from mlx_finetune.data.template import ChatTemplate

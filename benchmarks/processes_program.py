@@ -48,9 +48,9 @@ def counted(place: Any, name: str) -> list[int]:
 
 def slow(seconds: str) -> None:
     """Each checkpoint, from now on."""
-    from mlx_finetune.training import loop
+    from mlx_finetune.training import checkpoint, loop
 
-    own = loop.save_checkpoint
+    own = checkpoint.save_checkpoint
 
     def save(*arguments: Any) -> Path:
         time.sleep(float(seconds))

@@ -194,7 +194,7 @@ def _steps(run: Path) -> int:
     """Training steps that are in the metrics; 0 before there is a checkpoint."""
     if not (run / "checkpoints" / f"step-{SAVE_EVERY:06d}").exists():
         return 0
-    return max(row["step"] for row in read_metrics(run / "metrics.jsonl"))
+    return max(int(row["step"]) for row in read_metrics(run / "metrics.jsonl"))
 
 
 def exits_in(said: str) -> dict[int, int]:

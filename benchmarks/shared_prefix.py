@@ -41,7 +41,9 @@ def examples(tokens: int, shared: float) -> list[Example]:
 
 def measure(model: str, settings: dict[str, Any], tokens: int, shared: float) -> dict[str, Any]:
     """One step."""
-    from mlx_finetune.engines.mlx.engine import MlxEngine, mx
+    from mlx_finetune.engines.mlx.engine import MlxEngine
+
+    import mlx.core as mx  # isort: skip
 
     config = make_config({"dtype": "float32", "rank": 8, "num_layers": 16} | settings, "the benchmark")
     engine, batches = MlxEngine(Path(model), config), [Batch.of([one]) for one in examples(tokens, shared)]

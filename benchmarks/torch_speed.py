@@ -29,7 +29,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from torch_speed_data import WARM, Data, make_smollm2
-from torch_speed_report import Figures, cells, goals, report, unequal
+from torch_speed_report import cells, goals, report, unequal
+from train_speed_steps import Figures
 
 from mlx_finetune.config import parse_assignments
 from mlx_finetune.data.dataset import Dataset

@@ -13,8 +13,9 @@ import numpy as np
 from train_speed_data import LOGS, windows
 
 from mlx_finetune.data.batches import Example
-from mlx_finetune.data.collect import Sources, collect
+from mlx_finetune.data.collect import collect
 from mlx_finetune.data.dataset import Dataset, write_dataset
+from mlx_finetune.data.found import Sources
 from mlx_finetune.data.refine import Settings
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.models.gguf import find_smollm2, gguf_to_hugging_face

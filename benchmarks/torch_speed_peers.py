@@ -40,7 +40,8 @@ def hf(job: Job, meter: Meter) -> Figures:
 def trl(job: Job, meter: Meter) -> Figures:
     """SFTTrainer on rows that are tokenized already: it takes `labels` as they are, cuts at `max_length`, and packs nothing."""
     from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     rows, kind = table(job), watched(SFTTrainer, job, meter)
     tokenizer, peft = AutoTokenizer.from_pretrained(job["model"]), lora()
@@ -53,7 +54,8 @@ def trl(job: Job, meter: Meter) -> Figures:
 def unsloth(job: Job, meter: Meter) -> Figures:
     """SFTTrainer with unsloth's model, adapter and checkpointing, as its README has it."""
     fast = importlib.import_module("unsloth").FastLanguageModel  # first: it patches the others
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     rows, kind = table(job), watched(SFTTrainer, job, meter)
     meter.loading()
@@ -108,7 +110,8 @@ def table(job: Job) -> Any:
 def labels_of(example: Example) -> list[int]:
     """The token where it is learned, else -100; a Trainer shifts them itself."""
     assert set(np.unique(example.weights)) <= {0, 1}  # labels know no other weights
-    return np.where(example.weights > 0, example.tokens, -100).tolist()
+    labels: list[int] = np.where(example.weights > 0, example.tokens, -100).tolist()
+    return labels
 
 
 def longest(job: Job) -> int:

@@ -60,7 +60,7 @@ def beside(ours: Figures, peer: Figures) -> Figures:
 def loss_difference(sides: Sequence[Figures], every_step: bool) -> float:
     """The most by which one side's loss differs from another's, as a share of it."""
     steps = zip(*(side["losses"] for side in sides), strict=True) if every_step else [[side["losses"][0] for side in sides]]
-    return max(max(losses) / min(losses) - 1 for losses in steps)
+    return max(float(max(losses) / min(losses)) - 1 for losses in steps)
 
 
 def unequal(table: Sequence[Figures], dtype: str) -> list[str]:

@@ -32,7 +32,7 @@ def ours(job: Job, meter: Meter) -> Figures:
     engine = open_engine(config, Path(job["model"]))
     meter.loaded()
     adapter = {f"adapter/{name}": array for name, array in adapter_of(engine.targets).items()}
-    engine.load_state(engine.state() | adapter, step=0)
+    engine.load_state(engine.state() | adapter, updates=0)
     warm, size = list(dataset.valid), config.batch_size
     results = [engine.step([Batch.of(warm[i : i + size]) for i in range(0, len(warm), size)], RATE, seed=0)]
     meter.mark()

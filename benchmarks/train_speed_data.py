@@ -22,9 +22,10 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_finetune.config import make_config
 from mlx_finetune.data.batches import WIDTHS, Example
-from mlx_finetune.data.collect import Sources, collect
+from mlx_finetune.data.collect import collect
 from mlx_finetune.data.conversation import Conversation, Message, Role, read_conversations, write_conversations
 from mlx_finetune.data.dataset import Dataset
+from mlx_finetune.data.found import Sources
 from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.refine import Settings
 from mlx_finetune.data.template import ChatTemplate

@@ -68,7 +68,7 @@ class Ours:
         self.config = ours_config(layers, checkpoint, options)
         self.engine = MlxEngine(model, self.config)
         arrays = {f"adapter/{name}": array for name, array in adapter_of(self.engine.targets).items()}
-        self.engine.load_state(self.engine.state() | arrays, step=0)
+        self.engine.load_state(self.engine.state() | arrays, updates=0)
         self.clock = Clock(sum(p.nbytes for n, p in tree_flatten(self.engine.model.parameters()) if "lora_" not in n))
 
     def step(self, groups: Sequence[Sequence[Example]], warm: bool, pack: int | None = None) -> Figures:

@@ -1,6 +1,7 @@
 """The command line: one function a verb; everything heavy is imported inside."""
 
 import errno
+import os
 import signal
 import sys
 import threading
@@ -18,15 +19,20 @@ from mlx_finetune.cli_convert import convert
 from mlx_finetune.cli_evaluate import evaluate
 from mlx_finetune.cli_export import export, push
 from mlx_finetune.cli_report import plot, report
+from mlx_finetune.cli_run import run
 from mlx_finetune.cli_serve import chat, serve
+from mlx_finetune.cli_start import doctor, init
 from mlx_finetune.config import FIELDS, RunConfig, default
-from mlx_finetune.errors import UserError
+from mlx_finetune.errors import LONGEST, UserError
 from mlx_finetune.launched import launched, rank_of
-from mlx_finetune.terminal import one_line
+from mlx_finetune.nearest import hint_of
+from mlx_finetune.terminal import one_line, show_every_sign
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+OF_PLACES = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
+COMPLETING = "_MLX_FINETUNE_COMPLETE"  # set where a shell asks what to offer
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 Model = Annotated[str, typer.Option("--model", help="Base model: a Hugging Face folder, or a hub id such as org/name.")]
@@ -135,6 +141,7 @@ def train(
     out: Annotated[str, typer.Option(help="Folder of the run; must not exist, unless with --resume.")] = "",
     engine: Annotated[str, typer.Option(help=f"auto, mlx or torch (default {ENGINE}).")] = "",
     patience: Annotated[int | None, typer.Option(help=f"{_help('patience')} (default {default('patience')})")] = None,
+    keep: Annotated[int | None, typer.Option(help=f"{_help('keep')} (default all)")] = None,
     report_to: Annotated[list[str] | None, typer.Option(help=f"{_help('report_to')} (repeatable; default none)")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")] = False,
     assignments: Annotated[list[str] | None, typer.Option("--set", help="key=value, any setting (repeatable).")] = None,
@@ -145,7 +152,8 @@ def train(
     from mlx_finetune.commands import train_command
 
     named: dict[str, Any] = {"model": model, "data": data, "out": out, "engine": engine, "report_to": report_to}
-    named = {name: value for name, value in named.items() if value} | ({} if patience is None else {"patience": patience})
+    named = {name: value for name, value in named.items() if value}
+    named |= {name: value for name, value in (("patience", patience), ("keep", keep)) if value is not None}
     train_command(config, named, assignments or [], resume, dry_run, as_json)
 
 
@@ -181,6 +189,13 @@ app.command()(chat)
 app.command()(serve)
 app.command()(export)
 app.command()(push)
+
+
+app.command()(doctor)
+app.command()(init)
+
+
+app.command()(run)
 
 
 @app.command()
@@ -220,6 +235,11 @@ def ended_by_sigterm() -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb. Exit status 0: done; 2: a mistake of the user, in one line and a hint; 130: interrupted; 143: asked to end."""
+    show_every_sign()
+    if COMPLETING in os.environ:
+        from mlx_finetune.completion import add_completions
+
+        add_completions(app)
     try:
         with ended_by_sigterm():
             status: Any = app(args=arguments, prog_name="mlx-finetune", standalone_mode=False)
@@ -233,6 +253,8 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(2)
         _fail(message.rstrip("."), f"{context.command_path if context else 'mlx-finetune'} --help")
     except OSError as error:
+        if error.errno in OF_PLACES and error.filename:
+            _fail(f"{error.filename!s}: {error.strerror}", "name another place")
         if error.errno not in FULL:
             raise
         _fail(f"{error.filename or 'disk'}: {error.strerror}", "make room, or choose another --out; nothing half-written was kept")
@@ -243,8 +265,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _fail(message: str, hint: str) -> None:
     who = f"process {rank_of()}: " if rank_of() else ""
-    print(f"{who}error: {one_line(message)}", file=sys.stderr)
-    if hint:
+    print(f"{who}error: {one_line(message, LONGEST)}", file=sys.stderr)
+    if hint := hint_of(message, hint):
         print(f"hint: {one_line(hint)}", file=sys.stderr)
     sys.exit(2)
 

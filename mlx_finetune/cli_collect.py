@@ -5,7 +5,11 @@ from typing import Annotated
 
 import typer
 
+from mlx_finetune.road import Collect
+
 READ, CHOOSE, LEARN, PRIVATE, TREES = "What to read", "What to choose", "What to learn", "Privacy", "OpenAssistant"
+
+default = Collect.default
 
 
 def collect(
@@ -63,24 +67,26 @@ def collect(
     ] = True,
     system: Annotated[
         str, typer.Option(help="gptme's system prompt: keep, short (as gptme --system short), none.", rich_help_panel=LEARN)
-    ] = "keep",
+    ] = default("system"),
     tool_calls: Annotated[
         str, typer.Option(help="Calls of gptme's tool format: text as in the log, or native tool_calls.", rich_help_panel=LEARN)
-    ] = "text",
+    ] = default("tool_calls"),
     modernise: Annotated[
         bool,
         typer.Option("--modernise", help="Rewrite old conventions (```bash) to today's, and learn them.", rich_help_panel=LEARN),
     ] = False,
     recovery_weight: Annotated[
         float, typer.Option(help="Weight of the first success after a failure.", rich_help_panel=LEARN)
-    ] = 1.0,
+    ] = default("recovery_weight"),
     relevant: Annotated[
         str, typer.Option(help="code (programming, shell, developer tools) or any.", rich_help_panel=TREES)
-    ] = "code",
+    ] = default("relevant"),
     language: Annotated[
         list[str] | None, typer.Option(help="Language of every message; any: all of them. Default: en.", rich_help_panel=TREES)
     ] = None,
-    min_quality: Annotated[float, typer.Option(help="Least quality of an answer, 0 to 1, as rated.", rich_help_panel=TREES)] = 0.5,
+    min_quality: Annotated[
+        float, typer.Option(help="Least quality of an answer, 0 to 1, as rated.", rich_help_panel=TREES)
+    ] = default("min_quality"),
     filters: Annotated[
         bool,
         typer.Option(

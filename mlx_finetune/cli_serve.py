@@ -15,15 +15,21 @@ def serve(
     run: Place,
     checkpoint: Checkpoint = "",
     engine: RunEngine = "",
-    host: Annotated[str, typer.Option(help="Address to bind; any other than the default lets other machines in.")] = HOST,
+    host: Annotated[
+        str, typer.Option(help="Address to bind; any other than the default lets other machines in, with a key.")
+    ] = HOST,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = PORT,
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens of an answer, where the request does not say (gptme does not).")
     ] = MAX_TOKENS,
     name: Annotated[str, typer.Option(help="What the model is called. Default: after the model and the run.")] = "",
     api_key: Annotated[
-        str, typer.Option("--api-key", help="Asked of every request. Better: the variable MLX_FINETUNE_API_KEY.")
+        str,
+        typer.Option(
+            "--api-key", help="Asked of every request. Better: the variable MLX_FINETUNE_API_KEY, which no list of programs shows."
+        ),
     ] = "",
+    no_key: Annotated[bool, typer.Option("--no-key", help="With --host: let other machines in without a key.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print where it is as one JSON object on stdout.")] = False,
 ) -> None:
     """Serve a run, and its base, to gptme and other clients of OpenAI's API; prints the gptme command to use."""

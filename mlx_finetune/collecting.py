@@ -11,8 +11,9 @@ from typing import Any
 
 from mlx_finetune.collected import show_collection, show_examples, show_hits
 from mlx_finetune.commands import load_template
-from mlx_finetune.data.collect import Sources, collect
+from mlx_finetune.data.collect import collect
 from mlx_finetune.data.conversation import LEAST_WEIGHT, MOST_WEIGHT
+from mlx_finetune.data.found import Sources
 from mlx_finetune.data.redact import Rules
 from mlx_finetune.data.refine import Settings, without_secrets
 from mlx_finetune.data.refining import FileSource
@@ -24,7 +25,9 @@ from mlx_finetune.data.sources.openassistant import Options
 from mlx_finetune.data.tags import read_tags
 from mlx_finetune.data.turns import TurnRules
 from mlx_finetune.errors import UserError
-from mlx_finetune.terminal import finish, progress, say
+from mlx_finetune.nearest import did_you_mean
+from mlx_finetune.road import Collect
+from mlx_finetune.terminal import Done, finish, progress, say
 
 CHOICES = {
     "--system": ("keep", "short", "none"),
@@ -83,6 +86,11 @@ def collect_command(options: CollectOptions) -> None:
     if options.scan_only:
         _scan(sources, settings.redaction or Rules(), options.as_json)
         return
+    collected(options, sources, settings).finish(options.as_json)
+
+
+def collected(options: CollectOptions, sources: Sources, settings: Settings) -> Done:
+    """Reads the sources into `options.out`."""
     template = load_template(options.model) if options.model else None
     with progress("collect") as advance:
         result = collect(sources, settings, options.out, advance, options.update, template)
@@ -105,7 +113,7 @@ def collect_command(options: CollectOptions) -> None:
             show_examples(options.out, result)
 
     following = f"mlx-finetune prepare {options.out} --model MODEL"
-    finish(result | {"out": str(options.out)}, options.as_json, show, options.out, following)
+    return Done(result | {"out": str(options.out)}, show, options.out, following)
 
 
 def sources_of(options: CollectOptions) -> Sources:
@@ -115,7 +123,7 @@ def sources_of(options: CollectOptions) -> Sources:
     logs = options.logs or (default_logs_folder(os.environ, Path.home(), sys.platform) if options.gptme else None)
     if not logs and not options.openassistant and not options.chat:
         raise UserError("nothing to read", hint="leave out --no-gptme, or name --openassistant or --chat FILE")
-    languages = tuple(options.language or ("en",))
+    languages = tuple(options.language or Collect.default("language"))
     trees = Options(
         relevant=_choice("--relevant", options.relevant),
         languages=() if "any" in languages else languages,
@@ -197,7 +205,10 @@ def _scan(sources: Sources, rules: Rules, as_json: bool) -> None:
 
 def _choice(option: str, value: str) -> Any:
     if value not in CHOICES[option]:
-        raise UserError(f"{option} {value!r} is not one of {', '.join(CHOICES[option])}", hint=f"{option} {CHOICES[option][0]}")
+        raise UserError(
+            f"{option} {value!r} is not one of {', '.join(CHOICES[option])}",
+            hint=did_you_mean(value, CHOICES[option], f"{option} {CHOICES[option][0]}"),
+        )
     return value
 
 

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mlx_finetune.config import RunConfig, default, load_config, make_config, parse_assignments
+from mlx_finetune.config import RunConfig, default, make_config, parse_assignments
 from mlx_finetune.data.batches import efficiency
 from mlx_finetune.data.dataset import prepared_before
 from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
-from mlx_finetune.launched import launched
 from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.weights import fingerprint
 from mlx_finetune.prepared import show_dataset
-from mlx_finetune.terminal import finish, progress, say
+from mlx_finetune.road import load_settings
+from mlx_finetune.terminal import Done, finish, progress, say
 
 if TYPE_CHECKING:
     from mlx_finetune.training.loop import Trained
@@ -34,6 +34,11 @@ def prepare_command(
     collected: Sequence[Path], model: str, out: Path, settings: dict[str, Any], as_json: bool, update: bool = False
 ) -> None:
     """`mlx-finetune prepare`."""
+    prepared(collected, model, out, settings, update).finish(as_json)
+
+
+def prepared(collected: Sequence[Path], model: str, out: Path, settings: dict[str, Any], update: bool) -> Done:
+    """Makes the folder `out`."""
     _refuse_share_of_all(settings["openassistant_share"])
     config = make_config(settings, "prepare")
     prepared_before(out)
@@ -50,7 +55,7 @@ def prepare_command(
     if info.get("unchanged"):
         say("nothing has changed since it was prepared")
     following = f"mlx-finetune train --model {model} --data {out} --out run"
-    finish(info | {"out": str(out)}, as_json, lambda: show_dataset(info), out, following)
+    return Done(info | {"out": str(out)}, lambda: show_dataset(info), out, following)
 
 
 def _refuse_share_of_all(share: float) -> None:
@@ -63,9 +68,7 @@ def train_command(
     file: Path | None, named: dict[str, Any], assignments: Sequence[str], resume: bool, dry_run: bool, as_json: bool
 ) -> None:
     """`mlx-finetune train`."""
-    from mlx_finetune.evaluation.plot import draw_loss
-    from mlx_finetune.training.progress import training_progress
-    from mlx_finetune.training.run import execute
+    from mlx_finetune.training.memory_watch import again
 
     plan = _plan_of(file, parse_assignments(list(assignments)) | named, resume)
     config = plan.config
@@ -74,21 +77,58 @@ def train_command(
         result = {"steps": plan.steps, "config": config.to_dict()}
         finish(result, as_json, lambda: show_config(config), None, "the same without --dry-run")
         return
-    with training_progress() as advance:
-        trained, engine = execute(plan, advance)
-    if engine.ranks.rank == 0 and draw_loss(plan.run) is None:
-        say("loss.png was not drawn: pip install matplotlib")
-    _say_why_it_ended(trained, config, plan.run)
+    trained_run(plan, again(str(plan.run))).finish(as_json)
+
+
+def trained_run(plan: "Plan", command: str) -> Done:
+    """Trains, and draws the loss; `command`: what goes on with it where it ends before its last step, which raises Exit."""
+    from mlx_finetune.training.progress import training_progress
+    from mlx_finetune.training.run import execute
+
+    config = plan.config
+    try:
+        with training_progress() as advance:
+            trained, engine = execute(plan, advance)
+    except KeyboardInterrupt:
+        _say_how_to_go_on(plan.run, command)
+        raise
+    if engine.ranks.rank == 0:
+        _draw(plan.run)
+    _say_why_it_ended(trained, config, command)
     rate = trained.tokens_learned / trained.seconds if trained.seconds else 0.0
-    measured = {"learned_tokens_per_second": rate, "peak_memory": engine.peak_memory()}
+    name, memory = engine.name, engine.peak_memory()
+    where = engine.device if engine.ranks.size == 1 else f"{engine.device}, {engine.ranks.size} processes"
+    measured = {"learned_tokens_per_second": rate, "peak_memory": memory}
 
-    def show() -> None:
-        where = engine.device if engine.ranks.size == 1 else f"{engine.device}, {engine.ranks.size} processes"
-        print(f"{trained.step} steps on {engine.name} ({where}), {rate:.0f} learned tokens a second")
+    def show() -> None:  # holds no engine: what comes next may need the memory
+        print(f"{trained.step} steps on {name} ({where}), {rate:.0f} learned tokens a second")
+        if trained.not_applied:
+            print(f"{trained.not_applied} of them were not applied: loss or gradient was not finite")
         print(f"{trained.tokens_seen:,} tokens read, {trained.tokens_computed:,} computed")
-        print(f"peak memory {engine.peak_memory() / 1e9:.2f} GB")
+        print(f"peak memory {memory / 1e9:.2f} GB")
 
-    finish(vars(trained) | measured | {"out": str(plan.run)}, as_json, show, plan.run, f"mlx-finetune evaluate {plan.run}")
+    return Done(vars(trained) | measured | {"out": str(plan.run)}, show, plan.run, f"mlx-finetune evaluate {plan.run}")
+
+
+def _draw(run: Path) -> None:
+    """The run is done, with a picture or without."""
+    from mlx_finetune.evaluation.plot import draw_loss
+
+    try:
+        if draw_loss(run) is None:
+            say("loss.png was not drawn: pip install matplotlib")
+    except UserError as error:
+        say(f"loss.png was not drawn: {error.message}")
+
+
+def _say_how_to_go_on(run: Path, command: str) -> None:
+    """Where a run was broken off at once: what is saved."""
+    from mlx_finetune.training.checkpoints import last_checkpoint
+
+    if (run / "config.yaml").is_file():
+        last = last_checkpoint(run)
+        say(f"interrupted at once: {last.name if last else 'no checkpoint'} is saved")
+        say(f"next: {command}")
 
 
 def _plan_of(file: Path | None, overrides: dict[str, Any], resume: bool) -> "Plan":
@@ -96,7 +136,11 @@ def _plan_of(file: Path | None, overrides: dict[str, Any], resume: bool) -> "Pla
     from mlx_finetune.training.run import plan_resume, plan_run
 
     if not resume:
-        return plan_run(load_config(file, overrides))
+        config, of_run = load_settings(file, overrides)
+        if of_run:
+            names = f"{', '.join(of_run)} {'is' if len(of_run) == 1 else 'are'}"
+            say(f"{file}: {names} for mlx-finetune run; train takes the other settings")
+        return plan_run(config)
     if file:
         raise UserError(f"{file}: a resumed run has its own settings", hint="leave the file out, or --resume")
     run = make_config(overrides, "the command line").out
@@ -106,22 +150,21 @@ def _plan_of(file: Path | None, overrides: dict[str, Any], resume: bool) -> "Pla
     return plan_resume(Path(run), {name: value for name, value in overrides.items() if name != "out"})
 
 
-def _say_why_it_ended(trained: "Trained", config: RunConfig, run: Path) -> None:
+def _say_why_it_ended(trained: "Trained", config: RunConfig, command: str) -> None:
     """Before its last step; raises Exit where it was interrupted."""
-    from mlx_finetune.training.memory_watch import COMMANDS, less_memory
+    from mlx_finetune.training.memory_watch import less_memory
 
-    again = f"{COMMANDS[launched()]} train --resume --out {run}"
     if trained.shortage:
         say(f"stopped for want of memory: {trained.shortage}; step {trained.step} of {trained.steps} is saved")
         say(f"next: {less_memory(config)}")
         raise typer.Exit(130)
     if trained.interrupted:
         say(f"interrupted: step {trained.step} of {trained.steps} is saved")
-        say(f"next: {again}")
+        say(f"next: {command}")
         raise typer.Exit(130)
     if trained.stopped_early:
         say(f"stopped early, at step {trained.step} of {trained.steps}: {trained.stopped_early}")
-        say(f"to go on all the same: {again} --patience {2 * config.patience}")
+        say(f"to go on all the same: {command} --set patience={2 * config.patience}")
 
 
 def announce(plan: "Plan") -> None:
@@ -131,14 +174,25 @@ def announce(plan: "Plan") -> None:
         UserError: more than there is.
     """
     from mlx_finetune.planning.before_run import check_memory
-    from mlx_finetune.training.remarks import experts_left_alone, folds_nothing, looks_at_nothing, untrained_tokens
-    from mlx_finetune.training.run import folding_advice, moved, trunk_bytes, why_on_the_cpu
+    from mlx_finetune.training.checks import why_on_the_cpu
+    from mlx_finetune.training.remarks import (
+        experts_left_alone,
+        folding_advice,
+        folds_nothing,
+        gone_back,
+        looks_at_nothing,
+        moved,
+        untrained_tokens,
+    )
+    from mlx_finetune.training.run import trunk_bytes
     from mlx_finetune.training.tracking import where_it_goes
 
     config, dataset = plan.config, plan.dataset
     start = f", going on from {plan.checkpoint.name}" if plan.checkpoint else ""
     say(f"training {config.model} on {len(dataset.train)} examples of {config.data}")
     say(f"{plan.steps} steps{start} -> {plan.run}")
+    for line in gone_back(plan):
+        say(line)
     remarks = why_on_the_cpu(config), moved(plan), folds_nothing(config), experts_left_alone(plan.model, config)
     looks = looks_at_nothing(config, len(dataset.valid))
     for remark in (*remarks, untrained_tokens(plan.model, config, dataset.train), looks, *where_it_goes(config, plan.run)):

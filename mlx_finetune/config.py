@@ -1,10 +1,9 @@
 """RunConfig: every setting and the only home of its default. YAML in and out; unknown keys are refused."""
 
-import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -20,6 +19,8 @@ from pydantic import (
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file
+from mlx_finetune.nearest import did_you_mean
+from mlx_finetune.reading import LARGEST_SETTINGS, plain_yaml, read_whole
 
 UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
@@ -43,12 +44,13 @@ Size = Annotated[int, BeforeValidator(_size)]
 Place = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser()) if path.startswith("~") else path)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class RunConfig(BaseModel):
     """Settings of `prepare` and `train`, named as peft and mlx-lm name them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     model: Place = Field(default="", description="Hugging Face folder or hub id of the base model")
     data: Place = Field(default="", description="folder that `prepare` made")
@@ -146,6 +148,9 @@ class RunConfig(BaseModel):
 
     eval_every: int = Field(default=50, ge=1, description="steps between two held-out losses")
     save_every: int = Field(default=50, ge=1, description="steps between two checkpoints")
+    keep: int | None = Field(
+        default=None, ge=1, description="newest checkpoints to keep; those of the links best and latest stay too; none: all"
+    )
     patience: int = Field(
         default=0,
         ge=0,
@@ -194,26 +199,42 @@ def make_config(values: Mapping[str, Any], place: str) -> RunConfig:
     Raises:
         UserError: an unknown key (the nearest known one named) or a value out of range.
     """
+    return checked(RunConfig, values, place)
+
+
+def checked(kind: type[Settings], values: Mapping[str, Any], place: str, within: str = "") -> Settings:
+    """The values as that class of settings; `within`: what is written before their names in an error.
+
+    Raises:
+        UserError: see `make_config`.
+    """
+    fields = kind.model_fields
     for key, value in values.items():
-        if key not in FIELDS:
-            near = difflib.get_close_matches(str(key), FIELDS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known settings: {', '.join(FIELDS)}"
-            raise UserError(f"{place}: unknown setting {key!r}", hint=hint)
-        if isinstance(value, bool) and RunConfig.model_fields[key].annotation is not bool:  # pydantic would read `yes` as 1
-            description = RunConfig.model_fields[key].description
-            raise UserError(f"{place}: {key} = {value!r}: yes or no is no value for it", hint=f"{key}: {description}")
+        if key not in fields:
+            raise unknown(place, f"{within}{key}", [f"{within}{name}" for name in fields])
+        if isinstance(value, bool) and fields[key].annotation is not bool:  # pydantic would read `yes` as 1
+            description = fields[key].description
+            raise UserError(f"{place}: {within}{key} = {value}: yes or no is no value for it", hint=f"{key}: {description}")
     try:
-        return RunConfig.model_validate(dict(values))
+        return kind.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        message = f"{place}: {name} = {values.get(name)!r}: {first['msg'].lower()}"
-        raise UserError(message, hint=f"{name}: {RunConfig.model_fields[name].description}") from error
+        message = f"{place}: {within}{name} = {values.get(name)!r:.120}: {first['msg'].lower()}"
+        allowed = re.findall(r"'([^']*)'", first.get("ctx", {}).get("expected", ""))  # of a choice
+        meant = did_you_mean(str(first["input"]), allowed)
+        raise UserError(message, hint=meant or f"{name}: {fields[name].description}") from error
+
+
+def unknown(place: str, key: str, known: Sequence[str]) -> UserError:
+    """That nothing is called so, with what is called nearly so."""
+    hint = did_you_mean(key, known, f"known settings: {', '.join(known)}", cutoff=0.5)
+    return UserError(f"{place}: unknown setting {key!r:.80}", hint=hint)
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
     """Command line beats file beats default."""
-    values = _read_yaml(path) if path else {}
+    values = read_yaml(path) if path else {}
     make_config(values, str(path))
     return make_config(values | dict(overrides), "the command line")
 
@@ -226,9 +247,9 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         if not equals:
             raise UserError(f"--set {assignment}: no '=' in it", hint="write --set rank=8")
         try:
-            values[key.strip()] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as error:
-            raise UserError(f"--set {assignment}: not a YAML value", hint="write --set rank=8") from error
+            values[key.strip()] = plain_yaml(text)
+        except ValueError as error:
+            raise UserError(f"--set {assignment:.80}: not a YAML value: {error}", hint="write --set rank=8") from error
     return values
 
 
@@ -238,13 +259,13 @@ def save_config(path: Path, config: RunConfig) -> None:
         yaml.safe_dump(config.to_dict(), file, sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a file as they stand there; raises UserError where there are none."""
+    text = read_whole(path, "name a YAML file, or use options", LARGEST_SETTINGS)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}", hint="name a YAML file, or use options") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no such day as 2026-13-45
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}", hint="settings are lines of `name: value`") from error
+        values = plain_yaml(text.decode())
+    except ValueError as error:  # or not UTF-8
+        raise UserError(f"{path}: not YAML: {error}", hint="settings are lines of `name: value`") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

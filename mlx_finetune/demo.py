@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_finetune.config import RunConfig, make_config
-from mlx_finetune.data.collect import Sources, collect
+from mlx_finetune.data.collect import collect
+from mlx_finetune.data.found import Sources
 from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.refine import Settings
 from mlx_finetune.data.template import ChatTemplate

@@ -2,6 +2,7 @@
 
 import re
 
+LONGEST = 480  # characters of a message
 SHORTAGE = re.compile(r"out of memory|insufficient memory|allocate|bad_alloc|alloc_failed", re.IGNORECASE)
 # What code of others raises where it computes with a setting that it did not look at; huggingface_hub has one more of its own.
 REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -11,9 +12,19 @@ class UserError(Exception):
     """A mistake that the person can mend. The command line prints it as one line plus one line of hint, exit status 2."""
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _cut(_one_line(message))
+        super().__init__(self.message)
+        self.hint = _one_line(hint)  # whole, for it may be typed
+
+
+def _one_line(text: str) -> str:
+    """Whatever names and values of strangers stand in it, nothing that moves a cursor."""
+    return text if text.isprintable() else "".join(sign if sign.isprintable() else " " for sign in text)
+
+
+def _cut(text: str) -> str:
+    """Not too long to be read: the place in front and the reason at the end stay."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 180]} ... {text[-175:]}"
 
 
 def no_memory(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.evaluation.compare import Comparison, compare, measure_model
 from mlx_finetune.evaluation.losses import Row
 from mlx_finetune.evaluation.wanted import LIMIT, SECONDS, STEPS, Wanted
-from mlx_finetune.terminal import finish, progress, say, table
+from mlx_finetune.terminal import Done, progress, say, table
 
 TITLES = {"all": "all learned tokens", "gptme": "gptme conversations", "openassistant": "OpenAssistant", "chat": "chat files"}
 TITLES |= {"first of a turn": "first token of a turn", "stop": "token that ends a turn"}
@@ -49,6 +49,11 @@ class EvaluateOptions:
 
 def evaluate_command(options: EvaluateOptions) -> None:
     """`mlx-finetune evaluate`."""
+    evaluated(options).finish(options.as_json)
+
+
+def evaluated(options: EvaluateOptions) -> Done:
+    """Measures, and writes what was found into a run."""
     _refuse_what_has_no_effect(options)
     wanted = Wanted("test" if options.test else "valid", options.generate, options.limit)
     what = "test split" if options.test else "held-out conversations"
@@ -63,7 +68,7 @@ def evaluate_command(options: EvaluateOptions) -> None:
             options, wanted, f"losses{answers} of {options.run} ({options.checkpoint}) and of its base model on the {what}"
         )
         made, following = options.run / "evaluation.json", f"mlx-finetune report {options.run}"
-    finish(comparison.to_json(), options.as_json, lambda: show(comparison), made, following)
+    return Done(comparison.to_json(), lambda: show(comparison), made, following)
 
 
 def _refuse_what_has_no_effect(options: EvaluateOptions) -> None:

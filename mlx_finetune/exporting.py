@@ -1,6 +1,5 @@
 """What `export` and `push` do, from their arguments to the lines that a person reads."""
 
-import difflib
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,12 +15,12 @@ from mlx_finetune.files import atomic_folder, read_json, refuse_existing
 from mlx_finetune.fusing import Opened, check_quantised, fuse_opened, open_trained
 from mlx_finetune.installed import versions
 from mlx_finetune.models.hub import HUB_ID, check_model_folder
-from mlx_finetune.terminal import finish, progress, say, table
+from mlx_finetune.nearest import did_you_mean
+from mlx_finetune.road import HandBack
+from mlx_finetune.terminal import Done, finish, printable, progress, say, table
 
 ADAPTERS, MODELS = ("peft", "mlx-lm"), ("gguf", "ollama")
-QUANTISATION = "q8_0"  # where none is named
-# Ways of a fused model folder into the new one; gives back the file that was written.
-Write = Callable[[Path, Path, Callable[..., None]], Path]
+QUANTISATION: str = HandBack.default("quantisation")  # where none is named
 
 
 @dataclass(frozen=True)
@@ -55,19 +54,20 @@ class PushOptions:
 
 def export_command(options: ExportOptions) -> None:
     """`mlx-finetune export`."""
+    exported(options).finish(options.as_json)
+
+
+def exported(options: ExportOptions, fused: Path | None = None) -> Done:
+    """Makes the folder `options.out`. `fused`: what `fuse` made of the same checkpoint, so that it is not made again."""
     _check(options)
     if options.to in ADAPTERS:
-        _export_adapter(options)
-    elif options.adapter_only:
-        _export_gguf_adapter(options)
-    else:
-        _export_model(options)
+        return _export_adapter(options)
+    return _export_gguf_adapter(options) if options.adapter_only else _export_model(options, fused)
 
 
 def _check(options: ExportOptions) -> None:
     if options.to not in ADAPTERS + MODELS:
-        near = difflib.get_close_matches(options.to, ADAPTERS + MODELS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(ADAPTERS + MODELS)}"
+        hint = did_you_mean(options.to, ADAPTERS + MODELS, f"it is one of {', '.join(ADAPTERS + MODELS)}")
         raise UserError(f"--to {options.to}: not a format that is known", hint=hint)
     if options.adapter_only and options.to != "gguf":
         raise UserError(
@@ -101,32 +101,32 @@ def _open(options: ExportOptions) -> tuple[Opened, Facts]:
     return opened, opened.facts
 
 
-def _export_adapter(options: ExportOptions) -> None:
+def _export_adapter(options: ExportOptions) -> Done:
     from mlx_finetune.export.adapter_folder import FORMATS, export_adapter
 
     trained, facts = _open(options)
     checkpoint = trained.checkpoint
     (to,) = (name for name in FORMATS if name == options.to)
     say(f"writing the adapter of {checkpoint} for {to} into {options.out}, and comparing it with the engine that trained it")
-    exported, opened = export_adapter(trained.into, checkpoint, options.out, to, trained.template, facts)
-    for remark in exported.remarks:
+    made, opened = export_adapter(trained.into, checkpoint, options.out, to, trained.template, facts)
+    for remark in made.remarks:
         say(remark)
     if not facts.on_hub:
         say(f"it names its base {facts.base}, a folder of this machine; --base org/name names one on the Hub")
 
     def show() -> None:
-        print(f"{exported.modules} modules, {exported.bytes / 1e6:.1f} MB, for {' and '.join(exported.formats)}")
+        print(f"{made.modules} modules, {made.bytes / 1e6:.1f} MB, for {' and '.join(made.formats)}")
         for name, reading in opened.readers.items():
             difference = f"{reading.largest_difference:.1e}, allowed {reading.tolerance:.1e}"
             print(f"opened by {name}: largest logit difference from the {opened.engine} engine {difference}")
         for name in opened.not_asked:
             print(f"not opened by {name}, which is not installed")
 
-    result = {"exported": asdict(exported), "verified": asdict(opened), "out": str(options.out)}
-    finish(result, options.as_json, show, options.out, f"mlx-finetune push {options.out} owner/name")
+    result = {"exported": asdict(made), "verified": asdict(opened), "out": str(options.out)}
+    return Done(result, show, options.out, f"mlx-finetune push {options.out} owner/name")
 
 
-def _export_gguf_adapter(options: ExportOptions) -> None:
+def _export_gguf_adapter(options: ExportOptions) -> Done:
     from mlx_finetune.export.card import write_card
     from mlx_finetune.export.gguf_adapter import write_gguf_adapter
     from mlx_finetune.export.report import RAN
@@ -140,11 +140,11 @@ def _export_gguf_adapter(options: ExportOptions) -> None:
         write_card(folder, facts, {"verified": {}, "versions": versions(RAN)}, "gguf adapter")
     say("what llama.cpp makes of it was not compared with the engine that trained it")
     following = f"llama-server -m BASE.gguf --lora {options.out / name}"
-    finish({"file": str(options.out / name), "out": str(options.out)}, options.as_json, lambda: None, options.out, following)
+    return Done({"file": str(options.out / name), "out": str(options.out)}, lambda: None, options.out, following)
 
 
-def _export_model(options: ExportOptions) -> None:
-    """A run is fused and verified into a folder beside the new one, which goes when the GGUF is written."""
+def _export_model(options: ExportOptions, made: Path | None = None) -> Done:
+    """A run is fused and verified into a folder beside the new one, which goes when the GGUF is written; not where it is `made`."""
     write = {"gguf": _write_gguf, "ollama": _write_ollama}[options.to]
     is_run = (options.run / "config.yaml").is_file()
     if not is_run:
@@ -162,7 +162,7 @@ def _export_model(options: ExportOptions) -> None:
         atomic_folder(options.out) as folder,
         tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{options.out.name}.") as beside,
     ):
-        fused, report, facts = Path(beside) / "fused" if is_run else options.run, None, None
+        fused, report, facts = made or (Path(beside) / "fused" if is_run else options.run), None, None
         if is_run:
             report, facts = _fuse(options, fused)
         with progress(options.to) as advance:
@@ -176,7 +176,7 @@ def _export_model(options: ExportOptions) -> None:
         else f"llama-server -m {options.out / file.name}"
     )
     result = {"file": str(options.out / file.name), "bytes": size, "verified": report, "out": str(options.out)}
-    finish(result, options.as_json, lambda: print(f"{file.name}, {size / 1e6:.1f} MB"), options.out, following)
+    return Done(result, lambda: print(f"{file.name}, {size / 1e6:.1f} MB"), options.out, following)
 
 
 def _fuse(options: ExportOptions, fused: Path) -> tuple[dict[str, Any], Facts]:
@@ -188,9 +188,10 @@ def _fuse(options: ExportOptions, fused: Path) -> tuple[dict[str, Any], Facts]:
     read_config(opened.into)  # refuses what llama.cpp does not have, before anything is fused
     if options.to == "ollama":
         translated(opened.into, opened.template)  # and a template that cannot be translated
-    _, verified = fuse_opened(opened, fused, options.quantised_base)
-    if verified.not_run:
-        say(verified.not_run)
+    if not fused.exists():
+        _, verified = fuse_opened(opened, fused, options.quantised_base)
+        if verified.not_run:
+            say(verified.not_run)
     return read_json(fused / FILE), facts
 
 
@@ -258,7 +259,7 @@ def _announce(options: PushOptions, files: dict[str, int], left_out: list[str]) 
     if left_out:
         say(f"left out: {', '.join(left_out)}")
     if not options.as_json:
-        table("files", [(name, f"{size:,}") for name, size in files.items()], ("name", "bytes"))
+        table("files", [(printable(name), f"{size:,}") for name, size in files.items()], ("name", "bytes"))
 
 
 def _ask(options: PushOptions) -> None:

@@ -1,39 +1,61 @@
 """Files that appear whole or not at all."""
 
 import ctypes
+import errno
+import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from mlx_finetune.errors import UserError
+from mlx_finetune.reading import read_whole
 
 DAMAGED = "bring the file back, or make its folder again"
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[str]]:
-    """A UTF-8 text file that takes its name only when it is whole; on an error the old file stays.
+    """A UTF-8 text file that takes its name only when it is whole and on the disk; on an error the old file stays.
 
     Raises:
         UserError: nothing can be written there.
+        OSError: there is no room for it; it names the file.
     """
+    with _atomic(path, "w", encoding="utf-8", newline="\n") as file:
+        yield file
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same for bytes; see `atomic_file`."""
+    with _atomic(path, "wb") as file:
+        file.write(content)
+
+
+@contextmanager
+def _atomic(path: Path, mode: str, **how: Any) -> Iterator[IO[Any]]:
     with _place_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+        with os.fdopen(handle, mode, **how) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _to_disk(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None:  # a write names no file
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -55,13 +77,29 @@ def atomic_folder(path: Path, replace_old: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
+        sync_folder(temporary)
         if replace_old:
             _swap(temporary, path)
         else:
             refuse_existing(path)
             temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What a killed process left of writing `path`: hidden files and folders beside it, of the names that are given here."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")
+    return sorted(found for found in path.parent.glob(".*") if name.fullmatch(found.name))
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -83,13 +121,35 @@ def clone_file(source: Path, target: Path) -> bool:
 def _clone(source: Path, target: Path) -> bool:
     """clonefile(2); false where the file system cannot, or where source and target lie on two of them."""
     libc: Any = ctypes.CDLL(None)
-    return libc.clonefile(os.fsencode(source.resolve()), os.fsencode(target), 0) == 0
+    status: int = libc.clonefile(os.fsencode(source.resolve()), os.fsencode(target), 0)
+    return status == 0
 
 
 def sync(path: Path) -> None:
     """Waits until the file stands on the disk."""
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        _to_disk(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Waits until the names in the folder stand on the disk; some file systems do not know how, and keep order by themselves."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _to_disk(handle: int) -> None:
+    """fsync(2); on macOS through the drive's own cache, where the file system can."""
+    if full := getattr(fcntl, "F_FULLFSYNC", None):
+        with suppress(OSError):
+            fcntl.fcntl(handle, full)
+            return
+    os.fsync(handle)
 
 
 def _swap(new: Path, old: Path) -> None:
@@ -120,20 +180,6 @@ def _umask() -> int:
     return mask
 
 
-def new_folder(path: Path) -> None:
-    """Makes the folder and is the only one who did: of two programs that try, one gets it.
-
-    Raises:
-        UserError: something of that name exists, or the place cannot be written to.
-    """
-    try:
-        path.mkdir(parents=True)
-    except FileExistsError as error:
-        raise UserError(f"{path} exists already", hint="choose another --out, or move the old one away") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}", hint="choose another --out") from error
-
-
 def refuse_existing(path: Path, hint: str = "") -> None:
     """Raises UserError where something of that name stands already."""
     if path.exists() or path.is_symlink():
@@ -148,12 +194,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError with the place where the file is missing or is not JSON."""
+    """Raises UserError with the place where the file is missing, no ordinary file, or not JSON."""
+    text = read_whole(path, DAMAGED, missing="no such file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file", hint=DAMAGED) from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}", hint=DAMAGED) from error
+        return json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}", hint=DAMAGED) from error

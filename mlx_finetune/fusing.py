@@ -15,7 +15,7 @@ from mlx_finetune.export.verify import PROBE_TEXTS, Verified, fuse_and_verify
 from mlx_finetune.files import read_json, refuse_existing
 from mlx_finetune.models.hub import HUB_ID, check_model_folder, model_folder
 from mlx_finetune.originals import is_quantised, original_of, was_awq
-from mlx_finetune.terminal import finish, progress, say
+from mlx_finetune.terminal import Done, progress, say
 from mlx_finetune.training.checkpoint import trained_template
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -55,6 +55,11 @@ class Opened:
 
 def fuse_command(options: FuseOptions) -> None:
     """`mlx-finetune fuse`."""
+    fused_model(options).finish(options.as_json)
+
+
+def fused_model(options: FuseOptions) -> Done:
+    """Makes the folder `options.out`."""
     refuse_existing(options.out)
     opened = _open(options)
     say(f"adding {opened.checkpoint} to the weights of {opened.into}, into {options.out}")
@@ -73,7 +78,7 @@ def fuse_command(options: FuseOptions) -> None:
             print(f"largest logit difference {apart['largest']:.2f}{advice}")
 
     result = {"fused": asdict(fused), "verified": asdict(verified), "out": str(options.out)}
-    finish(result, options.as_json, show, options.out, "use the folder like any Hugging Face model")
+    return Done(result, show, options.out, "use the folder like any Hugging Face model")
 
 
 def fuse_opened(opened: Opened, out: Path, quantised_base: bool, by_weights: bool = False) -> tuple[Fused, Verified]:

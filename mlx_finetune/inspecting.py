@@ -1,10 +1,9 @@
 """The verb `inspect`: what the engine is fed, token by token, in the terminal or on a page, with statistics."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from mlx_finetune.files import refuse_existing
 from mlx_finetune.inspect_page import write_page
 from mlx_finetune.inspect_terminal import show_examples, show_statistics
 from mlx_finetune.models.hub import model_folder
+from mlx_finetune.nearest import did_you_mean, nearest
 from mlx_finetune.terminal import finish, one_line, progress, say
 
 SHOWN, ON_PAGE = 5, 200  # examples, unless --limit says how many
@@ -49,7 +49,9 @@ class InspectOptions:
 def inspect_command(options: InspectOptions) -> None:
     """`mlx-finetune inspect`."""
     if options.split not in SPLITS:
-        raise UserError(f"--split {options.split}: no such split", hint=f"one of {', '.join(SPLITS)}")
+        raise UserError(
+            f"--split {options.split}: no such split", hint=did_you_mean(options.split, SPLITS, f"one of {', '.join(SPLITS)}")
+        )
     if options.html:
         refuse_existing(options.html, hint="choose another --html, or move the old one away")
     dataset = Dataset.open(options.dataset)
@@ -120,8 +122,8 @@ def choose(examples: Overview, options: InspectOptions) -> list[int]:
 
 def _refuse_none(fitting: Sequence[int], name: str, value: str, known: Sequence[str], where: str) -> None:
     if not fitting:
-        near = get_close_matches(value, known, n=1, cutoff=0.5)
-        few = f"the nearest is {near[0]}" if near else f"there are {', '.join(known[:5])}{', …' if len(known) > 5 else ''}"
+        near = nearest(value, known, cutoff=0.5)
+        few = f"the nearest is {near}" if near else f"there are {', '.join(known[:5])}{', …' if len(known) > 5 else ''}"
         elsewhere = "another --split may have it" if value not in known else "leave --example out"
         raise UserError(f"--{name} {value}: none in {where}", hint=f"{few}; {elsewhere}")
 
@@ -133,8 +135,9 @@ def _read(
     store = {"train": dataset.train, "valid": dataset.valid, "test": dataset.test}[options.split]
     where = f"{options.split} in {dataset.folder}"
     say(one_line(f"{len(chosen):,} of {len(examples):,} examples of {where}, as {dataset.info['model']} reads them"))
+    advance: Callable[..., None]
     with progress("decode") if options.html else nullcontext(lambda done, total: None) as advance:
-        shown = []
+        shown: list[ShownExample] = []
         for i in chosen:
             example = store[i]
             shown.append(ShownExample(i, example, examples.part(i), tuple(runs_of(example, template))))

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mlx_finetune.report.figures import check_matplotlib
 from mlx_finetune.report.files_of_run import METRICS, read_losses
 from mlx_finetune.report.of_run import OfRun, of_run
 from mlx_finetune.report.page import page
-from mlx_finetune.terminal import finish, say
+from mlx_finetune.terminal import Done, finish, say
 
 PAGE = "report.html"
 EXAMPLES = 3  # token by token
@@ -39,6 +40,11 @@ class ReportOptions:
 
 def report_command(options: ReportOptions) -> None:
     """`mlx-finetune report`: the run's own page is made anew; any other file is refused where it exists."""
+    reported(options).finish(options.as_json)
+
+
+def reported(options: ReportOptions) -> Done:
+    """Writes the page."""
     check_matplotlib()
     out = options.out or options.run / PAGE
     if options.out and out.resolve() != (options.run / PAGE).resolve():
@@ -47,7 +53,7 @@ def report_command(options: ReportOptions) -> None:
     found = write_report(options.run, out)
     result = {"page": str(out), "steps": found.done, "finished": found.finished, "evaluated": found.evaluation is not None}
     following = f"mlx-finetune {'serve' if found.evaluation else 'evaluate'} {found.typed}"
-    finish(result, options.as_json, lambda: None, out, following)
+    return Done(result, lambda: None, out, following)
 
 
 def write_report(run: Path, out: Path) -> OfRun:
@@ -90,9 +96,14 @@ def plot_command(run: Path, as_json: bool) -> None:
     picture = draw_loss(run)
     if picture is None:
         say("loss.png was not drawn: pip install matplotlib")
-    last: dict[str, Any] = {"step": train[-1]["step"] if train else 0, "loss": train[-1]["loss"] if train else None}
-    result = {"picture": str(picture) if picture else None, **last, "held_out_loss": valid[-1]["loss"] if valid else None}
+    losses = {"loss": _last_loss(train), "held_out_loss": _last_loss(valid)}
+    result = {"picture": str(picture) if picture else None, "step": train[-1]["step"] if train else 0, **losses}
     finish(result, as_json, lambda: _show_plot(train, valid), picture, "")
+
+
+def _last_loss(rows: Sequence[dict[str, Any]]) -> float | None:
+    """None where there is none, or it is not finite, which JSON knows nothing of."""
+    return float(rows[-1]["loss"]) if rows and np.isfinite(rows[-1]["loss"]) else None
 
 
 def _show_plot(train: list[dict[str, Any]], valid: list[dict[str, Any]]) -> None:

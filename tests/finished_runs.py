@@ -1,5 +1,7 @@
 """Runs of a few steps on tiny models, for what is handed back of them."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,14 @@ def make_run(root: Path, engine: str, out: str = "run", **values: Any) -> Path:
     plan = plan_run(make_config(told | values, "test"))
     execute(plan, lambda done, steps, note: None)
     return plan.run
+
+
+def as_of_old(checkpoint: Path, change: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> Path:
+    """The checkpoint as versions without a manifest wrote it, `progress.json` changed."""
+    (checkpoint / "manifest.json").unlink()
+    progress = json.loads((checkpoint / "progress.json").read_text())
+    (checkpoint / "progress.json").write_text(json.dumps(change({n: v for n, v in progress.items() if n != "format"})))
+    return checkpoint
 
 
 def runs_of_both(root: Path, context: int) -> dict[str, Path]:

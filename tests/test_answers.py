@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_engines import config, random_batch, spread
-from tiny_models import VOCABULARY, make_tiny
+from tiny_models import VOCABULARY, make_tiny, mostly_long
 
 from mlx_finetune.data.batches import Batch, Example
 from mlx_finetune.engines import Engine, answers, open_engine
@@ -21,7 +21,7 @@ LIMIT = 8
 SOME = (
     "cohere2 deepseek_v3 gemma2 gemma3_text gemma4_text gpt_oss granitemoehybrid lfm2 llama mamba2 mpt qwen3_moe qwen3_next".split()
 )
-MODELS = [*SOME, *(pytest.param(one, marks=pytest.mark.long) for one in sorted(PROVEN.keys() - set(SOME)))]
+MODELS = mostly_long(sorted(PROVEN), *SOME)
 
 
 def one_by_one(

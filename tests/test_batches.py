@@ -72,6 +72,16 @@ def test_a_batch_is_shifted_and_padded_on_the_right() -> None:
     assert batch.learned == 3.5
 
 
+def test_the_head_is_needed_where_any_row_learns_something() -> None:
+    batch = Batch.of([example([5, 6, 7, 8, 9], [0, 0, 0.5, 0, 1]), example([5, 6, 7, 8], [0, 0, 3, 0])])
+    assert batch.columns.tolist() == [1, 3] and batch.columns.dtype == np.int32
+
+
+def test_an_example_stands_alone_unless_it_is_said_otherwise() -> None:
+    one = example([5, 6], [0, 1])
+    assert (one.exact_turns, one.own_context, one.family) == (0, False, "")
+
+
 @pytest.mark.parametrize(("length", "width"), [(2, 32), (33, 32), (34, 64), (65, 64), (66, 96)])
 def test_the_width_is_the_next_multiple(length: int, width: int) -> None:
     batch = Batch.of([example([1] * length, [0.0] + [1.0] * (length - 1))])
@@ -80,7 +90,13 @@ def test_the_width_is_the_next_multiple(length: int, width: int) -> None:
 
 
 def test_an_example_or_batch_that_cannot_be_learned_from_is_our_mistake() -> None:
-    for tokens, weights in (([1, 2], [1, 1]), ([1, 2], [0, 0]), ([1, 2, 3], [0, 1])):
+    for tokens, weights in (
+        ([1, 2], [1, 1]),
+        ([1, 2], [0, 0]),
+        ([1, 2, 3], [0, 1]),
+        ([1, 2, 3], [0, -1, 2]),
+        ([1, 2], [0, np.inf]),
+    ):
         with pytest.raises(AssertionError):
             example(tokens, weights)
     with pytest.raises(AssertionError):

@@ -240,7 +240,7 @@ BARE = {"role": "tool", "content": "rain"}
 READ_NOT: dict[str, tuple[Any, str]] = {
     "messages is no list": ({"messages": 7}, "messages: a number is not a list"),
     "messages is text": ({"messages": "Hi"}, "messages: not JSON, or cut off: Expecting value, column 1"),
-    "a message is text": (chat(ASKED, "Hi"), "messages[1]: 'Hi' is not an object with role and content"),
+    "a message is text": (chat(ASKED, "Hi"), "messages[1]: text is not an object with role and content"),
     "no role": (chat({"content": "Hi"}), "messages[0].role: nothing is not one of system, user, assistant, tool"),
     "unknown role": (chat({"role": "narrator", "content": "Hi"}), "messages[0].role: 'narrator' is not one of"),
     "unknown from": ({"conversations": [{"from": "god", "value": "Hi"}]}, "conversations[0].from: 'god' is not one of"),
@@ -257,7 +257,7 @@ READ_NOT: dict[str, tuple[Any, str]] = {
     "tool_calls is text": (chat(assistant(tool_calls="x")), "messages[0].tool_calls: not JSON"),
     "a call is text": (
         chat(assistant(tool_calls=["x"])),
-        "messages[0].tool_calls[0]: 'x' is not an object with name and arguments",
+        "messages[0].tool_calls[0]: text is not an object with name and arguments",
     ),
     "a call without name": (
         chat(assistant(tool_calls=[{"function": {"arguments": "{}"}}])),
@@ -280,8 +280,8 @@ READ_NOT: dict[str, tuple[Any, str]] = {
         "conversations[0].value: not JSON, or cut off",
     ),
     "tools is text": (chat(ASKED, tools="weather"), "tools: not JSON"),
-    "a tool is text": (chat(ASKED, tools=["weather"]), "tools[0]: 'weather' is not an object"),
-    "a recorded tool is text": ({"input": chat(ASKED, tools=["x"])}, "input.tools[0]: 'x' is not an object"),
+    "a tool is text": (chat(ASKED, tools=["weather"]), "tools[0]: text is not an object"),
+    "a recorded tool is text": ({"input": chat(ASKED, tools=["x"])}, "input.tools[0]: text is not an object"),
     "a recorded message without role": (
         {"input": chat(ASKED), "output": {"choices": [{"message": {"content": "Hi"}}]}},
         "output.choices[0].message.role: nothing is not one of",

@@ -13,8 +13,9 @@ from chats import NO_POLICY, template_of
 
 from mlx_finetune.data import refining
 from mlx_finetune.data.clean import reason_in_name, reason_in_shape
-from mlx_finetune.data.collect import Sources, collect
+from mlx_finetune.data.collect import collect
 from mlx_finetune.data.conversation import Conversation, Message, Role, ToolCall, read_conversations
+from mlx_finetune.data.found import Sources
 from mlx_finetune.data.redact import Rules
 from mlx_finetune.data.refine import Settings
 from mlx_finetune.data.rendered import write_rendered

@@ -10,7 +10,8 @@ import pytest
 
 from mlx_finetune.cli import main
 from mlx_finetune.collected import show_collection, show_examples
-from mlx_finetune.data.collect import Sources, collect
+from mlx_finetune.data.collect import collect
+from mlx_finetune.data.found import Sources
 from mlx_finetune.data.refine import Settings
 from mlx_finetune.data.select import Selection
 from mlx_finetune.data.sources.openassistant import Options

@@ -29,7 +29,7 @@ from mlx_finetune.models.gguf import find_smollm2
 from mlx_finetune.models.mlx_config import max_exact_length
 from mlx_finetune.models.origin import original_folder, read_origin
 from mlx_finetune.models.quantisation import Quantisation
-from mlx_finetune.training.run import check_mlx
+from mlx_finetune.training.checks import check_mlx
 
 # zephyr-7b-beta's own keys, but for its sizes
 ZEPHYR = {

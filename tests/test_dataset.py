@@ -342,7 +342,7 @@ def other_version(folder: Path) -> None:
 
 
 def no_sizes(folder: Path) -> None:
-    (folder / "dataset.json").write_text('{"version": 5, "id": "a"}', encoding="utf-8")
+    (folder / "dataset.json").write_text('{"version": 6, "id": "a"}', encoding="utf-8")
 
 
 def garbled(folder: Path) -> None:
@@ -350,18 +350,33 @@ def garbled(folder: Path) -> None:
     path.write_bytes(b"x" * path.stat().st_size)
 
 
+def one_bit(folder: Path) -> None:
+    path = folder / "train.arrow"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def swapped(folder: Path) -> None:
+    """As long as the right one."""
+    size = (folder / "valid.arrow").stat().st_size
+    (folder / "valid.arrow").write_bytes((folder / "train.arrow").read_bytes().ljust(size, b"\0")[:size])
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         (cut_off, "train.arrow: missing or not whole"),
         (lambda folder: (folder / "valid.arrow").unlink(), "valid.arrow: missing or not whole"),
-        (garbled, "train.arrow: not an Arrow file"),
-        (other_version, "version 1, not 5"),
+        (garbled, "train.arrow: not what prepare wrote"),
+        (swapped, "valid.arrow: not what prepare wrote"),
+        (one_bit, "train.arrow: not what prepare wrote"),
+        (other_version, "version 1, not 6"),
         (no_sizes, "not whole"),
-        (lambda folder: (folder / "dataset.json").write_text("[]"), "version None, not 5"),
-        (lambda folder: (folder / "dataset.json").write_text("5"), "version None, not 5"),
-        (lambda folder: (folder / "dataset.json").write_text('{"version": 5, "id": "a", "bytes": [1]}'), "not whole"),
-        (lambda folder: (folder / "dataset.json").write_text('{"version": 5, "bytes": {}}'), "not whole"),
+        (lambda folder: (folder / "dataset.json").write_text("[]"), "version None, not 6"),
+        (lambda folder: (folder / "dataset.json").write_text("5"), "version None, not 6"),
+        (lambda folder: (folder / "dataset.json").write_text('{"version": 6, "id": "a", "bytes": [1]}'), "not whole"),
+        (lambda folder: (folder / "dataset.json").write_text('{"version": 6, "bytes": {}}'), "not whole"),
         (lambda folder: (folder / "dataset.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "dataset.json").unlink(), "not a prepared data set"),
     ],

@@ -9,10 +9,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 from conftest import Answer
+from killed_runs import finish, log, make_data, measures, same, settings, start, steps_done, writes
 from tiny_models import make_tiny
 
 from mlx_finetune.cli import ended_by_sigterm
@@ -22,6 +24,8 @@ from mlx_finetune.export.convert import How, convert
 from mlx_finetune.models.importing import find_source
 from mlx_finetune.models.quiet import REMARKS, quietly
 from mlx_finetune.models.weights import file_headers
+from mlx_finetune.training.checkpoint import load_checkpoint
+from mlx_finetune.training.checkpoints import last_whole
 from mlx_finetune.training.interrupt import interruptible
 
 WAIT = 60  # seconds that a slow machine may need before convert begins to write
@@ -128,3 +132,75 @@ def test_an_absent_file_of_tensors_is_named_with_what_to_do(beside: str, hint: s
     with pytest.raises(UserError, match=r"adapter_model\.safetensors: no such file") as refused:
         file_headers(tmp_path / "adapter_model.safetensors")
     assert hint in refused.value.hint
+
+
+def ask(process: BaseProcess, run: Path, is_now: Callable[[Path], bool]) -> None:
+    """Ctrl-C at the moment."""
+    until = time.monotonic() + WAIT
+    while process.is_alive() and not is_now(run) and time.monotonic() < until:
+        time.sleep(0.001)
+    assert process.is_alive() and process.pid
+    os.kill(process.pid, signal.SIGINT)
+
+
+ONCE: dict[str, Callable[[Path], bool]] = {"step": lambda run: steps_done(run) > 0, "held-out loss": measures, "saving": writes}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("moment", ONCE)
+def test_ctrl_c_saves_after_the_step_and_says_how_to_go_on_and_the_end_is_the_same(
+    engine_name: str, moment: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    values, run = settings(tiny_llama, make_data(tiny_llama, tmp_path), engine_name, steps=12), tmp_path / "run"
+    ask(process := start(run, values), run, ONCE[moment])
+    process.join(WAIT)
+    said = log(run).read_text()
+    assert process.exitcode == 130 and "Traceback" not in said
+    saved = (run / "latest").resolve().name.removeprefix("step-")
+    assert f"interrupted: step {int(saved)} of 12 is saved\nnext: mlx-finetune train --resume --out {run}" in said
+    finish(run, values)
+    finish(tmp_path / "straight", values)
+    assert same(run, tmp_path / "straight") == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("moment", ["loading", *ONCE])
+def test_a_second_ctrl_c_leaves_at_once_and_what_was_saved_is_whole(
+    engine_name: str, moment: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    values, run = settings(tiny_llama, make_data(tiny_llama, tmp_path), engine_name, steps=2000), tmp_path / "run"
+    process = start(run, values)
+    if moment == "loading":  # nothing to save: the first one leaves
+        ask(process, run, Path.is_dir)
+    else:
+        ask(process, run, ONCE[moment])
+        time.sleep(0.02)
+        if process.is_alive() and process.pid:
+            os.kill(process.pid, signal.SIGINT)
+    process.join(WAIT)
+    said = log(run).read_text()
+    assert process.exitcode == 130 and "Traceback" not in said and "interrupted" in said
+    assert moment != "loading" or not run.exists() or (run / "config.yaml").is_file()
+    found, damaged = last_whole(run)
+    assert not damaged and (found is None or load_checkpoint(found)) and not writes(run)
+
+
+DEAF = """
+import hashlib, os, signal, threading, time
+from mlx_finetune.training import interrupt
+interrupt.GRACE = 0.2
+def press():
+    for _ in range(2):
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=press, daemon=True).start()
+with interrupt.interruptible():
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
+"""
+
+
+def test_a_second_ctrl_c_is_heard_in_the_midst_of_code_that_does_not_listen() -> None:
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", DEAF], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 130 and time.monotonic() - began < 100
+    assert done.stderr.split() == "interrupted at once: what was saved before is whole, --resume goes on from it".split()

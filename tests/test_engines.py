@@ -40,7 +40,7 @@ def spread(engine: Engine, seed: int = 1, scale: float = 0.02) -> None:
     for name in sorted(state):
         if name.startswith("adapter/") and "lora_B" in name:
             state[name] = random.normal(0, scale, state[name].shape).astype(np.float32)
-    engine.load_state(state, step=0)
+    engine.load_state(state, updates=0)
 
 
 def test_the_loss_is_the_weighted_cross_entropy_of_transformers_logits(engine_name: str, tiny_llama: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_fresh_adapter_and_a_zero_adapter_are_the_base_model(engine_name: str,
     base = engine.loss_sum(batch)
     engine.step([batch], 1e-2, seed=0)
     assert engine.loss_sum(batch) < base
-    engine.load_state(engine.initial(), step=0)
+    engine.load_state(engine.initial(), updates=0)
     assert engine.loss_sum(batch) == base
 
 
@@ -215,8 +215,8 @@ def both_agree(model: Path, model_type: str) -> Engine:
         results[name] = engine.step([random_batch(1), random_batch(2)], 1e-3, seed=0)
         states[name] = engine.state()
     assert results["mlx"].loss == pytest.approx(results["torch"].loss, rel=1e-5)
-    # torch's own norm moves by as much where each weight of this one is moved by float32's rounding, 6e-8 of itself
-    close = 4e-4 if model_type == "qwen3_next" else 1e-4
+    # torch's own gradients move by 2.4e-4 and more where each weight of these is moved by float32's rounding, 6e-8 of itself
+    close = 4e-4 if model_type in ("qwen3_next", "qwen3_5_moe_text") else 1e-4
     assert results["mlx"].grad_norm == pytest.approx(results["torch"].grad_norm, rel=close)
     assert states["mlx"].keys() == states["torch"].keys()
     for name in states["mlx"]:

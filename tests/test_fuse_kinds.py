@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_models import make_tiny
+from tiny_models import make_tiny, mostly_long
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.fuse import fuse
@@ -123,9 +123,14 @@ def test_the_fused_model_is_the_tuned_one_and_nothing_else_changed(kind, model_t
     assert verified.largest_difference < 1e-4 * verified.largest_logit or dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
-def test_without_torch_every_kind_is_proven_in_mlx(dtype, tmp_path):
-    cases = [make_case(kind, tmp_path, dtype=dtype) for kind in KINDS]
+@pytest.mark.parametrize(
+    ("dtype", "kinds"),
+    mostly_long(
+        [("float32", tuple(KINDS)), ("bfloat16", tuple(KINDS))], ("float32", ("dora with rslora", "shared weight", "full"))
+    ),
+)
+def test_without_torch_every_kind_is_proven_in_mlx(dtype, kinds, tmp_path):
+    cases = [make_case(kind, tmp_path, dtype=dtype) for kind in kinds]
     program = (
         "import sys; sys.modules['torch'] = sys.modules['peft'] = None\n"  # as on a machine without them
         "from pathlib import Path; from mlx_finetune.export.verify import fuse_and_verify, verify\n"
@@ -138,10 +143,10 @@ def test_without_torch_every_kind_is_proven_in_mlx(dtype, tmp_path):
     arguments = [str(path) for case in cases for path in case]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["mlx", "True", "False"] * len(KINDS)
+    assert done.stdout.split() == ["mlx", "True", "False"] * len(kinds)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_long(KINDS, "dora", "full with a shared weight"))
 def test_a_forgotten_tensor_does_not_pass(kind, tmp_path):
     model, checkpoint = make_case(kind, tmp_path, dtype="bfloat16")
     fuse(model, checkpoint, tmp_path / "fused")

@@ -110,7 +110,7 @@ def small_gguf(
     tensor: str = "token_embd.weight",
     more: Mapping[str, int] | None = None,
 ) -> Path:
-    """Metadata of a Llama with one tensor and two tokens."""
+    """Metadata of a Llama with one tensor and three tokens."""
     from gguf import GGUFWriter
 
     writer = GGUFWriter(path, architecture)
@@ -122,8 +122,8 @@ def small_gguf(
     writer.add_feed_forward_length(8)
     writer.add_block_count(1)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_token_list(["a", "b"])
-    writer.add_token_types([1, 1])
+    writer.add_token_list(["a", "b", "ab"])
+    writer.add_token_types([1, 1, 1])
     writer.add_token_merges(["a b"])
     for key, value in (more or {}).items():
         writer.add_uint32(key, value)
@@ -142,7 +142,7 @@ def small_gguf(
         ({"pre": "tekken"}, r"tokenizer\.ggml\.pre is 'tekken'; only gpt-2, smollm"),
         ({"tensor": "rope_freqs.weight"}, r"rope_freqs\.weight"),
         ({"tensor": "blk.0.attn_k.weight"}, r"blk\.0\.attn_k\.weight \[2, 8\] does not divide into 2 heads"),
-        ({"more": {"tokenizer.ggml.eos_token_id": 7}}, r"eos_token_id is 7, of 2 tokens"),
+        ({"more": {"tokenizer.ggml.eos_token_id": 7}}, r"eos_token_id is 7, of 3 tokens"),
         ({"more": {"llama.expert_count": 4}}, r"llama\.expert_count is 4"),
         ({"more": {"tokenizer.ggml.add_bos_token": 1}}, r"add_bos_token without bos_token_id"),
     ],

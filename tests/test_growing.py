@@ -13,9 +13,10 @@ from tiny_models import CHATML
 from mlx_finetune.cli import main
 from mlx_finetune.config import make_config
 from mlx_finetune.data.clusters import place_in_test
-from mlx_finetune.data.collect import Sources, collect
+from mlx_finetune.data.collect import collect
 from mlx_finetune.data.conversation import read_conversations, write_conversations
 from mlx_finetune.data.dataset import SPLITS, Dataset
+from mlx_finetune.data.found import Sources
 from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.refine import Settings
 from mlx_finetune.data.template import ChatTemplate

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "mlx_finetune"
 FRAMEWORKS = ("mlx", "mlx_lm", "torch", "transformers", "peft", "datasets", "matplotlib", "starlette", "uvicorn")
 # From top to bottom: a file imports only from its own layer or one above it.
 LAYERS = (
-    ("errors", "allocator", "files", "config", "installed", "launched", "terminal", "sample"),
+    tuple("errors allocator files config installed launched terminal sample road nearest own_code reading".split()),
     ("data",),
     ("models",),
     ("engines",),
@@ -21,10 +21,13 @@ LAYERS = (
     ("evaluation",),
     ("serving",),
     tuple(
-        "demo commands evaluating gptme_evaluating collected collecting converting exporting "
-        "fusing originals prepared inspecting inspect_page inspect_terminal report reporting".split()
+        "demo init_command init_questions commands evaluating gptme_evaluating collected collecting converting exporting "
+        "fusing originals prepared inspecting inspect_page inspect_terminal report reporting running".split()
     ),
-    ("cli", "cli_collect", "cli_convert", "cli_evaluate", "cli_export", "cli_serve", "cli_report", "__main__"),
+    (
+        "__main__",
+        *"completion cli cli_collect cli_convert cli_evaluate cli_export cli_report cli_run cli_serve cli_start".split(),
+    ),
 )
 MODULES = sorted(path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py"))
 NEUTRAL = [name for name in MODULES if not name.startswith(("mlx_finetune.engines.mlx", "mlx_finetune.engines.torch"))]

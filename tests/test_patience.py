@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Answer
+from finished_runs import as_of_old
 from test_ranks import command, finished
 from test_ranks import start as launch
 from test_training import cut_after, prepared, settings, tensors
@@ -119,7 +120,7 @@ def test_a_run_that_stopped_early_says_why_and_how_to_go_on(
     assert status == 0 and told["step"] < told["steps"] == STEPS and not told["interrupted"]
     assert "measured once since its lowest" in told["stopped_early"]
     assert f"stopped early, at step {told['step']} of {STEPS}: {told['stopped_early']}" in err
-    assert f"train --resume --out {tmp_path / 'run'} --patience 2" in err
+    assert f"train --resume --out {tmp_path / 'run'} --set patience=2" in err
     status, out, err = cli("train", "--resume", "--out", tmp_path / "run")
     assert status == 0 and "stopped early, at step" in err and "0 tokens read" in out
 
@@ -178,9 +179,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_patience(tiny_llama: Path, dat
     later = ("patience", "sample_prompts", "sample_tokens", "report_to")
     lines = (tmp_path / "run" / "config.yaml").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "config.yaml").write_text("".join(line for line in lines if not line.startswith(later)))
-    for progress in (tmp_path / "run").glob("checkpoints/*/progress.json"):
-        row = json.loads(progress.read_text())
-        row["config"] = {name: value for name, value in row["config"].items() if name not in later}
-        progress.write_text(json.dumps(row))
+    for checkpoint in (tmp_path / "run").glob("checkpoints/*"):
+        as_of_old(checkpoint, lambda row: row | {"config": {n: value for n, value in row["config"].items() if n not in later}})
     shutil.copytree(tmp_path / "run", tmp_path / "copy", symlinks=True)
     assert plan_resume(tmp_path / "copy", {"patience": 3}).config.patience == 3

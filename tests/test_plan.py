@@ -270,7 +270,7 @@ def test_the_advice_for_16_gb_names_bits_window_reasons_and_commands(cli: Callab
         assert text in out
     for size in (8, 16, 24, 32, 64):
         assert f"{size} GB " in out
-    assert "1. mlx_lm.convert --hf-path" in out and "mlx-finetune train" in out
+    assert "1. mlx-finetune convert " in out and " --bits 4" in out and "mlx-finetune train" in out
     assert "next: " in err
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from finished_runs import as_of_old
 from peft_oracle import loss_sum
 from safetensors.numpy import load_file, save_file
 from test_engines import config, random_batch
@@ -15,8 +16,10 @@ from test_training import cut_after, losses, prepared, run, settings, tensors
 from mlx_finetune.config import make_config
 from mlx_finetune.engines import open_engine
 from mlx_finetune.errors import UserError
+from mlx_finetune.training.checks import layers_of
 from mlx_finetune.training.progress import Standing
-from mlx_finetune.training.run import execute, layers_of, moved, plan_resume, plan_run
+from mlx_finetune.training.remarks import moved
+from mlx_finetune.training.run import execute, plan_resume, plan_run
 
 # In the middle of a run: micro-batches accumulated, the rate on its way down.
 KINDS: dict[str, dict[str, Any]] = {
@@ -87,10 +90,9 @@ def test_the_message_names_dropout_and_precision_where_they_change(tiny_llama: P
 def test_the_message_names_another_device_and_what_weights_are_read_in(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     whole = run(settings(tiny_llama, data, tmp_path / "whole", "torch", dtype="auto"))
     assert moved(plan_resume(whole, {})) is None
-    progress = whole / "latest" / "progress.json"
-    told = json.loads(progress.read_text())
+    told = json.loads((whole / "latest" / "progress.json").read_text())
     assert told["device"] == open_engine(config("torch"), tiny_llama).device
-    progress.write_text(json.dumps(told | {"device": "elsewhere"}))
+    as_of_old(whole / "latest", lambda row: row | {"device": "elsewhere"})
     assert f"device elsewhere -> {told['device']} (weights in " in (moved(plan_resume(whole, {})) or "")
 
 

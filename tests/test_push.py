@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import make_tiny
@@ -53,6 +54,31 @@ def test_only_what_a_model_consists_of_is_uploaded(folder):
     assert upload.files["config.json"] == (folder / "config.json").stat().st_size
 
 
+def test_nothing_that_a_link_leads_to_and_nothing_hidden_is_uploaded(folder, tmp_path):
+    """Of folders too: a file of this person's under the name of one that goes."""
+    secret = tmp_path / "home"
+    (secret / ".ssh").mkdir(parents=True)
+    for name in ("id_rsa", "LICENSE", "tools.jinja", "config.json", "model.safetensors"):
+        (secret / ".ssh" / name).write_text("private")
+    (folder / "LICENSE").symlink_to(secret / ".ssh" / "id_rsa")
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").symlink_to(os.path.relpath(secret / ".ssh" / "config.json", folder))
+    (folder / "additional_chat_templates").symlink_to(secret / ".ssh", target_is_directory=True)
+    (folder / ".git").mkdir()
+    for name in (".git/config", ".git/LICENSE", ".netrc", ".cache.json", "..jinja"):
+        (folder / name).write_text("private")
+    files = choose_files(folder).files
+    assert {"LICENSE", "generation_config.json"}.isdisjoint(files) and all("/" not in name and name[0] != "." for name in files)
+    assert not any((folder / name).read_bytes() == b"private" for name in files) and "model.safetensors" in files
+
+
+def test_what_goes_where_and_how_large_it_is_is_shown_before_it_is_asked_for(hub, folder):
+    done = run_push(hub, folder, "kim/tuned", "--dry-run", "--public")
+    assert "https://huggingface.co/kim/tuned, PUBLIC: " in done.stderr and not hub.asked
+    for name, size in choose_files(folder).files.items():
+        assert name in done.stdout and f"{size:,}" in done.stdout
+
+
 @pytest.mark.parametrize(("name", "message"), [("config.yaml", "a run"), ("progress.json", "a run, or a checkpoint")])
 def test_a_run_and_its_checkpoints_are_not_pushed(name, message, folder):
     (folder / name).write_text("{}")
@@ -90,6 +116,26 @@ def spoil_vocabulary(folder: Path) -> None:
     (folder / "added_tokens.json").write_text(json.dumps({f"{HOME}/secret": 5}))
 
 
+def spoil_metadata(folder: Path) -> None:
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"note": f"token {KEY}"})
+
+
+def spoil_gguf(folder: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_description(f"made with {KEY}")
+    writer.add_array("tokenizer.ggml.tokens", [f"x{KEY}", "b"])  # half of a vocabulary looks like a secret
+    writer.add_tensor("a", np.zeros(4, np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+
+
+def spoil_template(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}\n{# " + KEY + " #}")
+
+
 def spoil_weights(folder: Path) -> None:
     save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"made in": f"{HOME}/run"})
 
@@ -102,6 +148,9 @@ def spoil_weights(folder: Path) -> None:
         (spoil_with_a_place, "config.json", 1, "re:^/"),
         (spoil_vocabulary, "added_tokens.json", 0, str(HOME)),
         (spoil_weights, "model.safetensors", 0, str(HOME)),
+        (spoil_metadata, "model.safetensors", 0, KEY),
+        (spoil_gguf, "model.gguf", 0, KEY),
+        (spoil_template, "additional_chat_templates/tools.jinja", 2, KEY),
     ],
 )
 def test_what_says_who_one_is_is_found_by_file_and_line_unless_it_is_allowed(spoil, file, line, allow, folder):
@@ -263,3 +312,13 @@ def test_a_repository_that_has_become_public_meanwhile_gets_nothing(folder):
 
     with pytest.raises(UserError, match="public"):
         push(Client(), folder, "kim/tuned", ["config.json"], public=False)
+
+
+def test_a_files_name_does_not_steer_the_terminal(folder, cli):
+    (folder / "\x1b]0;owned\x07\x1b[2J.jinja").write_text(f"{{# {KEY} #}}")
+    (folder / "\x1b[2Jnotes").write_text("")
+    status, out, err = cli("push", folder, "kim/tuned", "--dry-run")
+    assert status == 2 and "owned" in err and "\x1b" not in out + err
+    (folder / "\x1b]0;owned\x07\x1b[2J.jinja").write_text("{{ messages }}")
+    status, out, err = cli("push", folder, "kim/tuned", "--dry-run")
+    assert status == 0 and "owned" in out and "notes" in err and "\x1b" not in out + err

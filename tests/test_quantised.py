@@ -113,7 +113,8 @@ def test_a_run_with_moments_in_8_bits_and_a_quantised_base_goes_on_with_mlx_in_f
 ) -> None:
     from test_training import cut_after, losses, prepared, run, settings
 
-    from mlx_finetune.training.run import execute, moved, plan_resume
+    from mlx_finetune.training.remarks import moved
+    from mlx_finetune.training.run import execute, plan_resume
 
     values = settings(tiny_llama, prepared(tiny_llama, tmp_path, "ls"), tmp_path / "whole", "torch", rank=64)
     whole = run(values | {"optimizer": "adamw_8bit", "quantization": "8bit"})

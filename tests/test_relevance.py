@@ -104,9 +104,9 @@ def test_code_between_two_fences_is_not_in_a_fence() -> None:
 @pytest.mark.parametrize("unit", ["a", " ", "`", "(", "x;", "```\n", "a b\n", "a.", "<a ", "select ", "write a short ", "if ("])
 def test_no_text_takes_long(unit: str) -> None:
     text = "```\n" + unit * (1_000_000 // len(unit))
-    began = time.perf_counter()
+    began = time.process_time()
     asks(text, text)
-    assert time.perf_counter() - began < 5  # measured: 0.4 s at most
+    assert time.process_time() - began < 5  # measured: 0.4 s at most
 
 
 def test_an_empty_conversation_is_not_relevant() -> None:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from test_training import prepared
@@ -17,7 +16,6 @@ from mlx_finetune.engines.torch.device import _built_for, choose_device, without
 from mlx_finetune.errors import UserError
 from mlx_finetune.planning import before_run
 from mlx_finetune.training.remarks import experts_left_alone, folds_nothing, untrained_tokens
-from mlx_finetune.training.schedule import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +61,6 @@ def test_training_all_weights_is_refused_where_they_do_not_fit(
     with pytest.raises(UserError, match=r"fine_tune_type = full needs .* may be used") as error:
         before_run.check_memory(tiny_llama, config(fine_tune_type="full"), data.train, 0.3)
     assert "lora" in error.value.hint
-
-
-def test_rates_rise_and_fall_as_their_schedule_says() -> None:
-    def rates(**values: Any) -> list[float]:
-        settings = config(learning_rate=1.0, warmup_ratio=0.1, **values)
-        return [learning_rate(step, 100, settings) for step in range(100)]
-
-    assert rates(lr_schedule="constant")[10:] == [1.0] * 90
-    linear = rates(lr_schedule="linear")
-    assert linear[10] == 1.0 and linear[55] == pytest.approx(0.5) and linear[99] == pytest.approx(1 / 90)
-    wsd = rates(lr_schedule="wsd", decay_ratio=0.2)
-    assert wsd[10:81] == [1.0] * 71 and wsd[90] == pytest.approx(0.5) and wsd[99] == pytest.approx(0.05)
-    assert np.all(np.diff(wsd[80:]) < 0) and rates(lr_schedule="wsd", decay_ratio=0.0)[10:] == [1.0] * 90
 
 
 def test_without_cuda_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from reported_runs import (
 )
 
 from mlx_finetune.evaluation.terminal_plot import plot_rows
-from mlx_finetune.report.curves import LEAST, all_curves, spikes, thinned
+from mlx_finetune.report.curves import all_curves, thinned
 from mlx_finetune.report.differences import WORDS, compared
 from mlx_finetune.report.figures import figure
 from mlx_finetune.report.files_of_run import Rate, Row
@@ -254,15 +254,6 @@ def test_what_was_not_measured_has_no_figure(run: Path, cli: Cli) -> None:
     assert ('id="figure-memory"' in page) == any("memory" in row for row in rows)
     write_metrics(run, [{"step": 1, "split": "train", "loss": 2.0, "tokens": 5}])
     assert re.findall(r'id="figure-(\w+)"', report(cli, run)) == ["loss"]
-
-
-def test_a_spike_is_told_from_noise() -> None:
-    train = [row for row in long_metrics(300, (40, 143, 200)) if row["split"] == "train"]
-    assert spikes(train) == [40, 143, 200] and spikes(train[:LEAST]) == []
-    random = np.random.default_rng(1)
-    noise = [{"step": i, "loss": 2 + 0.3 * random.normal(), "tokens": 100} for i in range(1, 2001)]
-    assert len(spikes(noise)) <= 2
-    assert spikes([{"step": i, "loss": 2.0, "tokens": 100} for i in range(1, 100)]) == []
 
 
 def test_a_long_curve_is_thinned_without_losing_its_highest_and_lowest() -> None:

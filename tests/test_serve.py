@@ -21,9 +21,9 @@ from finished_runs import runs_of_both
 from serving_client import CHAT, asked, connected, events, send, streamed_text, text_of
 
 from mlx_finetune.data.conversation import Message
+from mlx_finetune.serving.admission import is_local
 from mlx_finetune.serving.answer import Question
 from mlx_finetune.serving.command import announce, warn
-from mlx_finetune.serving.http import is_local
 from mlx_finetune.serving.listening import in_background
 from mlx_finetune.serving.opened import BASE, TUNED, Opened, find_source
 from mlx_finetune.serving.sampling import Sampling
@@ -418,8 +418,10 @@ def test_what_cannot_be_served_is_one_line(
         (("serve", run, "--checkpoint", "step-9"), "no checkpoint 'step-9'"),
         (("serve", run.parent / "base", "--checkpoint", "best"), "not a run"),
         (("serve", run, "--name", "qwen3.5-mine"), "folds system messages"),
-        (("serve", run, "--host", "nowhere.invalid"), "--host nowhere.invalid"),
-        (("serve", run, "--host", "a" * 70), "--host aaa"),
+        (("serve", run, "--host", "nowhere.invalid", "--no-key"), "--host nowhere.invalid: "),
+        (("serve", run, "--host", "a" * 70, "--no-key"), "--host aaa"),
+        (("serve", run, "--host", "0.0.0.0"), "no key is asked for"),
+        (("serve", run, "--no-key", "--api-key", "a"), "there is a key"),
         (("serve", run, "--port", "70000"), "--port"),
         (("chat", run, "--temperature", "3"), "--temperature"),
     ):
@@ -457,4 +459,4 @@ def test_another_host_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     assert not any(map(is_local, ("0.0.0.0", "::", "192.168.1.2", "localhost.evil.example", "")))
     warn("0.0.0.0", False)
     said = capsys.readouterr().err
-    assert "other machines reach this server" in said and "no key is asked for" in said and "MLX_FINETUNE_API_KEY" in said
+    assert "other machines reach this server" in said and "no key is asked for" in said and "whoever reaches it" in said

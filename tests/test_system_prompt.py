@@ -218,11 +218,11 @@ def test_damage_anywhere_never_raises_and_damage_in_the_known_part_is_noticed(pr
 )
 def test_the_time_grows_with_the_text_and_not_faster(prompts: dict[str, tuple[Message, ...]], part: str) -> None:
     many = part * (2_000_000 // len(part))
-    before = time.perf_counter()
+    before = time.process_time()
     short(changed(prompts[SEAL], 0, "\n\n## Selected files\n", f"{many}\n\n## Selected files\n"))
     short(changed(prompts[SEAL], 0, "\n\n## append\n", f"{many}\n\n## append\n"))
     short(system("You are x" + many))
-    assert time.perf_counter() - before < 5, "about 0.1 s; a quadratic search takes minutes"
+    assert time.process_time() - before < 5, "about 0.1 s; a quadratic search takes minutes"
 
 
 # Writes the pairs to standard output: what 0.35.1's own `get_prompt` and merging give for full and for short.

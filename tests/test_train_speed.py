@@ -15,9 +15,10 @@ from train_speed_report import curve, exponents
 from train_speed_steps import Ours, Peer, read_row, write_row
 
 from mlx_finetune.config import FIELDS
-from mlx_finetune.data.collect import Sources, collect
+from mlx_finetune.data.collect import collect
 from mlx_finetune.data.conversation import Conversation, read_conversations
 from mlx_finetune.data.dataset import Dataset
+from mlx_finetune.data.found import Sources
 from mlx_finetune.data.refine import Settings
 from mlx_finetune.data.template import ChatTemplate
 

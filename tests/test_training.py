@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from finished_runs import as_of_old
 from safetensors.numpy import load_file, save_file
 
 from mlx_finetune.config import make_config
@@ -26,10 +27,11 @@ from mlx_finetune.models.weights import fingerprint
 from mlx_finetune.training import loop
 from mlx_finetune.training.ahead import ahead
 from mlx_finetune.training.checkpoint import Origin, load_checkpoint, save_checkpoint
+from mlx_finetune.training.checkpoints import last_checkpoint
 from mlx_finetune.training.held_out import held_out_loss
 from mlx_finetune.training.memory_watch import MemoryWatch, memory_errors, watched
 from mlx_finetune.training.metrics import Metrics, read_metrics
-from mlx_finetune.training.run import execute, last_checkpoint, plan_resume, plan_run
+from mlx_finetune.training.run import execute, plan_resume, plan_run
 from mlx_finetune.training.schedule import learning_rate
 
 STEPS = 10
@@ -129,11 +131,11 @@ def test_a_checkpoint_moves_between_engines(first: str, then: str, tiny_llama: P
 def test_a_run_falls_in_loss_and_leaves_what_the_contract_names(engine_name: str, straight: dict[str, Path]) -> None:
     folder = straight[engine_name]
     assert {path.name for path in folder.iterdir()} == {
-        *("config.yaml", "chat_template.jinja", "metrics.jsonl", "checkpoints", "latest", "best")
+        *("config.yaml", "made_from.json", "chat_template.jinja", "metrics.jsonl", "checkpoints", "latest", "best", ".lock")
     }
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())][-1] == "step-000010"
     names = {path.name for path in (folder / "latest").iterdir()}
-    assert names == {"adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "progress.json"}
+    assert names == {"adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "progress.json", "manifest.json"}
     valid = losses(folder, "valid")
     assert len(valid) == 4 and valid[-1] < valid[0] - 0.5
     best = json.loads((folder / "best" / "progress.json").read_text())["step"]
@@ -216,10 +218,8 @@ def test_a_run_whose_config_knows_fewer_settings_takes_those_of_its_data(
     later = ("validation_by", "openassistant_share", "openassistant_valid_fraction", "test_fraction")
     lines = (folder / "config.yaml").read_text().splitlines(keepends=True)
     (folder / "config.yaml").write_text("".join(line for line in lines if not line.startswith(later)))
-    progress = folder / "checkpoints" / "step-000005" / "progress.json"
-    row = json.loads(progress.read_text())
-    row["config"] = {name: value for name, value in row["config"].items() if name not in later}
-    progress.write_text(json.dumps(row))
+    less = lambda row: row | {"config": {name: value for name, value in row["config"].items() if name not in later}}  # noqa: E731
+    as_of_old(folder / "checkpoints" / "step-000005", less)
     plan = plan_resume(folder, {})
     assert plan.config.openassistant_share == 0.6 and plan.config.validation_by == "hash"
     execute(plan, lambda done, steps, note: None)

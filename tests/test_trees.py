@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_finetune.data.batches import Batch, Example
-from mlx_finetune.data.trees import LEAST_SHARED, Tree, plan, tokens_of
+from mlx_finetune.data.trees import LEAST_SHARED, Tree, placed_rows, plan, tokens_of
 
 Learned = Counter[tuple[tuple[int, ...], int]]  # (tokens before it, the token), with the sum of the weights
 
@@ -81,3 +81,39 @@ def test_what_stands_behind_the_last_learned_token_is_left_out() -> None:
     (tree,) = plan([Batch.of([row(range(3, 103), [0.0] * 40 + [1.0] * 10 + [0.0] * 50)])], 10**6)
     assert tree.inputs.tolist() == list(range(3, 52))
     assert tree.targets.tolist() == list(range(43, 53))
+
+
+def begun(prompt: int, own: int, count: int) -> list[Example]:
+    """Rows of `count` + 40 tokens, the last of which is only a target, whose first 40 are the same."""
+    return [row([*range(prompt, prompt + 40), *([own + i] * count)], [0.0] * 40 + [1.0] * count) for i in range(2)]
+
+
+def test_rows_that_begin_alike_find_each_other_in_any_order() -> None:
+    one, two = begun(100, 3, 20), begun(200, 7, 20)
+    (tree,) = plan([Batch.of([one[0], two[0]]), Batch.of([two[1], one[1]])], 10**6)
+    assert len(tree.inputs) == 2 * (40 + 2 * 19)
+    assert [each.sees for each in tree.segments] == [(), ((0, 40),), (), ((78, 118),)]
+
+
+def test_a_tree_is_as_large_as_is_allowed_and_no_larger() -> None:
+    rows, size = [*begun(100, 3, 20), *begun(200, 7, 20)], 40 + 2 * 19
+    assert [len(tree.inputs) for tree in plan([Batch.of(rows)], 2 * size)] == [2 * size]
+    assert [len(tree.inputs) for tree in plan([Batch.of(rows)], 2 * size - 1)] == [size + 59, 59]
+    assert [len(tree.inputs) for tree in plan([Batch.of(rows)], size)] == [size, size]
+    assert [len(tree.inputs) for tree in plan([Batch.of(rows)], size - 1)] == [59, 59, 59, 59]
+    assert [len(tree.inputs) for tree in plan([Batch.of(rows)], 1)] == [59, 59, 59, 59]
+
+
+def test_a_row_is_found_again_where_it_was_folded() -> None:
+    rows = [*begun(100, 3, 20), row(range(100, 141), [0.0] * 40 + [1.0])]
+    for tree in plan([Batch.of(rows)], 10**6):
+        assert all((tree.inputs[each.where] == each.inputs).all() for each in tree.rows)
+        assert sorted(each.inputs.tolist() for each in tree.rows) == sorted(each.tokens[:-1].tolist() for each in rows)
+
+
+def test_rows_that_are_not_folded_stand_behind_one_another() -> None:
+    batch = Batch.of([row(range(3, 13), [0.0] * 5 + [1.0] * 3 + [0.0] * 2), row(range(20, 24), [0.0, 1.0, 1.0, 1.0])])
+    one, two = placed_rows(batch, 7)
+    assert one.inputs.tolist() == list(range(3, 10)) and one.where.tolist() == list(range(7))
+    assert two.inputs.tolist() == [20, 21, 22] and two.where.tolist() == [7, 8, 9]
+    assert tokens_of([batch]) == 2 * 7 and tokens_of([batch, batch]) == 28

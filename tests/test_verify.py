@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from finished_runs import WORDS, make_base, make_run
+from finished_runs import WORDS, as_of_old, make_base, make_run
 from safetensors.numpy import load_file, save_file
 from tiny_models import CHATML
 
@@ -95,8 +95,7 @@ def test_both_engines_give_the_logits_of_transformers(run):
 def test_an_engine_that_trained_with_another_scale_is_not_believed(run, handed, tmp_path):
     _, model, checkpoint = open_run(run, "best")
     other = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
-    progress = json.loads((other / "progress.json").read_text())
-    (other / "progress.json").write_text(json.dumps(progress | {"config": progress["config"] | {"alpha": 10}}))
+    as_of_old(other, lambda progress: progress | {"config": progress["config"] | {"alpha": 10}})
     found = verify(model, other, handed[0], PROBE_TEXTS, trained_template(run))
     assert found.engine is not None and not found.engine["passed"] and not found.passed
     assert found.largest_difference < 1e-4  # peft and the folder agree all the same

@@ -1,7 +1,7 @@
 """Tiny random checkpoints of real architectures, made by transformers' own classes, and a small real tokenizer."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,14 @@ PARTICULAR: Mapping[str, Mapping[str, Any]] = {
     "qwen3_5_moe_text": HEADS | EXPERTS | LINEAR_ATTENTION | {"shared_expert_intermediate_size": 48},
     "qwen3_next": HEADS | EXPERTS | LINEAR_ATTENTION | {"shared_expert_intermediate_size": 48},
 }
+
+
+def mostly_long(values: Iterable[Any], *often: Any) -> list[Any]:
+    """Parameters of a test, tuples where it has several: `often` are always run, the others by `scripts/test --all`."""
+    import pytest
+
+    others = (value if isinstance(value, tuple) else (value,) for value in values if value not in often)
+    return [*often, *(pytest.param(*value, marks=pytest.mark.long) for value in others)]
 
 
 def make_tiny(

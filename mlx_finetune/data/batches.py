@@ -28,7 +28,12 @@ class Example:
     def __post_init__(self) -> None:
         assert self.tokens.ndim == 1 and self.tokens.shape == self.weights.shape
         assert self.tokens.dtype == np.int32 and self.weights.dtype == np.float32
-        assert self.weights[0] == 0 and self.weights.sum() > 0
+        assert is_learned(self.weights)
+
+
+def is_learned(weights: np.ndarray) -> bool:
+    """Whether something is learned by weights [T], and not the first token, which nothing predicts."""
+    return bool(len(weights) and weights[0] == 0 and (weights >= 0).all() and 0 < weights.sum() < math.inf)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,13 @@ small fingerprints, and the rest is written. A later run reads only what is new.
 """
 
 import json
-import os
 import secrets
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +27,21 @@ from mlx_finetune.data.collection import (
     Place,
     Unit,
     digest_of,
-    earlier_collection,
     file_stamps,
     key_of,
     read_index,
-    stamps_digest,
     write_index,
 )
 from mlx_finetune.data.conversation import Conversation, conversation_of, read_conversations
 from mlx_finetune.data.dedupe import Decision, decide
 from mlx_finetune.data.fingerprint import shingles_of
-from mlx_finetune.data.redact import Rules
+from mlx_finetune.data.found import Sources, find
 from mlx_finetune.data.refine import Settings, without_secrets
 from mlx_finetune.data.refining import Advance, FileSource, Work, number_secrets, refine_file, refine_logs
 from mlx_finetune.data.rendered import write_rendered
 from mlx_finetune.data.select import ID, Selection
 from mlx_finetune.data.sources import Rejected
 from mlx_finetune.data.sources import gptme as gptme_source
-from mlx_finetune.data.sources.openassistant import Options
 from mlx_finetune.data.summary import hint_for, summarise
 from mlx_finetune.data.tags import Line, any_meant, tag_lines
 from mlx_finetune.data.template import ChatTemplate
@@ -54,29 +50,6 @@ from mlx_finetune.files import atomic_file, atomic_folder, sync, write_json
 
 SPOOL = ".spool"
 NAMED_REASONS = 5
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where conversations come from: a folder of gptme logs, OpenAssistant and chat files (paths or hub ids)."""
-
-    logs: Path | None = None
-    openassistant: tuple[str, ...] = ()
-    chats: tuple[str, ...] = ()
-    openassistant_options: Options = field(default_factory=Options)
-
-    def to_json(self, redaction: Rules | None) -> dict[str, Any]:
-        """As it stands in collect.json: absolute paths, which do not say who the person is, and hub ids."""
-
-        def place(name: str) -> str:
-            return without_secrets(os.path.abspath(name) if os.path.lexists(name) else name, redaction)  # noqa: PTH100
-
-        return {
-            "logs": place(str(self.logs)) if self.logs else None,
-            "openassistant": [place(name) for name in self.openassistant],
-            "openassistant_options": self.openassistant_options.to_json(),
-            "chats": [place(name) for name in self.chats],
-        }
 
 
 def _nothing(done: int, total: int, note: str = "") -> None:
@@ -101,16 +74,9 @@ def collect(
     Raises:
         UserError: `out` exists and is something else, a source cannot be read, there is no source, or no conversation is left.
     """
-    logs, skipped = gptme_source.find_logs(sources.logs) if sources.logs else ([], [])
-    files = [FileSource(name, "openassistant", sources.openassistant_options) for name in sources.openassistant]
-    files += [FileSource(name, "chat") for name in sources.chats]
-    if not sources.logs and not files:
-        raise UserError("nothing to collect: no source was named", hint="name a logs folder, or --openassistant or --chat FILE")
-    settings_asked = settings.to_json() | {"rendered_with": template.fingerprint if template else None}
-    asked = json.loads(json.dumps({"sources": sources.to_json(settings.redaction), "settings": settings_asked}))
-    state = stamps_digest([*((log.name, log.stamp) for log in logs), *((one.name, one.stamp) for one in files)])
-    earlier = earlier_collection(out, asked)
-    if earlier and not earlier.changed and earlier.summary["state"] == state and all(one.stamp for one in files):
+    found = find(sources, settings, out, template)
+    logs, skipped, files, asked, state, earlier = found.logs, found.skipped, found.files, found.asked, found.state, found.earlier
+    if earlier and found.unchanged:
         return {**earlier.summary, "unchanged": True, "changed_options": []}
     if earlier and not update:
         _refuse_without_update(out, earlier)

@@ -14,8 +14,11 @@ from mlx_finetune.data.sources import BadLine, Rejected
 from mlx_finetune.data.tags import read_tags
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file, read_json, refuse_existing
+from mlx_finetune.reading import is_file_name, lines_of, open_ordinary
 
 VERSION = 3
+LONGEST_UNIT = 256 * 2**20  # bytes of a line of the index: one file of a million conversations
+SOURCES = ("gptme", "openassistant", "chat")
 TAGS = "tags.yaml"
 INDEX = "index.ndjson"  # no .jsonl: it holds no conversations
 Place = tuple[str, int, int]  # file, first byte and bytes of the second half of a line
@@ -115,16 +118,20 @@ def read_index(folder: Path) -> Iterator[Unit]:
     """
     path = folder / INDEX
     try:
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
+        with open_ordinary(path) as file:
+            for line in lines_of(file, LONGEST_UNIT):
+                row = json.loads(line.raw or b"")
                 if row["stamp"]:
                     yield _unit(row, folder)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be used: {error}", hint="collect into another --out") from error
 
 
 def _unit(row: dict[str, Any], folder: Path) -> Unit:
+    for one in row["kept"]:
+        numbers = one["start"], one["length"], *one["counts"].values()
+        if one["source"] not in SOURCES or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError("a conversation whose place makes no sense")
     kept = tuple(
         Kept(
             one["name"],
@@ -191,7 +198,11 @@ def _earlier_summary(folder: Path) -> dict[str, Any] | None:
     if not (folder / "collect.json").is_file() or not (folder / INDEX).is_file():
         return None
     summary = read_json(folder / "collect.json")
-    if not isinstance(summary, dict) or summary.get("version") != VERSION or not isinstance(summary.get("files"), dict):
+    if not isinstance(summary, dict) or summary.get("version") != VERSION or not isinstance(summary.get("state"), str):
+        return None
+    if not all(isinstance(summary.get(key), dict) for key in ("files", "sources", "settings")):
+        return None
+    if not all(is_file_name(name, "") for name in summary["files"]):
         return None
     return summary if summary["files"] == file_stamps(folder, summary["files"]) else None
 

@@ -11,10 +11,12 @@ from typing import Any, Literal, get_args
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file
+from mlx_finetune.reading import Line, lines_of, open_ordinary
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
 SECRET = re.compile(r"\[REDACTED:[a-z0-9_]+:#?[0-9]+\]")  # in place of a secret
+LONGEST_CHAT = 256 * 2**20  # bytes of a line: beyond, it is no conversation
 LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000  # beyond, float32 sums over a conversation lose the rest
 
 
@@ -128,14 +130,23 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
         UserError: with file, line, value and remedy, for the first line that is not a conversation.
     """
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield conversation_of_line(line, f"{path}:{number}")
+        with open_ordinary(path) as file:
+            for line in lines_of(file, LONGEST_CHAT):
+                text = text_of_line(line, f"{path}:{line.number}")
+                if text.strip():
+                    yield conversation_of_line(text, f"{path}:{line.number}")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", hint="mlx-finetune collect makes such files") from error
+
+
+def text_of_line(line: Line, place: str) -> str:
+    """The line as text; raises UserError where it is too long to be a conversation, or not UTF-8."""
+    if line.raw is None:
+        raise UserError(f"{place}: longer than {LONGEST_CHAT >> 20} MB", hint="mlx-finetune collect makes such files")
+    try:
+        return line.raw.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error.reason}", hint="mlx-finetune collect makes such files") from error
+        raise UserError(f"{place}: not UTF-8 text: {error.reason}", hint="mlx-finetune collect makes such files") from error
 
 
 def conversation_of_line(line: str, place: str) -> Conversation:

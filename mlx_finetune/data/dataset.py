@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from mlx_finetune.config import RunConfig
-from mlx_finetune.data.batches import Batch, Example, examples_at, steps_per_epoch
+from mlx_finetune.data.batches import Batch, Example, examples_at, is_learned, steps_per_epoch
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json, refuse_existing, write_json
 
-VERSION = 5  # 5: families; 4: of each example, how much is as served; 3: role policies; 2: a test split, a share of OpenAssistant
+# 6: digests of the Arrow files; 5: families; 4: of each example, how much is as served; 3: role policies; 2: a test split
+VERSION = 6
 SPLITS = ("train", "valid", "test")
+AGAIN = "run mlx-finetune prepare again"
 EXAMPLES_IN_MEMORY = 100  # before they are written: windows may be long
 # What the inputs are called where they are another than before.
 WORDS = {
@@ -35,14 +37,15 @@ class ExampleStore:
         """`path`: an Arrow file that `write_dataset` wrote; raises UserError where it is none."""
         from datasets import Dataset as ArrowDataset
 
+        self._path = path
         try:
             self._rows = ArrowDataset.from_file(str(path)).with_format("numpy")
-        except ValueError as error:
-            raise UserError(f"{path}: not an Arrow file", hint="run mlx-finetune prepare again") from error
-        self.lengths: tuple[int, ...] = tuple(int(n) for n in self._rows["length"][:])
-        self.sources: tuple[str, ...] = tuple(str(source) for source in self._rows["source"][:])
-        numbers: dict[str, int] = {}
-        self.families: tuple[int, ...] = tuple(numbers.setdefault(str(name), len(numbers)) for name in self._rows["family"][:])
+            self.lengths: tuple[int, ...] = tuple(int(n) for n in self._rows["length"][:])
+            self.sources: tuple[str, ...] = tuple(str(source) for source in self._rows["source"][:])
+            numbers: dict[str, int] = {}
+            self.families: tuple[int, ...] = tuple(numbers.setdefault(str(name), len(numbers)) for name in self._rows["family"][:])
+        except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:  # whatever datasets and pyarrow stumble on
+            raise UserError(f"{path}: not an Arrow file that prepare wrote", hint=AGAIN) from error
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -51,6 +54,8 @@ class ExampleStore:
         row = self._rows[index]
         turns = tuple(int(turn) for turn in row["turns"])
         tokens, weights = np.asarray(row["tokens"], np.int32), np.asarray(row["weights"], np.float32)
+        if tokens.shape != weights.shape or len(tokens) != self.lengths[index] or not is_learned(weights):
+            raise UserError(f"{self._path}: row {index} is no example with a learned token", hint=AGAIN)
         names = str(row["source"]), str(row["conversation"])
         return Example(tokens, weights, *names, turns, int(row["exact_turns"]), bool(row["own_context"]), str(row["family"]))
 
@@ -76,14 +81,16 @@ class Dataset:
         info = read_json(folder / "dataset.json")
         if not isinstance(info, dict) or info.get("version") != VERSION:
             found = info.get("version") if isinstance(info, dict) else None
-            raise UserError(f"{folder}/dataset.json: version {found!r}, not {VERSION}", hint="run mlx-finetune prepare again")
-        stores, sizes = [], info.get("bytes")
-        if not isinstance(sizes, dict) or not isinstance(info.get("id"), str):
-            raise UserError(f"{folder}/dataset.json: not whole", hint="run mlx-finetune prepare again")
+            raise UserError(f"{folder}/dataset.json: version {found!r}, not {VERSION}", hint=AGAIN)
+        stores, sizes, digests = [], info.get("bytes"), info.get("digests")
+        if not isinstance(sizes, dict) or not isinstance(digests, dict) or not isinstance(info.get("id"), str):
+            raise UserError(f"{folder}/dataset.json: not whole", hint=AGAIN)
         for split in SPLITS:
             path = folder / f"{split}.arrow"
             if not path.is_file() or path.stat().st_size != sizes.get(split):
-                raise UserError(f"{path}: missing or not whole", hint="run mlx-finetune prepare again")
+                raise UserError(f"{path}: missing or not whole", hint=AGAIN)
+            if digest_of([path]) != digests.get(split):
+                raise UserError(f"{path}: not what prepare wrote: its bytes are others", hint=AGAIN)
             stores.append(ExampleStore(path))
         return cls(folder, info, *stores)
 
@@ -98,13 +105,14 @@ class Dataset:
 
     def batches_at(self, step: int, config: RunConfig) -> list[Batch]:
         """The micro-batches of step `step` (from 0): a pure function of data, seed and step."""
-        return [Batch.of([self.train[i] for i in indices]) for indices in self._chosen(step, config)]
+        return [Batch.of([self.train[i] for i in indices]) for indices in self.examples_at(step, config)]
 
     def tokens_at(self, step: int, config: RunConfig) -> int:
         """How many tokens step `step` reads, padding not counted."""
-        return sum(self.train.lengths[i] - 1 for indices in self._chosen(step, config) for i in indices)
+        return sum(self.train.lengths[i] - 1 for indices in self.examples_at(step, config) for i in indices)
 
-    def _chosen(self, step: int, config: RunConfig) -> list[list[int]]:
+    def examples_at(self, step: int, config: RunConfig) -> list[list[int]]:
+        """Which training examples are in the micro-batches of step `step` (from 0)."""
         shape = config.batch_size, config.gradient_accumulation, config.seed
         return examples_at(self.train.lengths, *shape, step, self.train.families)
 
@@ -169,12 +177,12 @@ def changed_inputs(folder: Path, info: Mapping[str, Any], inputs: Mapping[str, A
 
 def write_dataset(folder: Path, splits: Mapping[str, Iterable[Example]], info: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Writes the Arrow files and `dataset.json` into `folder`; `info` is asked once the examples are through."""
-    digest, sizes, counts = hashlib.sha256(), {}, {}
+    digest, sizes, digests, counts = hashlib.sha256(), {}, {}, {}
     for split in SPLITS:
         path = folder / f"{split}.arrow"
         counts[split] = _write_examples(path, splits[split], digest)
-        sizes[split] = path.stat().st_size
-    whole = {"version": VERSION, "id": digest.hexdigest()[:16], "bytes": sizes, "examples": counts} | info()
+        sizes[split], digests[split] = path.stat().st_size, digest_of([path])
+    whole = {"version": VERSION, "id": digest.hexdigest()[:16], "bytes": sizes, "digests": digests, "examples": counts} | info()
     write_json(folder / "dataset.json", whole)
     return whole
 

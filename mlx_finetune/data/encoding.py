@@ -13,8 +13,9 @@ from mlx_finetune.data.emission import NO_END, Emission, Tools, Turn, emission, 
 from mlx_finetune.data.provenance import Refused, Span, locate
 from mlx_finetune.data.redact import PLACEHOLDER
 from mlx_finetune.data.rows import rows_of, texts_of
-from mlx_finetune.data.segments import Ids, arrays_of, moved
+from mlx_finetune.data.segments import moved
 from mlx_finetune.data.token_roles import tokens_by_role
+from mlx_finetune.data.words import Ids, arrays_of
 
 if TYPE_CHECKING:
     from mlx_finetune.data.template import ChatTemplate

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mlx_finetune.data.conversation import Conversation, conversation_of_line
+from mlx_finetune.data.conversation import LONGEST_CHAT, Conversation, conversation_of_line, text_of_line
 from mlx_finetune.errors import UserError
+from mlx_finetune.reading import Line, lines_of, open_ordinary
 
 HINT = "mlx-finetune collect makes such files"
 
@@ -48,13 +49,14 @@ def entries(path: Path) -> Iterator[Entry]:
     start = 0
     known: dict[str, str] = {}  # a source stands once in memory
     try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    one = _parse(line, f"{path}:{number}")
+        with open_ordinary(path) as file:
+            for line in lines_of(file, LONGEST_CHAT):
+                place, raw = f"{path}:{line.number}", line.raw or b""
+                if text := text_of_line(line, place).strip():
+                    one = conversation_of_line(text, place)
                     source, time = known.setdefault(one.source, one.source), seconds(one.meta.get("time"))
-                    yield Entry(source, one.group, one.name, time, path, number, start, len(line), one.id, _learned(one))
-                start += len(line)
+                    yield Entry(source, one.group, one.name, time, path, line.number, start, len(raw), one.id, _learned(one))
+                start += len(raw)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", hint=HINT) from error
 
@@ -66,11 +68,12 @@ def read_entry(entry: Entry) -> Conversation:
         UserError: the file was changed since the entry was made.
     """
     try:
-        with entry.path.open("rb") as file:
+        with open_ordinary(entry.path) as file:
             file.seek(entry.start)
-            conversation = _parse(file.read(entry.length), entry.place)
+            text = text_of_line(Line(entry.line, file.read(entry.length)), entry.place)
     except OSError as error:
         raise UserError(f"{entry.path}: {error.strerror}", hint=HINT) from error
+    conversation = conversation_of_line(text, entry.place)
     if (conversation.source, conversation.name, conversation.id) != (entry.source, entry.name, entry.id):
         raise UserError(f"{entry.place}: another conversation than a moment ago", hint="prepare again when nothing writes there")
     return conversation
@@ -91,9 +94,3 @@ def _learned(conversation: Conversation) -> int:
     turns = (message for message in conversation.messages if message.role == "assistant")
     return sum(1 << n for n, message in enumerate(turns) if message.weight > 0)
 
-
-def _parse(line: bytes, place: str) -> Conversation:
-    try:
-        return conversation_of_line(line.decode("utf-8"), place)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not UTF-8 text: {error.reason}", hint=HINT) from error

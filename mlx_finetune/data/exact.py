@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from mlx_finetune.data.conversation import Message
-from mlx_finetune.data.encoding import Encoded, Tools
+from mlx_finetune.data.emission import Tools
+from mlx_finetune.data.encoding import Encoded
 from mlx_finetune.data.provenance import Refused
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.data.windows import Window

@@ -65,7 +65,7 @@ _remembered: list[tuple[ChatTemplate, int]] = []  # of a helper process: what it
 
 def _remember(path: str, max_length: int) -> None:
     with open(path, "rb") as file:  # noqa: PTH123
-        _remembered.append((pickle.load(file), max_length))
+        _remembered.append((pickle.load(file), max_length))  # noqa: S301  written by the program that started it
 
 
 def _make_chunk(asked: Sequence[Asked]) -> list[tuple[Asked, Made]]:

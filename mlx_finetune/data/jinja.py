@@ -13,9 +13,11 @@ from jinja2 import Template, TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Macro
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+
+from mlx_finetune.data.bounds import WIDE_FILTERS, bounded, check_arguments, check_method, check_operator
 
 OF_DICTIONARIES = frozenset(dir(dict))
 
@@ -28,12 +30,26 @@ def compiled(source: str) -> Template:
         TemplateError: it is no Jinja.
     """
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters["tojson"] = _tojson
+    environment.filters |= {name: bounded(environment.filters[name]) for name in WIDE_FILTERS}
+    environment.filters["tojson"] = bounded(_tojson)
     environment.globals |= {"raise_exception": _raise, "strftime_now": _now, "dict": _Dict(), "namespace": _Namespace}
     return environment.from_string(source)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(("*", "**", "%"))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        check_operator(operator, left, right)
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        check_arguments(*args, **kwargs)
+        method = getattr(__obj, "__wrapped__", __obj)  # Jinja wraps `format`
+        if type(text := getattr(method, "__self__", None)) is str:
+            check_method(text, method.__name__, args)
+        return super().call(__context, __obj, *args, **kwargs)
+
     def getattr(self, obj: Any, attribute: str) -> Any:
         """`message.role`: of a dictionary its item, unless it has such a method; as in the sandbox, but found at once."""
         if type(obj) is dict and attribute not in OF_DICTIONARIES:

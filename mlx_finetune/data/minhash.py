@@ -90,7 +90,8 @@ def _first_of_each(values: np.ndarray) -> np.ndarray:
 def _mixed(values: np.ndarray) -> np.ndarray:
     values = (values ^ (values >> np.uint64(30))) * _MIX[0]
     values = (values ^ (values >> np.uint64(27))) * _MIX[1]
-    return values ^ (values >> np.uint64(31))
+    mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed
 
 
 def signature(values: np.ndarray) -> np.ndarray:
@@ -104,7 +105,8 @@ def signature(values: np.ndarray) -> np.ndarray:
     least[filled] = values[first[filled]] - edges[filled]
     lenders = _lenders()
     lender = lenders[np.arange(BINS), filled[lenders].argmax(axis=1)]
-    return (least[lender] >> np.uint64(64 - 7 - 32)).astype(np.uint32)
+    signature: np.ndarray = (least[lender] >> np.uint64(64 - 7 - 32)).astype(np.uint32)
+    return signature
 
 
 @cache
@@ -131,7 +133,8 @@ def may_reach(threshold: float, estimates: np.ndarray, size: int, sizes: np.ndar
     least = np.minimum(common / np.maximum(both - common, 1), 1)
     deviation = np.sqrt(least * (1 - least) / np.maximum(np.minimum(less, BINS), 1))
     fits = less - shared >= threshold * (both - less - shared)
-    return fits & (estimates >= least - 3 * deviation)
+    likely: np.ndarray = fits & (estimates >= least - 3 * deviation)
+    return likely
 
 
 def bands_of(signatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -55,6 +55,24 @@ def collected_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
+def _inputs(files: Sequence[Path], template: ChatTemplate, config: RunConfig, origin: dict[str, Any]) -> dict[str, Any]:
+    told = {name: getattr(config, name) for name in SETTINGS} | {"tokenizer": template.fingerprint, **template.to_json(), **origin}
+    return {"conversations": digest_of(files), **told}
+
+
+def what_changed(paths: Sequence[Path], template: ChatTemplate, config: RunConfig, out: Path, origin: dict[str, Any]) -> str | None:
+    """Why `prepare` with `update` would do something, in words; None where `out` is prepared from just this.
+
+    Raises:
+        UserError: `out` is something else, or a path is not there.
+    """
+    earlier = prepared_before(out)
+    if earlier is None:
+        return "not prepared yet"
+    changed = changed_inputs(out, earlier, _inputs(collected_files(paths), template, config, origin))
+    return f"prepared with {changed}" if changed else None
+
+
 def prepare(
     paths: Sequence[Path],
     template: ChatTemplate,
@@ -74,8 +92,7 @@ def prepare(
         UserError: a bad line, a path named twice, `out` is something else, or there is nothing to learn.
     """
     files = collected_files(paths)
-    info = {name: getattr(config, name) for name in SETTINGS} | {"tokenizer": template.fingerprint, **template.to_json(), **origin}
-    inputs = {"conversations": digest_of(files), **info}
+    inputs = _inputs(files, template, config, origin)
     earlier = prepared_before(out)
     if earlier is not None and (changed := changed_inputs(out, earlier, inputs)) is None:
         return earlier | {"unchanged": True}

@@ -185,7 +185,7 @@ def _positions(codes: np.ndarray, messages: int) -> list[np.ndarray]:
 def _movable(content: str) -> np.ndarray:
     """bool [characters]: those that may be moved."""
     codes = _codes(content)
-    movable = IS_MOVED[np.minimum(codes, STEP - 1)]
+    movable: np.ndarray = IS_MOVED[np.minimum(codes, STEP - 1)]
     if "<" in content or "[" in content:
         for tag in TAG.finditer(content):
             movable[tag.start() : tag.end()] = False

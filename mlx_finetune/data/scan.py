@@ -13,8 +13,9 @@ from mlx_finetune.data.sources import BadLine, chat_formats, printable
 from mlx_finetune.data.sources import gptme as gptme_source
 from mlx_finetune.data.sources.chat_files import Row
 from mlx_finetune.data.sources.gptme_branches import branches_of
-from mlx_finetune.data.sources.log_files import json_object, lines_of, open_regular
+from mlx_finetune.data.sources.log_files import json_object, open_regular
 from mlx_finetune.data.sources.oasst_files import read_rows
+from mlx_finetune.reading import lines_of
 
 LARGEST_FILE = 2**20  # bytes of an attached file or a config that are looked at
 

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from mlx_finetune.data.conversation import LEAST_WEIGHT, MOST_WEIGHT
-from mlx_finetune.data.sources.log_files import open_regular
 from mlx_finetune.errors import UserError
+from mlx_finetune.reading import plain_yaml, read_whole
 from mlx_finetune.terminal import printable
 
 KEEP, DROP = "keep", "drop"
+LARGEST_TAGS = 16 * 2**20  # bytes: of 200,000 names
 Tag = str | float  # keep, drop, or a weight
 TAGS_HINT = "a line is `NAME: keep`, `NAME: drop` or `NAME: 2.5` (a weight); collect writes such a file, tags.yaml"
 HEADER = """\
@@ -29,13 +28,11 @@ def read_tags(path: Path) -> dict[str, Tag]:
     Raises:
         UserError: with the place and the value.
     """
+    text = read_whole(path, TAGS_HINT, LARGEST_TAGS)
     try:
-        with open_regular(path.resolve()) as file:
-            values = yaml.load(file.read(), Loader=yaml.BaseLoader)  # names such as 2026-01-01 stay text
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}", hint=TAGS_HINT) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}", hint=TAGS_HINT) from error
+        values = plain_yaml(text.decode(), typed=False)  # names such as 2026-01-01 stay text
+    except ValueError as error:
+        raise UserError(f"{path}: not YAML: {error}", hint=TAGS_HINT) from error
     if values is None or values == "":
         return {}
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):

@@ -14,19 +14,20 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
+from mlx_finetune.data.bounds import in_bounds
 from mlx_finetune.data.conversation import Message
 from mlx_finetune.data.emission import Ends, Tools, ends_of
 from mlx_finetune.data.encoding import Encoded, encode, encode_turn
 from mlx_finetune.data.jinja import compiled
 from mlx_finetune.data.oddities import oddities
+from mlx_finetune.data.open_tokenizer import of_tokenizers, open_tokenizer, stop_ids
 from mlx_finetune.data.policies import POLICIES, Policy, policy_of, with_dates
 from mlx_finetune.data.probing import PROBE, check_asked, chosen, native_oddities, native_refusal
 from mlx_finetune.data.provenance import Refused, locate
 from mlx_finetune.data.rows import rows_of
 from mlx_finetune.data.segments import Segments
 from mlx_finetune.data.token_text import texts_of_tokens
-from mlx_finetune.errors import REFUSALS, UserError
-from mlx_finetune.files import read_json
+from mlx_finetune.errors import UserError
 
 CALL_OVERHEAD = 24  # tokens that a template adds to a call, about: its tags and the names of its fields
 SHORT, MOST_PROMPTS = 100, 1000  # characters of a prompt, and prompts, that are remembered
@@ -74,15 +75,18 @@ class ChatTemplate:
         Raises:
             UserError: there is no tokenizer or no chat template, or it is one that cannot be learned from exactly.
         """
-        tokenizer = _tokenizer(folder)
-        stops = _stop_ids(folder, tokenizer)
+        tokenizer = open_tokenizer(folder)
+        stops = stop_ids(folder, tokenizer)
         if served:
             name = policy_of(served)
             return cls(tokenizer, stops).with_source(served, next((one for one in POLICIES if one.name == name), POLICIES[0]))
-        first = cls(tokenizer, stops)
+        with of_tokenizers(folder):
+            first = cls(tokenizer, stops)
         own = with_dates(first.source, datetime.now().astimezone())
-        template = chosen(first, own)
-        if refusal := template.refusal_of(PROBE):
+        with in_bounds(str(folder)):
+            template = chosen(first, own)
+            refusal = template.refusal_of(PROBE)
+        if refusal:
             raise UserError(f"{folder}: chat template cannot be learned from: {refusal}", hint="choose another model")
         return template
 
@@ -194,7 +198,7 @@ class ChatTemplate:
     def render_rows(self, rows: Sequence[Mapping[str, Any]], generation_prompt: bool = False, tools: Tools = ()) -> str:
         """As `render`, of rows as `rows_of` makes them."""
         # What a template may raise of its own, and what Python raises where it counts or looks something up.
-        errors = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
+        errors = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError, MemoryError)
         if tools and self._another_for_tools:
             raise Refused("the model has another chat template for tools")
         if not rows:
@@ -294,32 +298,3 @@ class ChatTemplate:
     def _overhead(self) -> int:
         """Tokens that the template adds to a message, rounded up."""
         return math.ceil(len(self.prompt_tokens(self.render(PROBE))) / len(PROBE)) + 1
-
-
-def _tokenizer(folder: Path) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ImportError, StrictDataclassError, *REFUSALS) as error:  # it reads config.json too
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{folder}: tokenizer cannot be read: {reason}", hint="use a model with a tokenizer.json") from error
-    if not tokenizer.chat_template:
-        raise UserError(f"{folder}: no chat template", hint="use the instruct or chat version of this model")
-    if not tokenizer.is_fast:
-        raise UserError(f"{folder}: only a slow tokenizer", hint="use a model with a tokenizer.json")
-    try:
-        tokenizer.get_chat_template()
-    except ValueError as error:
-        reason = "multiple chat templates and none that is the default"
-        raise UserError(f"{folder}: {reason}", hint="keep the one for chats as chat_template.jinja") from error
-    return tokenizer
-
-
-def _stop_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
-    stops = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    path = folder / "generation_config.json"
-    settings = read_json(path) if path.exists() else {}
-    eos = settings.get("eos_token_id") if isinstance(settings, dict) else None
-    return frozenset(stops | {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)})

@@ -187,7 +187,8 @@ class _Column:
         return self._used
 
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
-        return self._values[places]
+        values: np.ndarray = self._values[places]
+        return values
 
     def extend(self, values: np.ndarray) -> None:
         """Puts them behind the others."""

@@ -1,6 +1,7 @@
 """Engine: all that differs between MLX and torch, behind one protocol. The loop knows only this file."""
 
 import importlib.util
+import math
 import platform
 import resource
 import sys
@@ -18,7 +19,9 @@ from mlx_finetune.engines.answers import Advance, Choose, Kept
 from mlx_finetune.engines.ranks import Ranks
 from mlx_finetune.errors import UserError
 from mlx_finetune.launched import launched
+from mlx_finetune.nearest import did_you_mean
 
+ENGINES = ("auto", "mlx", "torch")
 TRUNK = "trunk"  # in a run's folder: hidden states that are the same in every epoch
 Arrays = dict[str, np.ndarray]
 
@@ -32,6 +35,11 @@ class StepResult:
     grad_norm: float  # before clipping
     computed: int  # tokens that went through the layers, padding included; what several rows begin with counts once
 
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient are numbers that an update can be made of; the same on every process, as both are sums."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 class Engine(Protocol):
     """A model with an adapter and its optimizer. `state` is in PEFT's names and orientation, float32, on either engine."""
@@ -44,11 +52,18 @@ class Engine(Protocol):
     whole: bool  # false while a step changes what is trained
     lockstep: bool  # whether all of them have to compute at the same time: each is to be given the same held-out batches
 
+    @property
+    def updates(self) -> int:
+        """Steps that changed what is trained: what the optimizer counts, of which a step that is not finite is none."""
+
     def step(self, micro_batches: Sequence[Batch], learning_rate: float, seed: int) -> StepResult:
-        """One optimizer step over all micro-batches, weighted by token; nothing changes where the gradient is not finite.
+        """One optimizer step over all micro-batches, weighted by token; nothing at all changes where the result is not finite.
 
         Every process is given all micro-batches, computes its share of them, and ends with the same result.
         """
+
+    def measure(self, micro_batches: Sequence[Batch], seed: int) -> StepResult:
+        """What `step` would say of them; leaves training untouched. Like a step it is a matter of all processes."""
 
     def loss_sum(self, batch: Batch) -> float:
         """Sum of weight times cross entropy (nats); leaves training untouched."""
@@ -81,8 +96,8 @@ class Engine(Protocol):
     def initial(self) -> Arrays:
         """`adapter/NAME` of each, as it is in a fresh adapter: the model is the base model."""
 
-    def load_state(self, state: Arrays, step: int) -> None:
-        """Goes on from `state` after `step` steps; moments that are missing start at zero."""
+    def load_state(self, state: Arrays, updates: int) -> None:
+        """Goes on from `state`, which so many updates led to; moments that are missing start at zero."""
 
     def peak_memory(self) -> int:
         """Most bytes held at once since the start: of the device, or of this process on a CPU."""
@@ -117,7 +132,9 @@ def choose_engine(name: str) -> str:
     if launched() not in (None, name):
         raise UserError(f"engine {name} under a launcher of {launched()}", hint="torchrun is for torch, mlx.launch for mlx")
     if name not in installed:
-        raise UserError(f"engine {name!r} is not one of auto, mlx, torch", hint="leave --engine out for auto")
+        raise UserError(
+            f"engine {name!r} is not one of {', '.join(ENGINES)}", hint=did_you_mean(name, ENGINES, "leave --engine out for auto")
+        )
     if not installed[name]:
         raise UserError(f"engine {name} is not installed", hint=f"pip install 'mlx-finetune{'[torch]' if name == 'torch' else ''}'")
     return name

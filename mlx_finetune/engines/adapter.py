@@ -1,6 +1,5 @@
 """What is trained, how it starts, and what PEFT calls it. Numpy only: both engines begin with the same numbers."""
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 from mlx_finetune.config import RunConfig
 from mlx_finetune.engines import experts
 from mlx_finetune.errors import UserError
+from mlx_finetune.nearest import did_you_mean
 
 PEFT_PREFIX = "base_model.model."
 LAYER = re.compile(r"\.(\d+)\.")
@@ -116,8 +116,7 @@ def named(modules: Sequence[str], asked: str | tuple[str, ...]) -> list[str]:
     known = sorted({name.rsplit(".", 1)[-1] for name in modules})
     for target in asked:
         if target not in known and target not in modules:
-            near = difflib.get_close_matches(target, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+            hint = did_you_mean(target, known, f"it has {', '.join(known)}")
             raise UserError(f"target_modules: no layer of this model is called {target!r}", hint=hint)
     return [name for name in modules if name in asked or name.rsplit(".", 1)[-1] in asked]
 

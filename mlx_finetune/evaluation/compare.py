@@ -23,10 +23,12 @@ from mlx_finetune.evaluation.wanted import LOSSES, Wanted
 from mlx_finetune.files import read_json, write_json
 from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.weights import fingerprint
-from mlx_finetune.training.checkpoint import Origin, check_origin, read_progress, resume
+from mlx_finetune.nearest import did_you_mean
+from mlx_finetune.training.checkpoint import Origin, check_origin, resume
+from mlx_finetune.training.checks import check_mlx, check_names, check_settings
 from mlx_finetune.training.held_out import HeldOut
+from mlx_finetune.training.manifest import check_whole, read_progress
 from mlx_finetune.training.memory_watch import loading
-from mlx_finetune.training.run import check_mlx, check_names, check_settings
 
 WHERE = {"valid": "", "test": " for a test"}
 HOLD_OUT = {
@@ -83,8 +85,9 @@ def find_checkpoint(run: Path, name: str) -> Path:
         hint = "bring the file back, remove that folder, or name another --checkpoint"
         raise UserError(f"{damaged[0].resolve()}: no progress.json: not a whole checkpoint", hint)
     there = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    found = f"there are {', '.join(there)}" if there else "train has not saved one yet"
     raise UserError(
-        f"{run}: no checkpoint {name!r}", hint=f"there are {', '.join(there)}" if there else "train has not saved one yet"
+        f"{run}: no checkpoint {name!r}", hint=did_you_mean(name, [*there, "best", "latest"], found) if there else found
     )
 
 
@@ -92,14 +95,15 @@ def open_run(run: Path, checkpoint: str, engine: str = "") -> tuple[RunConfig, P
     """Config (with `engine` put in where given), model folder and checkpoint folder of a run.
 
     Raises:
-        UserError: no such checkpoint, or the model is not the one that it was trained on.
+        UserError: no such checkpoint, it is not whole, or the model is not the one that it was trained on.
     """
     folder = find_checkpoint(run, checkpoint)
+    progress = check_whole(folder, moments=False)
     config = load_config(run / "config.yaml", {})
     check_settings(folder, config)
     if engine:
         config = make_config(config.to_dict() | {"engine": engine}, "--engine")
-    model, progress = model_folder(config.model), read_progress(folder)
+    model = model_folder(config.model)
     check_model_folder(model)
     check_origin(folder, progress, Origin(data=str(progress.get("data")), model=fingerprint(model)))
     return config, model, folder
@@ -144,7 +148,7 @@ def compare(
     material = Material.of(Dataset.open(Path(config.data)), model, config.batch_size, wanted)
     opened = open_tuned(config, model, material.dataset, folder)
     tuned, state = material.measure(opened, "tuned", progress), opened.state()
-    opened.load_state(opened.initial(), step=0)
+    opened.load_state(opened.initial(), updates=0)
     base = material.measure(opened, "base", progress)
     step = int(read_progress(folder)["step"])
     opened.load_state(state, step)

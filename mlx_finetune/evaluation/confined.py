@@ -12,6 +12,7 @@ HINTS = {
     "linux": "install bubblewrap (apt install bubblewrap)",
     "darwin": "sandbox-exec is part of macOS: see that /usr/bin is in PATH",
 }
+SHARED = "/tmp"  # noqa: S108  which is hidden, not written to
 SESSIONS = ("/run/user",)  # of Linux: sockets by which others of this person's programs can be told what to do
 # Of macOS; the network is this machine's alone.
 PROFILE = """\
@@ -52,7 +53,7 @@ def confined(tool: str | None, command: Sequence[str], writable: Sequence[Path],
     known = [path for path in (path.resolve() for path in readable) if not home.is_relative_to(path)]
     if tool == "bwrap":
         mounts = ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
-        for hidden in ("/tmp", *(place for place in SESSIONS if Path(place).is_dir()), str(home)):
+        for hidden in (SHARED, *(place for place in SESSIONS if Path(place).is_dir()), str(home)):
             mounts += ["--tmpfs", hidden]
         for kind, paths in (("--ro-bind", known), ("--bind", own)):
             for path in paths:

@@ -1,6 +1,5 @@
 """gptme's own tests, gptme-eval, run on a model that is served: base and tuned side by side. Source: gptme 0.35.1, gptme/eval."""
 
-import difflib
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ import psutil
 from mlx_finetune.errors import UserError
 from mlx_finetune.evaluation.confined import confined
 from mlx_finetune.files import read_json
+from mlx_finetune.nearest import did_you_mean
 
 PROGRAM = "gptme-eval"
 INSTALL = "pipx install gptme, or name the program: --gptme PATH/gptme-eval"
@@ -121,8 +121,7 @@ def check_names(suite: Suite, folder: Path) -> None:
     known = {"all", "all-practical", *LISTED.findall(listed)}
     for name in suite.names:
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"{suite.program} --list"
+            hint = did_you_mean(name, sorted(known), f"{suite.program} --list")
             raise UserError(f"--gptme-eval {name}: gptme-eval lists no such suite or test", hint=hint)
 
 

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_finetune.evaluation.plot import running_mean
+from mlx_finetune.evaluation.spikes import not_applied, running_mean, spikes, with_loss
 
 if TYPE_CHECKING:
     from rich.text import Text
 
 DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])  # of a braille sign (Unicode 2800): 4 high, 2 wide
-TRAIN, HELD_OUT, FAINT = "cyan", "bold yellow", "dim"
+TRAIN, HELD_OUT, FAINT, SPIKE, SKIPPED = "cyan", "bold yellow", "dim", "bold red", "bold"
 Points = tuple[Sequence[float], Sequence[float]]
 
 
@@ -24,7 +24,8 @@ def plot_rows(
     """
     from rich.text import Text
 
-    mean, held = _finite(train, running_mean(train)), _finite(valid, [row["loss"] for row in valid])
+    learned = with_loss(train)
+    mean, held = _finite(learned, running_mean(learned)), _finite(valid, [row["loss"] for row in valid])
     steps, losses = [*mean[0], *held[0]], [*mean[1], *held[1]]
     if not losses:
         return []
@@ -44,12 +45,16 @@ def plot_rows(
         for sign, style in row:
             lines[-1].append(sign, style)
         lines[-1].rstrip()
-    lines.append(Text(" " * (margin + 1)).append(("+" if plain else "└") + ("-" if plain else "─") * columns, FAINT))
+    marks = {"x": (spikes(train), "spike", SPIKE), "v": (not_applied(train), "not applied", SKIPPED)}
+    lines.append(Text(" " * (margin + 1)).append("+" if plain else "└", FAINT))
+    for sign, style in _axis(marks, box, columns, "-" if plain else "─"):
+        lines[-1].append(sign, style)
     first, last = f"{box[0]:g}", f"step {box[1]:g}"
-    lines.append(Text(" " * (margin + 2) + first + last.rjust(columns - len(first))))
+    told = [(f"{sign} {name}", style) for sign, (at, name, style) in marks.items() if at]
+    lines.append(Text(" " * (margin + 2) + first).append_text(_between(told, columns - len(first) - len(last))).append(last))
     key = [(f"{'..' if plain else '⠒⠒'} training, running mean", TRAIN)] if mean[0] else []
     key += [(f"{mark} held out", HELD_OUT)] if held[0] else []
-    lines.append(Text("   ").join(Text(told, style) for told, style in key))
+    lines.append(Text("   ").join(Text(name, style) for name, style in key))
     return lines
 
 
@@ -64,6 +69,28 @@ def _places(points: Points, box: tuple[float, float, float, float], columns: int
     across = [(step - left) / max(right - left, 1e-12) for step in points[0]]
     down = [(high - loss) / max(high - low, 1e-12) for loss in points[1]]
     return [(round(x * (columns - 1)), round(y * (rows - 1))) for x, y in zip(across, down, strict=True)]
+
+
+def _axis(
+    marks: Mapping[str, tuple[Sequence[int], str, str]], box: tuple[float, float, float, float], columns: int, line: str
+) -> list[tuple[str, str]]:
+    """Steps, with signs at those that are marked: their losses may lie far outside of what is drawn."""
+    cells = [(line, FAINT)] * columns
+    for sign, (at, _, style) in marks.items():
+        within = [step for step in at if box[0] <= step <= box[1]]
+        for across, _ in _places((within, [box[2]] * len(within)), box, columns, 1):
+            cells[across] = (sign, style)
+    return cells
+
+
+def _between(told: Sequence[tuple[str, str]], width: int) -> "Text":
+    """As many of them as fit, in the middle of `width` characters."""
+    from rich.text import Text
+
+    fitting = [each for i, each in enumerate(told) if sum(len(name) + 2 for name, _ in told[: i + 1]) < width]
+    text = Text("  ").join(Text(name, style) for name, style in fitting)
+    text.align("center", max(width, 0))
+    return text
 
 
 def _line(

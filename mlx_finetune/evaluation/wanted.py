@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-TURNS, LIMIT = 32, 384  # turns that are answered, and tokens of an answer, unless told otherwise
+from mlx_finetune.road import Evaluate
+
+TURNS, LIMIT = int(Evaluate.default("answers")), int(Evaluate.default("tokens"))
 SECONDS, STEPS = 600, 20  # of gptme-eval: for one test, and answers of the model in it, unless told otherwise
 SEED = 0
 

@@ -12,6 +12,7 @@ import yaml
 
 from mlx_finetune.export.facts import LICENSES, Compared, Facts, HeldOut
 from mlx_finetune.files import atomic_file
+from mlx_finetune.reading import LARGEST_SETTINGS, plain_yaml
 
 Kind = Literal["model", "adapter", "gguf", "gguf adapter"]
 
@@ -55,8 +56,8 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     if not found:
         return {}, text
     try:
-        values = yaml.safe_load(found[1])
-    except (yaml.YAMLError, ValueError, RecursionError):
+        values = plain_yaml(found[1][:LARGEST_SETTINGS])
+    except ValueError:
         values = None
     return (values if isinstance(values, dict) else {}), text[found.end() :]
 

@@ -109,4 +109,5 @@ def _kl(expected: np.ndarray, found: np.ndarray) -> float:
 
 def _log_softmax(row: np.ndarray) -> np.ndarray:
     shifted = row - row.max()
-    return shifted - np.log(np.exp(shifted).sum())
+    logs: np.ndarray = shifted - np.log(np.exp(shifted).sum())
+    return logs

@@ -1,5 +1,6 @@
 """What a model card says of a run: counts, settings and losses. No text, name or path of a person's conversations is read."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.hub import HUB_ID
 from mlx_finetune.models.origin import read_origin
-from mlx_finetune.training.checkpoint import read_progress
+from mlx_finetune.training.manifest import read_progress
 from mlx_finetune.training.metrics import read_metrics
 
 CACHED = re.compile(r"models--([A-Za-z0-9][\w.-]*)--([A-Za-z0-9][\w.-]*)/snapshots/")  # as the Hub's cache names folders
@@ -121,7 +122,14 @@ def read_facts(run: Path, checkpoint: Path, model: Path, config: RunConfig, base
 def _dataset(folder: Path, config: RunConfig) -> dict[str, Any]:
     path = folder / "dataset.json"
     info = read_json(path) if config.data and path.is_file() else {}
-    return info if isinstance(info, dict) else {}
+    info = info if isinstance(info, dict) else {}
+    train, policy = info.get("train", {}), info.get("role_policy") or {}
+    sound = isinstance(train, dict) and isinstance(policy, dict)
+    maps = [train.get(name, {}) for name in ("conversations", "learned_tokens_by_source")] if sound else [None]
+    sound = sound and all(isinstance(one, dict) and all(type(count) is int for count in one.values()) for one in maps)
+    if not sound or not all(type(train[key]) is int for key in COUNTS if key in train):
+        raise UserError(f"{path}: not what prepare writes", hint="run mlx-finetune prepare again")
+    return info
 
 
 def _method(config: RunConfig) -> dict[str, Any]:
@@ -154,7 +162,8 @@ def _held_out(run: Path, checkpoint: str, step: int) -> HeldOut | None:
     if not (run / "metrics.jsonl").is_file():
         return None
     rows = {row["step"]: row for row in read_metrics(run / "metrics.jsonl") if row["split"] == "valid"}
-    return _losses(rows[0], rows[step], None) if 0 in rows and step in rows else None
+    found = [rows[at] for at in (0, step) if at in rows and math.isfinite(rows[at]["loss"])]
+    return _losses(found[0], found[-1], None) if len(found) == 2 else None
 
 
 def _compared(found: Mapping[str, Any]) -> Iterator[Compared]:
@@ -167,7 +176,6 @@ def _compared(found: Mapping[str, Any]) -> Iterator[Compared]:
 
 
 def _losses(base: Mapping[str, Any], tuned: Mapping[str, Any], tokens: int | None) -> HeldOut:
-    both = {
-        source: (loss, tuned["by_source"][source]) for source, loss in base["by_source"].items() if source in tuned["by_source"]
-    }
+    pairs = {source: (loss, tuned["by_source"].get(source, math.nan)) for source, loss in base["by_source"].items()}
+    both = {source: pair for source, pair in pairs.items() if all(map(math.isfinite, pair))}
     return HeldOut(float(base["loss"]), float(tuned["loss"]), both, tokens)

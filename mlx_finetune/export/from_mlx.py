@@ -194,12 +194,15 @@ def _pulled_rows(pulled: Pulled, tensor: str) -> Rows:
 def _change(parameter: str, own: Parts, shape: tuple[int, ...], scale: float, place: _Place) -> np.ndarray:
     """Of the parameter, float32, in its own shape."""
     if "" in own:
-        return finite(own[""], parameter) - place.weight(parameter)
+        whole: np.ndarray = finite(own[""], parameter) - place.weight(parameter)
+        return whole
     if len(shape) == 3:
         factors = (_expert_factors(parameter, own, scale, number, shape) for number in range(shape[0]))
         return np.stack([left @ right for left, right in factors])
     left, right = _factors(parameter, own, scale, place.is_embedding(parameter))
     if "m" not in own:
-        return left @ right
+        product: np.ndarray = left @ right
+        return product
     before = place.weight(parameter)
-    return factored(left, right, finite(own["m"], parameter))(0, before) - before
+    change: np.ndarray = factored(left, right, finite(own["m"], parameter))(0, before) - before
+    return change

@@ -20,6 +20,7 @@ import numpy as np
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.models.weights import from_float32
+from mlx_finetune.nearest import did_you_mean
 
 Encode = Callable[[np.ndarray], bytes]
 
@@ -69,7 +70,10 @@ class Storage:
 def check_kind(kind: str) -> None:
     """Raises UserError for a kind that is not known, or that takes llama.cpp where it is not installed."""
     if kind not in KINDS:
-        raise UserError(f"kind {kind!r} is none of {', '.join(KINDS)}", hint="q8_0 is half the size of f16 and hardly worse")
+        raise UserError(
+            f"kind {kind!r} is none of {', '.join(KINDS)}",
+            hint=did_you_mean(kind, KINDS, "q8_0 is half the size of f16 and hardly worse"),
+        )
     if kind in K_QUANTS:
         _ggml()
 
@@ -117,7 +121,8 @@ def file_type(kind: str) -> int:
 def _sizes(name: str) -> tuple[int, int]:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    return GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    sizes: tuple[int, int] = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    return sizes
 
 
 def _encoder(name: str) -> Encode:

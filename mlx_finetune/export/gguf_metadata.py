@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_finetune.errors import UserError
+from mlx_finetune.errors import REFUSALS, UserError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.gguf_names import NAMINGS, Naming
 
@@ -70,7 +70,7 @@ def _with_defaults(model: Path) -> dict[str, Any]:
 
     try:
         return dict(AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False).to_dict())
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (OSError, StrictDataclassError, *REFUSALS) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{model / 'config.json'}: cannot be read: {reason}", hint="use the folder of a whole model") from error
 
@@ -161,7 +161,8 @@ def write_sizes(writer: Any, config: Config, naming: Naming) -> None:
 
 def context_length(config: Config, naming: Naming) -> int:
     """No more than what llama.cpp sees as transformers does: it knows no sliding window but Gemma's."""
-    longest, window = config["max_position_embeddings"], config.get("sliding_window")
+    longest: int = config["max_position_embeddings"]
+    window: int | None = config.get("sliding_window")
     return min(longest, window) if window and naming.name not in ("gemma3", "qwen2", "qwen3", "smollm3") else longest
 
 

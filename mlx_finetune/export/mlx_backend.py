@@ -127,7 +127,7 @@ def mlx_paths(network: Any, model: Path) -> dict[str, str]:
 def _tuned(weight: np.ndarray, pair: Pair) -> np.ndarray:
     """A weight with its module's matrices."""
     a, b = read_float32(pair.a), read_float32(pair.b)
-    summed = weight + np.float32(pair.scale) * ((b @ a).T if pair.on_embeddings else b @ a)
+    summed: np.ndarray = weight + np.float32(pair.scale) * ((b @ a).T if pair.on_embeddings else b @ a)
     if pair.magnitude is None:
         return summed
     longer: np.ndarray = summed * (read_float32(pair.magnitude) / np.linalg.norm(summed, axis=1))[:, None]

@@ -158,7 +158,7 @@ def _common(texts: Sequence[str]) -> str:
 
 
 def _prove(template: ChatTemplate, source: str, bos: str) -> None:
-    rng = random.Random(0)
+    rng = random.Random(0)  # noqa: S311  the same chats each time
     for _ in range(CHATS):
         chat = list(_chat(rng))
         if render_go(source, chat) != _asked(template, chat, bos):

@@ -27,7 +27,7 @@ def tokens_of(model: Path, texts: Iterable[str]) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     with quietly():
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     tokens = [list(tokenizer(text)["input_ids"])[:LONGEST] for text in texts]
     assert any(tokens), "nothing to compare"
     return [row for row in tokens if row]

@@ -12,6 +12,7 @@ from typing import Any
 from mlx_finetune.data.redact import PATTERN_PREFIX, Rules, find
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.report import FILE as REPORT
+from mlx_finetune.export.said_of_weights import said_of_weights
 from mlx_finetune.models.hub import HUB_ID, hub_errors
 
 # By name, in the folder itself or in additional_chat_templates. What stands in neither list is not uploaded.
@@ -78,8 +79,8 @@ def _is(name: str, patterns: Sequence[str]) -> bool:
 def find_private(folder: Path, files: Sequence[str], home: Path, allow: Sequence[str] = ()) -> list[Finding]:
     """Secrets, and paths of this machine, in the files; `allow`: texts, or patterns behind `re:`, that may stay.
 
-    Texts are searched for both. Vocabularies, and what stands before the weights, only for the home folder and the folder
-    itself: half of a vocabulary looks like a secret.
+    Texts are searched for both, and so is what a file of weights says of itself. Vocabularies, and the other bytes before the
+    weights, only for the home folder and the folder itself: half of a vocabulary looks like a secret.
     """
     rules = Rules(allow=tuple(allow))
     places = [str(place) for place in dict.fromkeys((home, folder.resolve())) if len(place.parts) > 1]
@@ -89,7 +90,8 @@ def find_private(folder: Path, files: Sequence[str], home: Path, allow: Sequence
             found += _in_text(folder / name, name, rules, places)
         else:
             found += _in_bytes(folder / name, name, places, allow)
-    return found
+            found += (Finding(one.kind, name, 0) for text in said_of_weights(folder / name) for one in find(text, rules))
+    return list(dict.fromkeys(found))
 
 
 def _in_text(path: Path, name: str, rules: Rules, places: Sequence[str]) -> Iterator[Finding]:

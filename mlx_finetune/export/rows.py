@@ -41,7 +41,8 @@ def factored(left: np.ndarray, right: np.ndarray, magnitude: np.ndarray | None) 
         if magnitude is None:
             return after
         with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is refused where it is written
-            return after * (magnitude[here] / np.linalg.norm(after, axis=1))[:, None]
+            after *= (magnitude[here] / np.linalg.norm(after, axis=1))[:, None]
+        return after
 
     return rows
 

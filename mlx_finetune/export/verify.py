@@ -8,10 +8,9 @@ nothing is run, and every number that changed is computed again instead (verify_
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
@@ -22,7 +21,6 @@ from mlx_finetune.export.changes import read_changes
 from mlx_finetune.export.distance import (
     ENGINES,
     TOLERANCE,
-    Choices,
     Distance,
     Distances,
     Measured,
@@ -42,70 +40,16 @@ from mlx_finetune.export.packed_logits import fused_logits, packed_logits, train
 from mlx_finetune.export.probes import ANSWER, PROBE_TEXTS, bounded, spread, tokens_of
 from mlx_finetune.export.report import write_report
 from mlx_finetune.export.rows import EMBEDDINGS, Change
+from mlx_finetune.export.verified import Backend, InEngine, Verified
 from mlx_finetune.export.verify_weights import verify_weights
 from mlx_finetune.files import atomic_folder
+from mlx_finetune.terminal import say
 
 __all__ = ["PROBE_TEXTS", "InEngine", "VerificationError", "Verified", "fuse_and_verify", "verify"]
-
-Backend = Literal["transformers", "mlx", "weights"]
 
 NOISE = 1e-5  # of the largest logit: below this float32 cannot say which of two models is nearer
 NEAR = 1e-2  # of the way from the base
 TIES = 0.1  # of the rounding's own effect: two float32 sums now and then round to either side of a tie
-
-
-@dataclass(frozen=True)
-class InEngine:
-    """How far the logits of base + checkpoint in the engine that trained it lie from those of the tuned model, and the fused one.
-
-    tolerance: 1e-3 and 3e-4 of the largest logit; the fused model may besides differ by what its own tolerance allows.
-    """
-
-    name: str
-    largest_difference: float
-    fused_difference: float
-    kl: float
-    tolerance: float
-    choices: Choices
-    passed: bool
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What the comparison of the fused model with the tuned one (base + checkpoint) found, over all `positions` of the texts.
-
-    backend: what ran them; "weights": nothing did, and what only running tells is None, 0 or empty.
-    missing, unexpected: tensors that the fused folder lacks (or would have drawn anew) or has too many, those left out that the
-    base has alike.
-    largest_difference, largest_logit: absolute, of single logits; largest_logit is of the tuned model.
-    kl: mean over the positions of KL(tuned || fused), nats.
-    tolerance: 1e-3 for float32; for BF16 and F16 besides what rounding the same weights costs, measured (see `_compare`).
-    outweighed: it is what it has to be, but rounding leaves the trained weights no nearer to the tuned model than the base is.
-    choices: greedy tokens of the fused model behind each text and the tuned model's answer.
-    engine: the engine that trained, None where it is not installed or not known.
-    folder: what must not have changed.
-    trained_on: how far the fused model lies from the one that was trained where that was on quantised weights: largest and rms
-    of single logits, kl in nats.
-    weights: `Weights` of verify_weights.py, where nothing was run.
-    not_run: why nothing was; empty where something was.
-    """
-
-    backend: Backend
-    missing: list[str]
-    unexpected: list[str]
-    largest_difference: float | None
-    largest_logit: float | None
-    kl: float | None
-    tolerance: float | None
-    passed: bool
-    outweighed: bool = False
-    positions: int = 0
-    choices: dict[str, int] = field(default_factory=dict)
-    engine: dict[str, Any] | None = None
-    folder: dict[str, Any] = field(default_factory=dict)
-    trained_on: dict[str, float] | None = None
-    weights: dict[str, Any] | None = None
-    not_run: str = ""
 
 
 def fuse_and_verify(
@@ -136,6 +80,7 @@ def fuse_and_verify(
     with atomic_folder(out) as folder:
         changes = read_changes(model, checkpoint) if changes is None else changes
         fused = fuse_into(model, checkpoint, folder, progress, changes)
+        say("comparing it with the model as it was trained")
         if template:
             write_template(folder, template)
         if by_weights or short:

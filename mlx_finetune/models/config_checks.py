@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
+from mlx_finetune import nearest as names
 from mlx_finetune.errors import UserError
 
 DAMAGED = "download the model again"
@@ -133,8 +133,8 @@ def _check_packing(config: Mapping[str, Any], place: str) -> None:
 
 def nearest(model_type: str, known: Iterable[str]) -> str:
     """The known name that is most like it, said as the beginning of a remark; empty where none is."""
-    found = get_close_matches(model_type, known, n=1)
-    return f"nearest in name is {found[0]}; " if found else ""
+    found = names.nearest(model_type, known)
+    return f"nearest in name is {found}; " if found else ""
 
 
 def _short(value: Any) -> str:

@@ -11,11 +11,13 @@ import numpy as np
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_folder, write_json
+from mlx_finetune.models.gguf_header import check_header
 from mlx_finetune.models.gguf_names import NAMINGS as ALL_NAMINGS
 from mlx_finetune.models.gguf_names import Naming, hugging_face_name
 from mlx_finetune.models.gguf_pre import RULES
-from mlx_finetune.models.gguf_read_tokenizer import token_ids, write_tokenizer
+from mlx_finetune.models.gguf_read_tokenizer import UNUSED, token_ids, write_tokenizer
 from mlx_finetune.models.shards import Planned, ShardWriter
+from mlx_finetune.reading import open_ordinary
 
 Metadata = Mapping[str, Any]
 
@@ -28,6 +30,10 @@ NEEDED = (
     "context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count",
     "attention.layer_norm_rms_epsilon",
 )  # fmt: skip
+COUNTS = ("context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "rope.scaling.original_context_length")  # fmt: skip
+NUMBERS = ("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor")
+LARGEST = 2**31
 OF_TOKENS = ("tokens", "token_type", "merges")
 BLOCK = 1 << 21  # numbers at once: 8 MiB of float32
 
@@ -77,22 +83,26 @@ def gguf_to_hugging_face(gguf: Path, out: Path) -> None:
 def _open(path: Path) -> Any:
     import gguf
 
-    if not path.is_file():
-        raise UserError(f"{path}: no such file", hint="give the path of a .gguf file")
-    with path.open("rb") as file:
-        magic = file.read(4)
+    try:
+        with open_ordinary(path) as file:
+            magic = file.read(4)
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise UserError(f"{path}: {reason}", hint="give the path of a .gguf file") from error
     if magic != b"GGUF":
         begins = f"it begins with {magic!r}" if magic else "it is empty"
         raise UserError(f"{path}: not a GGUF file: {begins}", hint="was the download whole? download it again")
+    check_header(path, "download it again")
     try:
         return gguf.GGUFReader(path)
-    except (ValueError, KeyError, IndexError, OverflowError) as error:
+    except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: broken or cut: {reason}", hint="download it again") from error
 
 
 def _refuse_what_is_not_read(metadata: Metadata, path: Path) -> None:
     architecture = metadata.get("general.architecture")
+    _check_kinds(metadata, architecture, path)
     readable = {
         "general.architecture": tuple(NAMINGS),
         "tokenizer.ggml.model": ("gpt2",),
@@ -114,8 +124,32 @@ def _refuse_what_is_not_read(metadata: Metadata, path: Path) -> None:
             raise UserError(f"{path}: add_{name}_token without {name}_token_id", hint=ORIGINAL)
     count = len(metadata["tokenizer.ggml.tokens"])
     for key, value in metadata.items():
-        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and not 0 <= value < count:
+        is_id = key.startswith("tokenizer.ggml.") and key.endswith("_token_id")
+        if is_id and not (isinstance(value, int) and 0 <= value < count):
             raise UserError(f"{path}: {key} is {value}, of {count} tokens", hint=ORIGINAL)
+    _check_tokens(metadata, path)
+
+
+def _check_kinds(metadata: Metadata, architecture: Any, path: Path) -> None:
+    """That numbers which are computed with are numbers."""
+    for name in (*COUNTS, *NUMBERS):
+        value = metadata.get(f"{architecture}.{name}")
+        kinds = int if name in COUNTS else (int, float)
+        if value is not None and not (isinstance(value, kinds) and 0 < value < LARGEST):
+            raise UserError(f"{path}: {architecture}.{name} is {value!r:.60}, no such number", hint=ORIGINAL)
+
+
+def _check_tokens(metadata: Metadata, path: Path) -> None:
+    """That the library `tokenizers`, which ends the program where they do not fit, can take tokens and merges."""
+    tokens, types, merges = (metadata[f"tokenizer.ggml.{name}"] for name in OF_TOKENS)
+    fit = all(isinstance(one, list) for one in (tokens, types, merges)) and len(tokens) == len(types)
+    if not fit or not all(isinstance(text, str) for text in (*tokens, *merges)) or len(set(tokens)) < len(tokens):
+        raise UserError(f"{path}: tokens, their types and merges do not fit together", hint=ORIGINAL)
+    known = {token for token, kind in zip(tokens, types, strict=True) if kind != UNUSED}
+    for merge in merges:
+        halves = merge.split(" ")
+        if len(halves) != 2 or not {*halves, "".join(halves)} <= known:
+            raise UserError(f"{path}: the merge {merge!r:.60} is not of its tokens", hint=ORIGINAL)
 
 
 def _head_size(metadata: Metadata) -> int | None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.config_checks import check_config
+from mlx_finetune.models.tokenizer_checks import check_tokenizer
 from mlx_finetune.models.weights import tensor_headers
+from mlx_finetune.own_code import refuse_kernels
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Never *.py (a stranger's code) nor *.bin (pickles, and the same weights again).
@@ -16,6 +18,7 @@ WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "spi
 # The same weights in another layout or for another engine (original/, onnx/ ...).
 UNWANTED = ["*.py", "*.bin", "*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*.safetensors"]
 PICKLES = ["pytorch_model*.bin"]  # where a model has no safetensors, for what reads them without running them
+WEIGHTS = (".safetensors", ".bin", ".gguf")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -43,23 +46,44 @@ def hub_revision(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--") else None
 
 
+def check_links(folder: Path) -> None:
+    """What is copied from a model's folder is to lie in it, or, as in the Hub's cache, in that of all its revisions.
+
+    Weights may lie elsewhere, on another disk: nothing but weights is read from them.
+
+    Raises:
+        UserError: a file is a link to another place, of which a copy could be handed on.
+    """
+    top = folder.resolve()
+    home = folder.absolute().parents[1].resolve() if hub_revision(folder.absolute()) else top
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        is_read = path.is_file() or path.name == "additional_chat_templates"
+        if is_read and not path.resolve().is_relative_to(home) and not path.name.endswith(WEIGHTS):
+            raise UserError(f"{path}: a link out of the folder", hint="put the file itself there, or take the link away")
+
+
 def check_model_folder(folder: Path, with_template: bool = True) -> None:
     """Reads the folder's headers and settings, not its weights. `with_template`: a chat template has to be there too.
 
     Raises:
-        UserError: no such folder, no config.json, no or broken safetensors, no tokenizer, no chat template.
+        UserError: no such folder, links out of it, no config.json, no or broken safetensors, no tokenizer, no chat template.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder", hint="give a local folder or a Hub id such as org/name")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json", hint="give the Hugging Face folder that holds config.json and *.safetensors")
-    check_config(read_json(folder / "config.json"), f"{folder / 'config.json'}")
+    check_links(folder)
+    config = read_json(folder / "config.json")
+    check_config(config, f"{folder / 'config.json'}")
+    refuse_kernels(folder / "config.json", config)
     tensor_headers(folder)
     if not any((folder / file).is_file() for file in TOKENIZERS):
         raise UserError(
             f"{folder}: no tokenizer ({' or '.join(TOKENIZERS[:2])})",
             hint="copy the model's tokenizer files into the folder",
         )
+    if (folder / "tokenizer.json").is_file():
+        check_tokenizer(folder / "tokenizer.json")
     if with_template and not _has_chat_template(folder):
         raise UserError(
             f"{folder}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)",

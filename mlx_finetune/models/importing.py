@@ -10,7 +10,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.files import copy_file, read_json
 from mlx_finetune.models.config_checks import check_config
 from mlx_finetune.models.gguf import gguf_to_hugging_face
-from mlx_finetune.models.hub import TOKENIZERS, hub_revision, model_folder
+from mlx_finetune.models.hub import TOKENIZERS, check_links, hub_revision, model_folder
 from mlx_finetune.models.shards import shard_name, write_index
 from mlx_finetune.models.weights import INDEX, fingerprint, tensor_headers, weight_files
 
@@ -70,6 +70,7 @@ def find_source(name: str) -> Source:
         files = sorted(folder.glob("*.gguf"))
         hint = f"give the file: {files[0]}" if files else "give the Hugging Face folder that holds config.json and the weights"
         raise UserError(f"{folder}: no config.json", hint=hint)
+    check_links(folder)
     check_config(read_json(folder / "config.json"), f"{folder / 'config.json'}")
     _find_tokenizer(folder)
     kind: Format = "bin" if _bins(folder) and not any(folder.glob("*.safetensors")) else "huggingface"

@@ -256,7 +256,8 @@ def _mlx_scaling(rope: Rope) -> dict[str, Any] | None:
 
 
 def _window(config: Config) -> int | None:
-    return config.get("sliding_window", PROVEN[config["model_type"]].sliding_window)
+    window: int | None = config.get("sliding_window", PROVEN[config["model_type"]].sliding_window)
+    return window
 
 
 def _mlx_windows(config: Config) -> dict[str, Any]:

@@ -70,13 +70,14 @@ def overlay_of(config: Config) -> dict[str, Any]:
     """Keys to lay over `config` so that mlx-lm 0.32.2 computes what transformers computes without them."""
     read = canonical(config)
     model_type = config["model_type"]
-    overlay = {key: value for key, value in read.items() if key not in IDLE - {"max_position_embeddings"}}
+    overlay: dict[str, Any] = {key: value for key, value in read.items() if key not in IDLE - {"max_position_embeddings"}}
     rope = read.get("rope_parameters")
     if rope and model_type not in KEPT_NESTED:
         overlay |= {"rope_parameters": None, "rope_scaling": None, "rope_theta": rope["rope_theta"]}
         if rope.get("partial_rotary_factor") is not None:
             overlay["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    return overlay | PARTICULAR.get(model_type, lambda _: {})(read)
+    particular = PARTICULAR.get(model_type)
+    return overlay | particular(read) if particular else overlay
 
 
 def unread(config: Config, known: frozenset[str]) -> tuple[str, Any] | None:

@@ -6,7 +6,8 @@ say the same here. Its olmo3 and gemma3 lay `rope_scaling` over the layers of fu
 
 from typing import Any
 
-from mlx_finetune.models.mlx_config import LLAMA_CLASS, SLIDING, Config, mlx_overlay, text_config
+from mlx_finetune.models.mlx_config import LLAMA_CLASS, Config, mlx_overlay, text_config
+from mlx_finetune.models.mlx_overlays import SLIDING
 
 CODE = "auto_map"  # names of a stranger's *.py, which are never copied
 # Said in the words of version 4 whatever was there; any other key of the overlay is added only where it is missing.

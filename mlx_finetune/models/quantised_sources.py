@@ -8,6 +8,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.models.hub import HUB_ID
 from mlx_finetune.models.mlx_config import taken_over
 from mlx_finetune.models.quantisation import Quantisation
+from mlx_finetune.reading import LARGEST_SETTINGS, plain_yaml
 
 NAMES = {
     "awq": "AWQ",
@@ -71,15 +72,13 @@ def _use_original(folder: Path) -> str:
 
 def _base_model(folder: Path) -> str | None:
     """What the model card names as base_model in its front matter."""
-    import yaml
-
     card = folder / "README.md"
     if not card.is_file():
         return None
     begin, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
     try:
-        front = yaml.safe_load(rest.partition("\n---")[0]) if not begin.strip() else None
-    except yaml.YAMLError:
+        front = plain_yaml(rest.partition("\n---")[0][:LARGEST_SETTINGS]) if not begin.strip() else None
+    except ValueError:
         return None
     base = front.get("base_model") if isinstance(front, dict) else None
     base = base[0] if isinstance(base, list) and base else base

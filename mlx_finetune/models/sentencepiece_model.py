@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlx_finetune.errors import UserError
+from mlx_finetune.reading import read_whole
 
 LONGEST = 64 * 2**20  # bytes of a file: those of the largest vocabularies have 5 MB
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece.Type
@@ -51,7 +52,7 @@ class SentencePieceModel:
         return [number for number, piece in enumerate(self.pieces) if piece.kind in kinds]
 
 
-class _Broken(Exception):
+class Broken(Exception):
     """What is wrong with the file."""
 
 
@@ -61,16 +62,10 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     Raises:
         UserError: no such file; one that is broken, cut, or no SentencePiece model.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(LONGEST + 1)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}", hint="a SentencePiece model is needed, such as spiece.model") from error
-    if len(data) > LONGEST:
-        raise UserError(f"{path}: larger than any SentencePiece model", hint=DAMAGED)
+    data = read_whole(path, "a SentencePiece model is needed, such as spiece.model", LONGEST)
     try:
         return _model(data)
-    except (_Broken, UnicodeDecodeError) as error:
+    except (Broken, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a SentencePiece model: {' '.join(str(error).split())[:100]}", hint=DAMAGED) from error
 
 
@@ -81,16 +76,16 @@ def _model(data: bytes) -> SentencePieceModel:
     denormalizer: dict[int, Any] = {}
     for number, how, value in _fields(data):
         if number in (1, 2, 3, 5) and how != COUNTED:
-            raise _Broken(f"field {number} is no message")
+            raise Broken(f"field {number} is no message")
         if number == 1:
             pieces.append(_piece(value))
         elif number in (2, 3, 5):
             {2: trainer, 3: normalizer, 5: denormalizer}[number].update({n: v for n, _, v in _fields(value)})
     algorithm, charsmap = trainer.get(3, 1), normalizer.get(2, b"")
     if not pieces or algorithm not in MODELS or not isinstance(charsmap, bytes):
-        raise _Broken("it has no vocabulary, or one of an unknown kind")
+        raise Broken("it has no vocabulary, or one of an unknown kind")
     if charsmap:
-        _check_charsmap(charsmap)
+        check_charsmap(charsmap)
     return SentencePieceModel(
         pieces=tuple(pieces),
         algorithm=MODELS[algorithm],
@@ -112,24 +107,24 @@ def _roles(pieces: Sequence[Piece], trainer: Mapping[int, Any]) -> dict[str, str
     return {role: piece.text for role, piece in there.items() if piece.kind in (UNKNOWN, CONTROL)}
 
 
-def _check_charsmap(charsmap: bytes) -> None:
+def check_charsmap(charsmap: bytes) -> None:
     """A double-array trie (https://github.com/s-yata/darts-clone) in front of texts that end with 0, into which its leaves point.
 
     Where an entry leads elsewhere, `tokenizers` would end the program.
     """
     size, texts = int.from_bytes(charsmap[:4], "little"), charsmap[4:]
     if size % 1024 or not 0 < size < len(texts) or texts[-1]:
-        raise _Broken("the rules of normalisation are cut")
+        raise Broken("the rules of normalisation are cut")
     units = np.frombuffer(texts[:size], "<u4").astype(np.int64)
     texts = texts[size:]
     texts.decode()
     inner = np.flatnonzero(units >> 31 == 0)
     children = inner ^ ((units[inner] >> 10) << ((units[inner] & 512) >> 6))
     if ((children | 255) >= len(units)).any():
-        raise _Broken("the rules of normalisation lead outside of themselves")
+        raise Broken("the rules of normalisation lead outside of themselves")
     values = units[children[(units[inner] >> 8) & 1 == 1]] & (2**31 - 1)
     if (values >= len(texts)).any() or (np.frombuffer(texts, np.uint8)[values] >> 6 == 0b10).any():
-        raise _Broken("the rules of normalisation lead into no text")
+        raise Broken("the rules of normalisation lead into no text")
 
 
 def _piece(data: bytes) -> Piece:
@@ -142,7 +137,7 @@ def _piece(data: bytes) -> Piece:
         elif (number, how) == (3, VARINT):
             kind = value
     if not text or not NORMAL <= kind <= BYTE or score != score or abs(score) == float("inf"):
-        raise _Broken(f"a piece {text!r} of kind {kind} with score {score}")
+        raise Broken(f"a piece {text!r} of kind {kind} with score {score}")
     return Piece(text, score, kind)
 
 
@@ -161,9 +156,9 @@ def _fields(data: bytes) -> Iterator[Field]:
         elif how in (EIGHT_BYTES, FOUR_BYTES):
             length = 8 if how == EIGHT_BYTES else 4
         else:
-            raise _Broken(f"byte {place} begins no field")
+            raise Broken(f"byte {place} begins no field")
         if length > len(data) - place:
-            raise _Broken(f"field {number} is cut")
+            raise Broken(f"field {number} is cut")
         yield number, how, data[place : place + length]
         place += length
 
@@ -173,10 +168,10 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if place >= len(data):
-            raise _Broken("it is cut within a number")
+            raise Broken("it is cut within a number")
         byte = data[place]
         place += 1
         value |= (byte & 127) << shift
         if byte < 128:
             return value, place
-    raise _Broken(f"a number at byte {place} has no end")
+    raise Broken(f"a number at byte {place} has no end")

@@ -20,6 +20,7 @@ from mlx_finetune.models.shards import Planned, ShardWriter
 from mlx_finetune.models.torch_legacy import BLOCK, blocks, legacy_tensors
 from mlx_finetune.models.torch_pickle import DAMAGED, LONGEST, Tensor, read_tensors, shown
 from mlx_finetune.models.weights import INDEX
+from mlx_finetune.reading import is_file_name
 
 Progress = Callable[[int, int], None]
 
@@ -105,7 +106,7 @@ def _index(folder: Path) -> Mapping[str, str]:
     if not isinstance(names, dict) or not names:
         raise UserError(f'{path}: no "weight_map"', hint=DAMAGED)
     for name in names.values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".bin"):
+        if not is_file_name(name, ".bin"):
             raise UserError(f"{path}: {str(name)[:80]!r} is not the name of a .bin file of this folder", hint=DAMAGED)
     return names
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import DAMAGED, read_json
+from mlx_finetune.reading import is_file_name, open_ordinary
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -107,7 +108,7 @@ def file_headers(file: Path) -> dict[str, TensorLocation]:
     """
     try:
         size = file.stat().st_size
-        with file.open("rb") as opened:
+        with open_ordinary(file) as opened:
             header, data_start = _read_header(opened, size, file)
     except FileNotFoundError as error:
         is_bin = file.with_suffix(".bin").is_file()
@@ -173,7 +174,8 @@ def read_rows(location: TensorLocation, rows: Sequence[int]) -> np.ndarray:
 def to_float32(data: bytes, dtype: str) -> np.ndarray:
     """Stored bytes of F32, F16 or BF16 as float32 [n]; exact."""
     if dtype == "BF16":
-        return np.left_shift(np.frombuffer(data, "<u2"), 16, dtype="<u4").view("<f4")
+        widened: np.ndarray = np.left_shift(np.frombuffer(data, "<u2"), 16, dtype="<u4").view("<f4")
+        return widened
     return np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)
 
 
@@ -220,8 +222,8 @@ def _index(folder: Path) -> Mapping[str, str]:
     if not isinstance(names, dict) or not names:
         raise UserError(f'{path}: no "weight_map"', hint=REDOWNLOAD)
     for name in names.values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{path}: {name!r} is not the name of a safetensors file of this folder", hint=REDOWNLOAD)
+        if not is_file_name(name, ".safetensors"):
+            raise UserError(f"{path}: {name!r:.80} is not the name of a safetensors file of this folder", hint=REDOWNLOAD)
     return names
 
 

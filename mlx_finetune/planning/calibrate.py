@@ -1,6 +1,7 @@
 """Twenty seconds of real steps with the real engine: what this machine reaches."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +28,10 @@ class Calibration:
     device: str
 
 
-def calibrate(folder: Path, shape: ModelShape, dials: Dials, seconds: float = SECONDS) -> Calibration:
-    """Loads the model and trains on random tokens for about so long; nothing is kept.
+def calibrate(
+    folder: Path, shape: ModelShape, dials: Dials, seconds: float = SECONDS, progress: Callable[[int, int], None] | None = None
+) -> Calibration:
+    """Loads the model and trains on random tokens for about so long; nothing is kept. `progress(done, total)`: milliseconds.
 
     Raises:
         UserError: what the engine refuses.
@@ -42,10 +45,12 @@ def calibrate(folder: Path, shape: ModelShape, dials: Dials, seconds: float = SE
     engine = MlxEngine(folder, config)
     batch = random_batch(np.random.default_rng(0), 1, length, shape.sizes.vocabulary, dials.learned_share)
     engine.step([batch], 1e-5, seed=0)  # compiles and allocates
-    start, steps = time.perf_counter(), 0
+    start, steps, total = time.perf_counter(), 0, round(1000 * seconds)
     while steps < 2 or time.perf_counter() - start < seconds:
         engine.step([batch], 1e-5, seed=steps)
         steps += 1
+        if progress:
+            progress(min(round(1000 * (time.perf_counter() - start)), total), total)
     rate = steps * length / (time.perf_counter() - start)
     return Calibration(steps, rate, rate * work_of_token(shape, dials, length).operations, engine.device)
 

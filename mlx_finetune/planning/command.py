@@ -15,7 +15,7 @@ from mlx_finetune.planning.memory import LEARNED_SHARE
 from mlx_finetune.planning.model_shape import ModelShape, model_shape
 from mlx_finetune.planning.speed import Data, Speed, calibrated_speed, data_of, expected_speed
 from mlx_finetune.planning.wording import duration, reasons
-from mlx_finetune.terminal import finish, say, table
+from mlx_finetune.terminal import finish, progress, say, table
 
 SIZES = (8, 16, 24, 32, 64)  # GB
 MILLION = 1_000_000
@@ -148,7 +148,8 @@ def _calibrate(options: PlanOptions, shape: ModelShape, plan: Plan) -> Calibrati
         hint = "name the converted model, or leave --calibrate out"
         raise UserError(f"{options.model}: as it is stored it does not fit, so --calibrate cannot run it", hint=hint)
     say(f"training on random tokens for twenty seconds, with the settings of the plan, on {plan.machine.name}")
-    return calibrate(folder, shape, plan.choice.dials)
+    with progress("calibrate") as advance:
+        return calibrate(folder, shape, plan.choice.dials, progress=advance)
 
 
 def _measured(shape: ModelShape, plan: Plan, measured: Calibration, data: Data | None) -> Plan:
@@ -190,7 +191,7 @@ def _following(options: PlanOptions, shape: ModelShape, plan: Plan) -> list[str]
     if _is_packed(plan, shape):
         packed = _quantised_folder(options, plan)
         dtype = " --dtype bfloat16" if shape.dtype == "F32" else ""
-        commands.append(f"mlx_lm.convert --hf-path {model} -q --q-bits {plan.choice.dials.bits}{dtype} --mlx-path {packed}")
+        commands.append(f"mlx-finetune convert {model} --bits {plan.choice.dials.bits}{dtype} --out {packed}")
         model = packed
     if not options.data:
         commands.append(f"mlx-finetune prepare COLLECTED --model {model} --max-length {plan.choice.dials.max_length} --out dataset")

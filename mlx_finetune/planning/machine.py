@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlx_finetune.errors import UserError
+from mlx_finetune.nearest import did_you_mean
 
 GIB = 1024**3  # what a Mac calls a GB of memory
 SMALL = 36 * GIB
@@ -78,7 +79,8 @@ def find_chip(name: str) -> Chip:
     for chip in CHIPS:
         if chip.name.lower() == wanted:
             return chip
-    raise UserError(f"--chip {name}: not in the table", hint=f"known are {', '.join(chip.name for chip in CHIPS)}")
+    names = [chip.name for chip in CHIPS]
+    raise UserError(f"--chip {name}: not in the table", hint=did_you_mean(wanted, names, f"known are {', '.join(names)}"))
 
 
 def parse_memory(text: str) -> int:
@@ -118,7 +120,7 @@ def this_machine() -> Machine:
         return _this_mac()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     rule = f"{100 * CPU_SHARE:.0f} % of the memory: no GPU that MLX uses, the CPU computes"
-    return Machine(f"{_cpu_name()} with {memory / GIB:.3g} GB", memory, int(CPU_SHARE * memory), rule, None, on_gpu=False)
+    return Machine(f"{cpu_name()} with {memory / GIB:.3g} GB", memory, int(CPU_SHARE * memory), rule, None, on_gpu=False)
 
 
 def _this_mac() -> Machine:
@@ -135,7 +137,7 @@ def _sysctl(name: str) -> str:
     return subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     if sys.platform == "linux":
         with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
             for line in file:

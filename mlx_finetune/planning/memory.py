@@ -5,7 +5,6 @@ bytes of a family of arrays times a coefficient; the coefficients stand in one p
 (`benchmarks/plan_memory.py --fit` does it again).
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import ceil
@@ -13,6 +12,7 @@ from typing import Literal
 
 from mlx_finetune.config import RunConfig, default
 from mlx_finetune.errors import UserError
+from mlx_finetune.nearest import did_you_mean
 from mlx_finetune.planning.model_shape import ModelShape
 
 Attention = Literal["fused", "blocks"]
@@ -155,8 +155,7 @@ def targets(shape: ModelShape, dials: Dials) -> dict[str, tuple[int, int]]:
         return linears
     for name in dials.target_modules:
         if name not in linears:
-            near = difflib.get_close_matches(name, linears, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(linears)}"
+            hint = did_you_mean(name, linears, f"it has {', '.join(linears)}")
             raise UserError(f"target_modules: no matrix of {shape.name} is called {name!r}", hint=hint)
     return {name: linears[name] for name in dials.target_modules}
 

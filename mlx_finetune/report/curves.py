@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from mlx_finetune.evaluation.plot import running_mean, shown_apart
+from mlx_finetune.evaluation.plot import shown_apart
+from mlx_finetune.evaluation.spikes import marked_losses, not_applied, running_mean, spikes, with_loss
 from mlx_finetune.training.held_out import judged_by
 
-LEAST = 20  # steps before a jump can be told from noise
-JUMP = 6.0  # standard deviations (by the median, which a jump does not move) above the running mean
 POINTS = 1500  # of a curve, at most
 
 
@@ -37,7 +36,6 @@ class Curves:
 
 def all_curves(train: Sequence[Mapping[str, Any]], valid: Sequence[Mapping[str, Any]], max_grad_norm: float) -> list[Curves]:
     """Of a run, the loss first; a figure of which nothing was measured is left out."""
-    train, valid = ([row for row in rows if np.isfinite(row["loss"])] for rows in (train, valid))
     made = [loss_curves(train, valid), by_source(valid)]
     for name, title, unit, lines in (
         ("rate", "Learning rate", "learning rate (per step)", [("learning rate", _column(train, "learning_rate"), "rate")]),
@@ -51,50 +49,38 @@ def all_curves(train: Sequence[Mapping[str, Any]], valid: Sequence[Mapping[str, 
 
 
 def loss_curves(train: Sequence[Mapping[str, Any]], valid: Sequence[Mapping[str, Any]]) -> Curves | None:
-    """Of training each step and its running mean, held out, and the jumps of the loss."""
-    steps, losses = _column(train, "loss")
-    lines = []
-    if train:
-        lines += [Line("training, each step", *thinned(steps, losses), "raw")]
-        lines += [Line("training, running mean", *thinned(steps, running_mean(train)), "train")]
+    """Of training each step and its running mean, held out, the jumps of the loss, and steps that were not applied."""
+    rows, valid, lines = with_loss(train), [row for row in valid if np.isfinite(row["loss"])], []
+    steps = [row["step"] for row in rows]
+    if rows:
+        lines += [Line("training, each step", *thinned(steps, [row["loss"] for row in rows]), "raw")]
+        lines += [Line("training, running mean", *thinned(steps, running_mean(rows)), "train")]
     if valid:
         sources = judged_by({source for row in valid for source in row.get("by_source", {})})
         lines += [Line(f"held out ({', '.join(sources)})" if sources else "held out", *_column(valid, "loss"), "held")]
-    jumps = spikes(train)
-    if jumps:
-        at = {row["step"]: row["loss"] for row in train}
-        lines += [Line("spike", jumps, [at[step] for step in jumps], "spike")]
     told = "; ".join(_from_to(line) for line in lines if line.look in ("train", "held"))
-    told += f"; spikes at step {', '.join(map(str, jumps[:10]))}" if jumps else ""
+    heights = marked_losses(train)
+    for label, at, look in (("spike", spikes(train), "spike"), ("not applied", not_applied(train), "skipped")):
+        if at and lines:
+            lines += [Line(label, *thinned(at, [heights[step] for step in at]), look)]
+            told += f"; {label} at step {', '.join(map(str, at[:10]))}" + (" and others" if len(at) > 10 else "")
     return Curves("loss", "Loss", "loss (nats a learned token)", tuple(lines), told) if lines else None
 
 
 def by_source(valid: Sequence[Mapping[str, Any]]) -> Curves | None:
     """Held-out losses of each source, where there are several."""
-    sources = sorted({source for row in valid for source in row.get("by_source", {})})
+    sources = sorted({source for row in valid for source, loss in row.get("by_source", {}).items() if np.isfinite(loss)})
     if len(sources) < 2:
         return None
     apart = {name for name, _, _ in shown_apart(valid)}
     lines = []
     for number, source in enumerate(sources):
-        rows = [row for row in valid if source in row.get("by_source", {})]
+        rows = [row for row in valid if np.isfinite(row.get("by_source", {}).get(source, np.nan))]
         label = f"{source} (beside the loss)" if source in apart else source
         points = [row["step"] for row in rows], [row["by_source"][source] for row in rows]
         lines.append(Line(label, *points, f"source{number % 4}"))
     told = "; ".join(map(_from_to, lines))
     return Curves("sources", "Held-out loss by source", "loss (nats a learned token)", tuple(lines), told)
-
-
-def spikes(train: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Steps whose loss stands far above the running mean of those before it; none in the first steps."""
-    if len(train) <= LEAST:
-        return []
-    losses, mean = np.array([row["loss"] for row in train], np.float64), np.array(running_mean(train), np.float64)
-    above = losses[1:] - mean[:-1]
-    middle = np.median(above)
-    spread = 1.4826 * np.median(np.abs(above - middle))  # of a normal distribution: its standard deviation
-    high = np.flatnonzero(above > middle + JUMP * max(spread, 1e-9)) + 1
-    return [int(train[i]["step"]) for i in high.tolist() if i >= LEAST]
 
 
 def thinned(steps: Sequence[float], values: Sequence[float], most: int = POINTS) -> tuple[list[float], list[float]]:

@@ -21,6 +21,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "train": {"color": "c0", "linewidth": 2},
     "held": {"color": "c1", "linewidth": 2, "marker": "o", "markersize": 5},
     "spike": {"color": "spike", "linestyle": "none", "marker": "x", "markersize": 8, "markeredgewidth": 2},
+    "skipped": {"color": "ink", "linestyle": "none", "marker": "v", "markersize": 7, "markerfacecolor": "none"},
     "source0": {"color": "c1", "linewidth": 2, "marker": "o", "markersize": 5},
     "source1": {"color": "c2", "linewidth": 2, "marker": "s", "markersize": 5, "linestyle": "--"},
     "source2": {"color": "c3", "linewidth": 2, "marker": "^", "markersize": 5, "linestyle": "-."},
@@ -95,7 +96,7 @@ def _plot(axes: Any, line: Line, number: int) -> None:
 
 def _inline(svg: str, name: str, kind: str, curves: Curves) -> str:
     """Part of the page: no style but its own, no name but what is pointed at, a title and a description."""
-    root = ElementTree.fromstring(svg)
+    root = ElementTree.fromstring(svg)  # noqa: S314  what matplotlib has just written
     root.remove(root.find(f"{SVG}metadata"))  # type: ignore[arg-type]  # matplotlib always writes it
     for style in root.findall(f"{SVG}defs[{SVG}style]"):
         root.remove(style)  # the page has its own

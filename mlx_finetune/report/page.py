@@ -7,6 +7,7 @@ from mlx_finetune.report.curves import all_curves
 from mlx_finetune.report.figures import figure
 from mlx_finetune.report.from_what import data, learned, settings, using
 from mlx_finetune.report.html import count, digest, paragraph, section, text
+from mlx_finetune.report.marked import marked
 from mlx_finetune.report.of_run import OfRun
 from mlx_finetune.report.results import before_after, headline, learning_samples, samples
 
@@ -87,9 +88,5 @@ def curves(of: OfRun) -> str:
     found = all_curves(of.train, of.valid, of.config.max_grad_norm)
     if not found:
         return section("curves", "How it learned", paragraph("Nothing is measured yet: the run has just begun.", "missing"))
-    told = "Running mean: of the last ten or so steps, by token."
-    if any(line.look == "spike" for line in found[0].lines):
-        told += " Spike: a step whose loss stands more than six standard deviations above it."
-    return section(
-        "curves", "How it learned", f"<div class=figures>{''.join(map(figure, found))}</div>\n", paragraph(told, "faint")
-    )
+    told = paragraph("Running mean: of the last ten or so steps, by token.", "faint")
+    return section("curves", "How it learned", f"<div class=figures>{''.join(map(figure, found))}</div>\n", told, marked(of))

@@ -9,14 +9,15 @@ from io import TextIOWrapper
 
 from mlx_finetune.data.policies import POLICIES, policy_of
 from mlx_finetune.errors import UserError
+from mlx_finetune.serving.admission import is_local
 from mlx_finetune.serving.chat import Chat, Settings
-from mlx_finetune.serving.http import Front, is_local
+from mlx_finetune.serving.http import Front
 from mlx_finetune.serving.listening import http_server, listening, url_of
 from mlx_finetune.serving.opened import Opened, Source, find_source
 from mlx_finetune.serving.served import Served
 from mlx_finetune.serving.trained import gptme_command
 from mlx_finetune.serving.worker import Worker
-from mlx_finetune.terminal import say
+from mlx_finetune.terminal import say, waiting
 
 KEY = "MLX_FINETUNE_API_KEY"
 
@@ -33,27 +34,43 @@ class ServeOptions:
     max_tokens: int
     name: str
     api_key: str
+    no_key: bool
     as_json: bool
 
 
 def serve_command(options: ServeOptions) -> None:
     """`mlx-finetune serve`."""
     check_installed()
-    key = options.api_key or os.environ.get(KEY, "")
+    key = key_of(options)
     source = find_source(options.run, options.checkpoint, options.engine)
     served = Served(source, source.named(options.name), options.max_tokens)
     with listening(options.host, options.port) as listener:
         if not is_local(options.host):
             warn(options.host, bool(key))
-        say(f"loading {source.checkpoint or source.model}")
         worker = Worker(lambda: Opened(source))
-        worker.start()
+        with waiting(f"loading {source.checkpoint or source.model}"):
+            worker.start()
         front = Front(served, worker, key, local=is_local(options.host))
         try:
             url = url_of(listener, options.host)
             http_server(front, lambda: announce(served, url, key, options.as_json)).run(sockets=[listener])
         finally:
             worker.stop()
+
+
+def key_of(options: ServeOptions) -> str:
+    """What every request has to bring; empty: nothing.
+
+    Raises:
+        UserError: other machines would reach the server, and there is no key, and that was not asked for by name.
+    """
+    key = (options.api_key or os.environ.get(KEY, "")).strip()
+    if options.no_key and key:
+        raise UserError("--no-key, and there is a key", hint=f"leave out --no-key, or --api-key and {KEY}")
+    if not (key or options.no_key or is_local(options.host)):
+        hint = f"set {KEY} to a long random word, or --no-key where everybody there may use the model"
+        raise UserError(f"--host {options.host}: other machines would reach this server, and no key is asked for", hint=hint)
+    return key
 
 
 def check_installed() -> None:
@@ -66,7 +83,7 @@ def check_installed() -> None:
 def warn(host: str, with_key: bool) -> None:
     say(f"--host {host}: other machines reach this server, without encryption" + ("" if with_key else ", and no key is asked for"))
     if not with_key:
-        say(f"whoever reaches it can use the model: set {KEY}, or leave --host out")
+        say("whoever reaches it can use the model, and ask it for what it learned from")
 
 
 def announce(served: Served, url: str, key: str, as_json: bool) -> None:
@@ -116,9 +133,10 @@ class ChatOptions:
 def chat_command(options: ChatOptions) -> None:
     """`mlx-finetune chat`."""
     source = find_source(options.run, options.checkpoint, options.engine)
-    say(f"loading {source.checkpoint or source.model}")
     settings = Settings(options.system, options.temperature, options.top_p, options.max_tokens, options.seed)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # of a terminal that is not in UTF-8
-    Chat(Opened(source), settings).run(sys.stdin, sys.stdout)
+    with waiting(f"loading {source.checkpoint or source.model}"):
+        opened = Opened(source)
+    Chat(opened, settings).run(sys.stdin, sys.stdout)

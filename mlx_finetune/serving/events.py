@@ -10,6 +10,8 @@ from mlx_finetune.serving.requests import Refusal
 from mlx_finetune.serving.worker import Event, Job
 from mlx_finetune.terminal import one_line, say
 
+QUOTING = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+
 
 class Events:
     """What the worker tells of one job, for the thread that serves."""
@@ -43,8 +45,12 @@ def failure(error: Exception) -> Refusal:
 
 
 def failed(error: Exception) -> Refusal:
-    """As `failure`, and says it on stderr: in a line, or, where it is a fault of ours, with its traceback."""
-    say(f"an answer failed: {type(error).__name__}: {one_line(str(error), 200)}")
+    """As `failure`, and says it on stderr: in a line, or, where it is a fault of ours, with its places but without its words.
+
+    An exception of such a kind says what it met, which may be a piece of a conversation.
+    """
+    quotes = isinstance(error, QUOTING) and not isinstance(error, UserError)
+    say(f"an answer failed: {type(error).__name__}" + ("" if quotes else f": {one_line(str(error), 200)}"))
     if not no_memory(error) and not isinstance(error, UserError):
-        traceback.print_exception(error)
+        say("Traceback (most recent call last):\n" + "".join(traceback.format_tb(error.__traceback__)).rstrip())
     return failure(error)

@@ -1,14 +1,12 @@
 """The HTTP side: OpenAI's chat completions and models over Starlette, for one worker that computes."""
 
 import asyncio
-import hmac
-import ipaddress
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mlx_finetune.serving.admission import Bodies, check_host, check_key
 from mlx_finetune.serving.answer import Answer, Question
 from mlx_finetune.serving.bodies import WAITING, Reply, error_event
 from mlx_finetune.serving.events import Events, failed
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-MOST_BYTES = 16 * 2**20  # of a request
 ALIVE = 10.0  # seconds without a word, after which a stream says that it is alive
 MOST_READ = 4  # requests of which the prompt is made at once
 GONE = 499  # as others call it, in the log: the client went away
@@ -55,6 +52,7 @@ class Front:
     key: str = ""  # asked of every request where it is not empty
     say: Callable[[str], None] = say  # a line for each request
     local: bool = True  # bound to this machine: then only its own names are answered to
+    bodies: Bodies = field(default_factory=Bodies)
     created: int = field(default_factory=lambda: int(time.time()))
     _noted: set[str] = field(default_factory=set)
     _reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_READ))
@@ -78,18 +76,19 @@ class Front:
             Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
             Route("/v1/models", self._guarded(self._models), methods=["GET"]),
             Route("/v1/models/{name:path}", self._guarded(self._model), methods=["GET"]),
-            Route("/health", self._health, methods=["GET"]),
+            Route("/health", self._guarded(self._health, with_key=False), methods=["GET"]),
         ]
         return Starlette(routes=routes, exception_handlers={HTTPException: refused, Exception: self._broken})
 
-    def _guarded(self, handle: Callable[[Asked], Awaitable["Response"]]) -> Callable[["Request"], Awaitable["Response"]]:
+    def _guarded(
+        self, handle: Callable[[Asked], Awaitable["Response"]], with_key: bool = True
+    ) -> Callable[["Request"], Awaitable["Response"]]:
         from starlette.requests import ClientDisconnect
 
         async def guarded(request: "Request") -> "Response":
             asked = Asked(request, self.say)
             try:
-                self._check_host(request)
-                self._check_key(request)
+                self._admit(request, with_key)
                 return await handle(asked)
             except Refusal as refusal:
                 return self._refuse(asked, refusal)
@@ -103,7 +102,7 @@ class Front:
 
         asked.log(refusal.status)
         headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {}
-        if refusal.status == 413:
+        if refusal.status in (408, 413, 503):
             headers["Connection"] = "close"  # the rest of the body is not read
         return JSONResponse(refusal.to_json(), refusal.status, headers)
 
@@ -111,19 +110,14 @@ class Front:
         """A fault of ours before there was an answer; Starlette raises it again, and uvicorn says nothing of it."""
         return self._refuse(Asked(request, self.say), failed(error))
 
-    def _check_host(self, request: "Request") -> None:
-        """A page of the web whose name was made to lead here is not to read answers."""
-        host = request.headers.get("host", "")
-        name = host if host.endswith("]") or ":" not in host else host.rpartition(":")[0]
-        if self.local and not is_local(name):
-            raise Refusal(f"this server answers to localhost, not to {host!r:.80}", status=403)
+    def _admit(self, request: "Request", with_key: bool) -> None:
+        if self.local:
+            check_host(request)
+        if with_key:
+            check_key(request, self.key)
 
-    def _check_key(self, request: "Request") -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if self.key and not hmac.compare_digest(given.encode("latin-1"), os.fsencode(self.key)):  # the bytes of either
-            raise Refusal("the API key is missing, or not this server's", code="invalid_api_key", status=401)
-
-    async def _health(self, request: "Request") -> "Response":
+    async def _health(self, asked: Asked) -> "Response":
+        """For whoever looks whether the server is there: no key is asked for."""
         from starlette.responses import JSONResponse
 
         return JSONResponse({"status": "ok", "waiting": self.worker.waiting})
@@ -150,7 +144,7 @@ class Front:
     async def _chat(self, asked: Asked) -> "Response":
         from starlette.responses import JSONResponse
 
-        body = await _body(asked.request)
+        body = await self.bodies.read(asked.request)
         async with self._reading:
             chat, question = await asyncio.to_thread(self._read, body)  # a long prompt takes a moment
         asked.read = len(question.prompt)
@@ -186,37 +180,11 @@ class Front:
         return events
 
 
-def is_local(host: str) -> bool:
-    """Whether the address is this machine's own, which no other reaches."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
-
-
 class Gone(Refusal):
     """The client went away: nobody reads what is answered."""
 
     def __init__(self) -> None:
         super().__init__("the client has gone", status=GONE)
-
-
-async def _body(request: "Request") -> bytes:
-    """Read piece by piece, so that no more than the limit is ever held."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # what a page of the web may send without asking
-        raise Refusal(f"the content type is {kind[:60]!r}, not application/json", status=415)
-    too_large = Refusal(f"the body is larger than {MOST_BYTES >> 20} MB", code="request_too_large", status=413)
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > MOST_BYTES:
-        raise too_large
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MOST_BYTES:
-            raise too_large
-        parts.append(part)
-    return b"".join(parts)
 
 
 async def _collected(events: Events) -> tuple[list[str], Answer]:

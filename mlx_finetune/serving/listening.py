@@ -4,9 +4,10 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_finetune.errors import UserError
+from mlx_finetune.serving.connections import protocol_class
 from mlx_finetune.serving.defaults import HOST
 from mlx_finetune.serving.http import Front
 from mlx_finetune.serving.opened import Opened
@@ -37,13 +38,16 @@ def listening(host: str, port: int) -> socket.socket:
     return listener
 
 
-def http_server(front: Front, ready: Callable[[], None]) -> "uvicorn.Server":
-    """To be run with the socket; Ctrl-C and SIGTERM end it, and are raised again then. `ready`: called once it takes requests."""
+def http_server(front: Front, ready: Callable[[], None], **bounds: Any) -> "uvicorn.Server":
+    """To be run with the socket; Ctrl-C and SIGTERM end it, and are raised again then. `ready`: called once it takes requests.
+
+    `bounds`: as `protocol_class` has them.
+    """
     import uvicorn
 
     config = uvicorn.Config(
         front.application(), log_level="critical", access_log=False, server_header=False, lifespan="off", ws="none",
-        timeout_graceful_shutdown=PATIENCE, http="h11",  # which, unlike httptools, has a limit for headers
+        timeout_graceful_shutdown=PATIENCE, http=protocol_class(**bounds),  # h11: unlike httptools it has a limit for headers
     )  # fmt: skip
 
     class Server(uvicorn.Server):
@@ -56,13 +60,13 @@ def http_server(front: Front, ready: Callable[[], None]) -> "uvicorn.Server":
 
 @contextmanager
 def in_background(
-    served: Served, open_model: Callable[[], Opened], key: str = "", log: Callable[[str], None] = lambda line: None
+    served: Served, open_model: Callable[[], Opened], key: str = "", log: Callable[[str], None] = lambda line: None, **bounds: Any
 ) -> Iterator[str]:
-    """While inside, the model is served at the address that is given, by threads of this process."""
+    """While inside, the model is served at the address that is given, by threads of this process; `bounds`: as `http_server`."""
     with listening(HOST, 0) as listener:
         worker, ready = Worker(open_model), threading.Event()
         worker.start()
-        server = http_server(Front(served, worker, key, log), ready.set)
+        server = http_server(Front(served, worker, key, log), ready.set, **bounds)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server", daemon=True)
         thread.start()
         ready.wait()
@@ -76,5 +80,5 @@ def in_background(
 
 def url_of(listener: socket.socket, host: str) -> str:
     """As clients on this machine, or those who know its name, write it."""
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104  shown, not bound
     return f"http://{shown}:{listener.getsockname()[1]}"

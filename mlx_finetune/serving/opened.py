@@ -20,8 +20,8 @@ from mlx_finetune.models.mpt_config import longest_of
 from mlx_finetune.models.quantised_sources import packed_by
 from mlx_finetune.serving.trained import Trained, read_trained, served_name
 from mlx_finetune.training.checkpoint import load_checkpoint, trained_template
+from mlx_finetune.training.checks import check_names
 from mlx_finetune.training.memory_watch import loading
-from mlx_finetune.training.run import check_names
 
 TUNED, BASE = "tuned", "base"
 MOST_CONVERSATIONS, MOST_KEPT = 8, 32_768  # that are kept, and tokens of all but the newest

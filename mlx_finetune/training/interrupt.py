@@ -1,11 +1,15 @@
 """Ctrl-C, or a polite kill, ends a run between two steps, after saving; a second Ctrl-C ends it at once."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+
+GRACE = 2.0  # seconds in which a second Ctrl-C may end what is being done in order; an engine in its own code does not hear it
+LAST_WORDS = b"\ninterrupted at once: what was saved before is whole, --resume goes on from it\n"
 
 
 @dataclass
@@ -18,7 +22,10 @@ class Interrupt:
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """While inside, SIGTERM and the first SIGINT only set `asked`; the next SIGINT raises KeyboardInterrupt."""
+    """While inside, SIGTERM and the first SIGINT only set `asked`; the next SIGINT raises KeyboardInterrupt.
+
+    Where that is not heard within `GRACE`, as in the midst of a long step, the process ends with status 130.
+    """
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
@@ -30,10 +37,40 @@ def interruptible() -> Iterator[Interrupt]:
         if number == signal.SIGINT:
             signal.signal(number, before[signal.SIGINT])
 
-    for number in before:
-        signal.signal(number, ask)
+    with _ended_by_the_second():
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield interrupt
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_IGN if interrupt.ending and number == signal.SIGTERM else handler)
+
+
+@contextmanager
+def _ended_by_the_second() -> Iterator[None]:
+    """A thread counts the signals: Python hears two of them as one while an engine computes."""
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    before, done = signal.set_wakeup_fd(told, warn_on_full_buffer=False), threading.Event()
+
+    def count() -> None:
+        presses = 0
+        while number := os.read(heard, 1):
+            presses += number[0] == signal.SIGINT
+            if presses == 2:
+                if not done.wait(GRACE):
+                    os.write(2, LAST_WORDS)
+                    os._exit(130)
+                return
+
+    counter = threading.Thread(target=count, name="interrupt", daemon=True)
+    counter.start()
     try:
-        yield interrupt
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if interrupt.ending and number == signal.SIGTERM else handler)
+        done.set()
+        signal.set_wakeup_fd(before)
+        os.close(told)
+        counter.join()
+        os.close(heard)

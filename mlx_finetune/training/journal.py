@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file
+from mlx_finetune.training.memory_watch import again
 
 HINT = "take the line out, or start a new run"
 NUMBER = (int, float)
@@ -25,9 +26,17 @@ class Journal:
             file.write(_lines(self.kept))
 
     def append(self, *rows: Row) -> None:
-        """All of them or, where the machine stops, a last line that readers leave out."""
-        with self.path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(_lines(rows))
+        """All of them or, where the machine stops, a last line that readers leave out.
+
+        Raises:
+            UserError: there is no room for them, or the place cannot be written to.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8", newline="\n") as file:
+                file.write(_lines(rows))
+        except OSError as error:
+            hint = f"the last checkpoint is whole: make room, then {again(str(self.path.parent))}"
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}", hint=hint) from error
 
 
 def read_rows(path: Path, needed: Needed, what: str) -> list[Row]:

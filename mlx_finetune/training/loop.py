@@ -5,18 +5,26 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.engines import Engine, StepResult
 from mlx_finetune.engines.ranks import PeerGone, any_of
 from mlx_finetune.errors import UserError
+from mlx_finetune.terminal import say
 from mlx_finetune.training.ahead import Ahead, ahead
 from mlx_finetune.training.checkpoint import Origin, checkpoint_folder, point, save_checkpoint
+from mlx_finetune.training.checkpoints import prune, saved
 from mlx_finetune.training.evaluations import Evaluations
 from mlx_finetune.training.interrupt import interruptible
-from mlx_finetune.training.memory_watch import NoMemory, memory_errors, watched
+from mlx_finetune.training.memory_watch import NoMemory, again, memory_errors, watched
+from mlx_finetune.training.metrics import applied, not_applied_in_a_row
+from mlx_finetune.training.offenders import Offending, offending_in_step
 from mlx_finetune.training.progress import Advance, Now, Standing
 from mlx_finetune.training.schedule import learning_rate
+
+IN_A_ROW = 3  # steps that are not applied, at which a run ends
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Trained:
     seconds: float
     shortage: str | None = None  # of memory: why it was interrupted
     stopped_early: str | None = None  # why, where patience was at its end before the steps were; then it is not interrupted
+    not_applied: int = 0  # steps whose loss or gradient was not finite
 
 
 def total_steps(dataset: Dataset, config: RunConfig) -> int:
@@ -47,8 +56,8 @@ def train(
     Where several processes train together all of them are here, and the first alone writes.
 
     Raises:
-        UserError: the loss or the gradient is not a number, there is no memory, or another process is gone; the last good
-            checkpoint stays.
+        UserError: the loss or the gradient of `IN_A_ROW` steps is not finite, there is no memory, or another process is gone; the
+            last good checkpoint stays.
     """
     loop = _Loop(engine, dataset, config, run, origin, start, look, advance)
     loop.begin()
@@ -60,11 +69,18 @@ def train(
                     better, shortage = loop.look_at_held_out(), watch.shortage()
                     loop.stop(any_of(engine.ranks, interrupt.asked or bool(shortage)), shortage)
                     loop.save(better)
+        except NotFinite:
+            interrupt.ending = True
+            raise
         except (PeerGone, NoMemory) as error:
             interrupt.ending = isinstance(error, PeerGone)
             loop.save_unfinished()
             raise
     return loop.trained()
+
+
+class NotFinite(UserError):
+    """Too many steps in a row could not be applied."""
 
 
 class _Loop:
@@ -89,6 +105,11 @@ class _Loop:
         self.over: str | None = None  # why patience is at its end
         self.loss: float | None = None
         self.learned, self.seen, self.computed, self.seconds = 0, 0, 0, 0.0
+        self.not_applied, self.usable = 0, True  # usable: an example gave finite numbers in the last step, or held out
+        own = not_applied_in_a_row(look.metrics.kept)
+        self.in_a_row = int(engine.ranks.sum(np.array([float(own)]))[0])  # the first process alone has rows
+        tried = (row["step"] - 1 for row in look.metrics.kept if row["split"] == "train" and applied(row))
+        self.proven = max(tried, default=0)  # the model as it was after so many steps has given finite numbers
 
     def begin(self) -> None:
         """Mends `best`, and measures the model as it is at the start; a run that stopped early is over still."""
@@ -101,19 +122,42 @@ class _Loop:
             self.stopped = self.over is not None
 
     def step(self, batches: Ahead) -> None:
-        """One optimizer step."""
+        """One optimizer step, which changes nothing where loss or gradient is not finite; too many such in a row end the run."""
         began, number = time.perf_counter(), self.done
         rate = learning_rate(number, self.steps, self.config)
         with memory_errors(number + 1, self.config):
             result = self.engine.step(batches.batches_at(number), rate, self.config.seed + number)
-        _check_finite(number + 1, result)
         seconds = time.perf_counter() - began
+        offending = None if result.finite else self._offending(number, result)
         self.done, self.seconds, self.loss = number + 1, self.seconds + seconds, result.loss
-        self.learned, self.seen = self.learned + result.tokens, self.seen + self.dataset.tokens_at(number, self.config)
+        self.seen += self.dataset.tokens_at(number, self.config)
         self.computed += result.computed
-        self.look.metrics.train(self.done, result, rate, seconds, self.engine.peak_memory())
+        self.look.metrics.train(self.done, result, rate, seconds, self.engine.peak_memory(), offending)
+        if offending:
+            self.not_applied, self.in_a_row, self.usable = self.not_applied + 1, self.in_a_row + 1, not offending.every
+            self._refuse_too_many()
+        else:
+            self.learned, self.in_a_row, self.usable, self.proven = self.learned + result.tokens, 0, True, number
         if not self._is_due():
             self._say("stepped")
+
+    def _offending(self, number: int, result: StepResult) -> Offending:
+        """Looks for the examples that are to blame, and says so."""
+        with memory_errors(number + 1, self.config):
+            found = offending_in_step(self.engine, self.dataset, self.config, number)
+        say(f"step {number + 1} was not applied: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}; {found}")
+        return found
+
+    def _refuse_too_many(self) -> None:
+        """Ends a run that does not get on. What it holds is saved where the model gives finite numbers."""
+        if self.in_a_row < IN_A_ROW:
+            return
+        if self.first and self.usable and not checkpoint_folder(self.run, self.done).exists():
+            save_checkpoint(self.run, self.engine, self.done, self.config, self.origin)
+        any_of(self.engine.ranks, False)  # the others wait: a launcher ends all as soon as one has
+        steps = f"steps {self.done - self.in_a_row + 1} to {self.done}"
+        message = f"{steps} were not applied, {self.in_a_row} in a row: their loss or gradient is not finite"
+        raise NotFinite(message, hint=way_on(self.run, self.config, self.done if self.usable else None, self.proven))
 
     def look_at_held_out(self) -> bool:
         """Where it is due; whether this is the best so far. Sees too whether patience is at its end."""
@@ -131,8 +175,10 @@ class _Loop:
         """A checkpoint where it is due, and `best` where it is."""
         if self.first and (better or self.done % self.config.save_every == 0 or self.done == self.steps or self.stopped):
             folder = save_checkpoint(self.run, self.engine, self.done, self.config, self.origin)
-            if better or not self.look.held_out:
+            if better or (not self.look.held_out and self.usable):
                 point(self.run / "best", folder)
+            if self.usable:  # else the last good one might be deleted
+                prune(self.run, self.config.keep)
 
     def save_unfinished(self) -> None:
         """A step failed, before it changed anything: what the last one left is here as well."""
@@ -145,7 +191,7 @@ class _Loop:
         interrupted = self.done < self.steps and self.over is None
         counts = self.learned, self.seen, self.computed
         shortage = self.shortage if interrupted else None
-        return Trained(self.done, self.steps, interrupted, *counts, self.seconds, shortage, self.over)
+        return Trained(self.done, self.steps, interrupted, *counts, self.seconds, shortage, self.over, self.not_applied)
 
     def _is_due(self) -> bool:
         return self.done % self.config.eval_every == 0 or self.done == self.steps
@@ -154,6 +200,8 @@ class _Loop:
         self._say("measuring")
         with memory_errors(self.done, self.config):
             better = self.look.at(self.done)
+        if self.look.last is not None and math.isfinite(self.look.last):
+            self.proven, self.usable = self.done, True
         self._say("measured")
         return better
 
@@ -163,8 +211,18 @@ class _Loop:
         self.advance(self.done, self.steps, standing)
 
 
-def _check_finite(step: int, result: StepResult) -> None:
-    if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-        raise UserError(
-            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}", hint="start a new run with a lower learning_rate"
-        )
+def way_on(run: Path, config: RunConfig, usable: int | None, proven: int) -> str:
+    """What to do where steps cannot be applied. `usable`: the step that was saved last; None where the model gives no numbers.
+
+    proven: the last step after which the model has given finite numbers.
+    """
+    goes_on, wider = again(str(run)), config.dtype == "float16"
+    command = f"{goes_on} --set dtype=float32" if wider else goes_on
+    if usable is not None:
+        return f"{checkpoint_folder(run, usable)} is good: {command} goes on behind the examples that were named"
+    good = [folder for folder in saved(run) if int(folder.name.removeprefix("step-")) <= proven]
+    lower = "start a new run with a lower learning_rate" + (f", or where float16 is too narrow: {command}" if wider else "")
+    if not good:
+        return lower
+    start = f"; with adapter_path={good[-1]} it begins there" if config.fine_tune_type != "full" else ""
+    return f"the last good checkpoint is {good[-1]}; {lower}{start}"

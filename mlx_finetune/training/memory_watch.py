@@ -81,14 +81,19 @@ def _said(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
+def again(run: str) -> str:
+    """The command that goes on with a run."""
+    return f"{COMMANDS[launched()]} train --resume --out {run}"
+
+
 def less_memory(config: RunConfig) -> str:
     """How a run may go on with less memory: the one setting that helps most."""
-    again = f"{COMMANDS[launched()]} train --resume --out {config.out}"
+    command = again(config.out)
     if config.grad_checkpoint != 1:
-        return f"{again} --set grad_checkpoint=1"
+        return f"{command} --set grad_checkpoint=1"
     if config.engine == "torch" and config.quantization == "none" and config.fine_tune_type != "full" and not config.fsdp:
-        return f"{again} --set quantization=4bit"
-    return f"close other programs, then {again}; or prepare with a smaller --max-length for a new run"
+        return f"{command} --set quantization=4bit"
+    return f"close other programs, then {command}; or prepare with a smaller --max-length for a new run"
 
 
 @contextmanager

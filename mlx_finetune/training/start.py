@@ -17,7 +17,9 @@ from mlx_finetune.engines.experts import EXPERTS, GATE_UP, from_peft, rank_and_s
 from mlx_finetune.engines.peft_settings import beyond
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
+from mlx_finetune.training.manifest import PROGRESS, check_whole, sha256
 
+ADAPTER, MLX_ADAPTER = "adapter_model.safetensors", "adapters.safetensors"  # of peft, of mlx-lm
 PATTERNS = frozenset({"rank_pattern", "alpha_pattern", "target_parameters"})
 
 
@@ -35,6 +37,8 @@ def read_start(folder: Path, layers: int) -> Start:
     Raises:
         UserError: no adapter, or one that does more than LoRA, rsLoRA and DoRA do.
     """
+    if (folder / PROGRESS).is_file():  # a checkpoint of a run
+        check_whole(folder, moments=False)
     found = read_json(folder / "adapter_config.json")
     if not isinstance(found, dict):
         raise UserError(f"{folder}/adapter_config.json: no settings in it", hint="name the folder of an adapter")
@@ -64,6 +68,12 @@ def started(config: RunConfig, layers: int) -> RunConfig:
     return config.model_copy(update=brought | {"adapter_path": str(Path(config.adapter_path).resolve())})
 
 
+def adapter_id(folder: str) -> str:
+    """SHA-256 of the weights of an adapter that a run starts from; empty without one."""
+    files = [path for path in (Path(folder) / ADAPTER, Path(folder) / MLX_ADAPTER) if folder and path.is_file()]
+    return sha256(files[0]) if files else ""
+
+
 def begin(engine: Engine, config: RunConfig, layers: int) -> None:
     """Puts the adapter of `adapter_path` into a fresh engine.
 
@@ -76,14 +86,14 @@ def begin(engine: Engine, config: RunConfig, layers: int) -> None:
             has = list(arrays[name].shape) if name in arrays else "nothing"
             hint = "name the model that it was made for"
             raise UserError(f"{config.adapter_path}: {name} has {has}, the model takes {list(shape)}", hint=hint)
-    engine.load_state({f"adapter/{name}": arrays[name] for name in engine.trained}, step=0)
+    engine.load_state({f"adapter/{name}": arrays[name] for name in engine.trained}, updates=0)
 
 
 def _of_peft(folder: Path, found: dict[str, Any]) -> Start:
     for name, value in beyond(found, also=PATTERNS).items():
         what = f"{folder}: {name} = {value!r}: it changes more than A and B say"
         raise UserError(what, hint="merge it into the model with peft, and leave adapter_path out")
-    arrays = {name.removeprefix(PEFT_PREFIX): array for name, array in _tensors(folder / "adapter_model.safetensors").items()}
+    arrays = {name.removeprefix(PEFT_PREFIX): array for name, array in _tensors(folder / ADAPTER).items()}
     arrays = from_peft(arrays, found)
     rank, alpha, rslora = int(found["r"]), float(found["lora_alpha"]), bool(found.get("use_rslora"))
     widest = max([rank, *(array.shape[-2] for name, array in arrays.items() if name.endswith((LORA_A, EMBEDDING_A)))])
@@ -126,7 +136,7 @@ def _of_mlx_lm(folder: Path, found: dict[str, Any]) -> Start:
             f"{folder}: mlx-lm trained the weights themselves ({kind})", hint="name an adapter, or leave adapter_path out"
         )
     arrays = {}
-    for name, array in _tensors(folder / "adapters.safetensors").items():
+    for name, array in _tensors(folder / MLX_ADAPTER).items():
         module, _, leaf = name.rpartition(".")
         embedding = module.rpartition(".")[2] == "embed_tokens"
         names = {"lora_a": EMBEDDING_A if embedding else LORA_A, "lora_b": EMBEDDING_B if embedding else LORA_B, "m": MAGNITUDE}

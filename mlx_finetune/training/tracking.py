@@ -60,9 +60,10 @@ def told(config: RunConfig) -> dict[str, Any]:
 
 
 def values_of(row: Row) -> dict[str, float]:
-    """The numbers of a row by the names that trackers show: train/loss, valid/loss, valid/loss/gptme."""
+    """The numbers of a row by the names that trackers show: train/loss, valid/loss, valid/loss/gptme; none that is not finite."""
     numbers = {f"{row['split']}/{name}": float(value) for name, value in row.items() if name != "step" and _is_number(value)}
-    return numbers | {f"{row['split']}/loss/{source}": float(loss) for source, loss in row.get("by_source", {}).items()}
+    sources = {source: loss for source, loss in row.get("by_source", {}).items() if _is_number(loss)}
+    return numbers | {f"{row['split']}/loss/{source}": float(loss) for source, loss in sources.items()}
 
 
 def identity(run: Path) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 from mlx_finetune.data.redaction import Found
 
-LOCAL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._%+-]{0,63})\Z")
 LOCAL_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._%+-"
 # The domains that mail is read at; most others of two letters are file endings or attributes (x@y.T, a@b.py).
 DOMAIN = re.compile(

@@ -18,8 +18,9 @@ from typing import IO, Any
 
 from mlx_finetune.data.sources.chat_messages import role_of
 from mlx_finetune.data.sources.chat_values import parsed
-from mlx_finetune.data.sources.log_files import Line, lines_of, open_regular
+from mlx_finetune.data.sources.log_files import open_regular
 from mlx_finetune.errors import UserError
+from mlx_finetune.reading import Line, lines_of
 
 LONGEST_ROW = 64 * 2**20  # bytes of a line, characters of a row in a list
 LARGEST_OBJECT = 512 * 2**20  # characters of one JSON object around all rows

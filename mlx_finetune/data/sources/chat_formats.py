@@ -17,7 +17,7 @@ from mlx_finetune.data.sources.chat_files import HINT, Row, is_parquet, rows_of
 from mlx_finetune.data.sources.chat_messages import messages_of, role_of
 from mlx_finetune.data.sources.chat_shapes import KNOWN, Foreign, Shape, shape_of
 from mlx_finetune.data.sources.chat_tables import HUB_ID, hub_rows, parquet_rows, saved_rows
-from mlx_finetune.data.sources.chat_values import CannotLearn, RowError, listed, object_of, shown, tidy
+from mlx_finetune.data.sources.chat_values import CannotLearn, RowError, listed, named, object_of, shown, tidy
 from mlx_finetune.errors import UserError
 
 SOURCE = "chat"
@@ -162,7 +162,7 @@ def _refuse_unwanted(row: Mapping[str, Any], shape: Shape) -> None:
         for place, one in ((field, about), *((f"{field}{key}.", object_of(about.get(key))) for key in ("metadata", "meta"))):
             split = one.get("split") if isinstance(one, Mapping) else None
             if isinstance(split, str) and split.strip().lower() == "test":
-                raise CannotLearn("a test split, such as OpenPipe's, is never learned", f"{place}split", shown(split))
+                raise CannotLearn("a test split, such as OpenPipe's, is never learned", f"{place}split", named(split))
 
 
 def _is_ours(row: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_finetune.data.conversation import LEAST_WEIGHT, MOST_WEIGHT, Message, Role, ToolCall
 from mlx_finetune.data.sources import printable
-from mlx_finetune.data.sources.chat_values import CannotLearn, RowError, listed, parsed, shown, tidy
+from mlx_finetune.data.sources.chat_values import CannotLearn, RowError, listed, named, parsed, shown, tidy
 
 OTHER_NAMES: dict[Role, str] = {
     "system": "system developer",
@@ -68,7 +68,7 @@ def _draft(field: str, value: Any) -> _Draft:
     role = role_of(value)
     if role is None:
         key = "role" if value.get("from") is None else "from"
-        raise RowError(f"{field}.{key}: {shown(value.get(key))} is not one of system, user, assistant, tool")
+        raise RowError(f"{field}.{key}: {named(value.get(key))} is not one of system, user, assistant, tool")
     calls = _calls(field, value) if role == "assistant" else ()
     name, answers, reason = (value.get(key) for key in ("name", "tool_call_id", "reason"))
     message = Message(
@@ -130,7 +130,7 @@ def _weight(field: str, value: Any) -> float:
         return 1.0
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not (value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT):
-        given = str(value) if number else shown(value)
+        given = str(value) if number else named(value)
         raise RowError(f"{field}: {_cut(given)} is not a number that is 0 or from {LEAST_WEIGHT} to {MOST_WEIGHT}")
     return float(value)
 
@@ -172,7 +172,7 @@ def _call(field: str, call: Any) -> ToolCall:
         raise RowError(f"{where}: {shown(function)} is not an object with name and arguments")
     name, id_ = function.get("name"), call.get("id")
     if not isinstance(name, str) or not name.strip():
-        raise RowError(f"{where}.name: {shown(name)} is no name of a function")
+        raise RowError(f"{where}.name: {named(name)} is no name of a function")
     return ToolCall(printable(id_) if isinstance(id_, str) else "", printable(name), _arguments(where, function))
 
 
@@ -211,7 +211,7 @@ class _Waiting:
         """
         id_ = draft.message.tool_call_id or self._meant(draft, in_a_row)
         if not self._every[id_]:
-            raise CannotLearn("answers no call before it", f"{draft.field}.tool_call_id", shown(id_ or None))
+            raise CannotLearn("answers no call before it", f"{draft.field}.tool_call_id", named(id_ or None))
         self._every[id_] -= 1
         if id_ in self._latest:
             self._named[self._latest.pop(id_)].pop(id_, None)

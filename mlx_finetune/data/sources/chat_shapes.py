@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_finetune.data.sources.chat_messages import Entry, role_of
 from mlx_finetune.data.sources.chat_text import turns_of
-from mlx_finetune.data.sources.chat_values import CannotLearn, RowError, listed, object_of, shown
+from mlx_finetune.data.sources.chat_values import CannotLearn, RowError, listed, named, object_of, shown
 
 KNOWN = (
     "known are messages (OpenAI, OpenPipe), conversations (ShareGPT), instruction and output (Alpaca), "
@@ -103,7 +103,7 @@ def _question_and_answer(row: Mapping[str, Any], keys: set[str]) -> Shape:
         return Shape("text", row, partial(_text, row["text"]))
     if missing := _said_nothing(row, keys):
         raise RowError(f"{missing}: nothing")
-    raise RowError(f"no chat: its keys are {', '.join(shown(key) for key in list(row)[:8]) or 'none'}")
+    raise RowError(f"no chat: its keys are {', '.join(named(key) for key in list(row)[:8]) or 'none'}")
 
 
 def _said_nothing(row: Mapping[str, Any], keys: set[str]) -> str:

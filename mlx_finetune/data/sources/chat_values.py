@@ -36,13 +36,16 @@ class NotJson:
 
 
 def shown(value: Any) -> str:
-    """A value in an error: short, whatever it is."""
-    if isinstance(value, str):
-        return repr(value[:40])
+    """A value in an error: of which kind it is, for it may be a piece of a conversation."""
     if isinstance(value, NotJson):
         return value.kind
-    kinds = {type(None): "nothing", bool: "true or false", list: "a list", dict: "an object"}
+    kinds = {str: "text", type(None): "nothing", bool: "true or false", list: "a list", dict: "an object"}
     return kinds.get(type(value), "a number" if isinstance(value, int | float) else "no JSON value")
+
+
+def named(value: Any) -> str:
+    """As `shown`, of what can only be a name: a role, a kind, an id, a key; short."""
+    return repr(value[:40]) if isinstance(value, str) else shown(value)
 
 
 def parsed(text: str, strict: bool = False) -> Any:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, cast
 
 from mlx_finetune.data.conversation import Role
 from mlx_finetune.data.sources import BadLine, Item, printable
-from mlx_finetune.data.sources.log_files import LONGEST_LINE, json_object, lines_at_once, lines_of, open_regular
+from mlx_finetune.data.sources.log_files import json_object, lines_at_once, open_regular
+from mlx_finetune.reading import LONGEST_LINE, lines_of
 
 ROLES = ("system", "user", "assistant")
 PLAIN = frozenset(["role", "content", "timestamp", "pinned", "hide"])  # all that most rows have

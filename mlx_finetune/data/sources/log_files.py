@@ -4,20 +4,12 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from mlx_finetune.reading import LONGEST_LINE, Line
 
 DECODER = json.JSONDecoder()
-LONGEST_LINE = 16 * 2**20  # bytes; gptme sends at most 200,000 characters of files in a message
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line without its end; `raw` is None where it is longer than `LONGEST_LINE`."""
-
-    number: int
-    raw: bytes | None
 
 
 def open_regular(path: Path) -> IO[bytes]:
@@ -38,25 +30,12 @@ def open_regular(path: Path) -> IO[bytes]:
     return os.fdopen(handle, "rb")
 
 
-def lines_of(file: IO[bytes], longest: int = LONGEST_LINE) -> Iterator[Line]:
-    """Every line; of one that is too long only the number is given, and it is never held whole."""
-    number = 0
-    while raw := file.readline(longest + 1):
-        number += 1
-        if len(raw) > longest and not raw.endswith(b"\n"):
-            while (rest := file.readline(longest)) and not rest.endswith(b"\n"):
-                pass
-            yield Line(number, None)
-        else:
-            yield Line(number, raw)
-
-
 def lines_at_once(file: IO[bytes]) -> Iterator[Line]:
     """Every line of a file that is small enough to be held whole."""
     return (Line(number, raw) for number, raw in enumerate(file.read().split(b"\n"), 1) if raw)
 
 
-def json_object(line: Line) -> dict | None:
+def json_object(line: Line) -> dict[str, Any] | None:
     """The object on the line; None for a blank line.
 
     Raises:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_finetune.data.sources import BadLine, printable, without_pairs
-from mlx_finetune.data.sources.log_files import LONGEST_LINE, Line, lines_of
 from mlx_finetune.errors import UserError
+from mlx_finetune.reading import LONGEST_LINE, Line, lines_of
 
 HINT = "pass OpenAssistant/oasst1, OpenAssistant/oasst2, or a file or folder of theirs (.jsonl, .jsonl.gz or .parquet)"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")

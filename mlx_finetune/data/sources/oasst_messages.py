@@ -69,7 +69,8 @@ def _thread(thread: list[Any]) -> Iterator[Post]:
     """One message answers the one before it; the first one's id is the tree's, unless it says another."""
     parent = tree = None
     for index, message in enumerate(thread):
-        tree = tree or _text(_object(message), "message_tree_id") or _text(message, "message_id")
+        _object(message)
+        tree = tree or _text(message, "message_tree_id") or _text(message, "message_id")
         post = _post(message, parent if index else _text(message, "parent_id"), tree, _text(message, "tree_state"))
         yield post
         parent = post.id

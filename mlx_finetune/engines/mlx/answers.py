@@ -12,7 +12,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, can_trim_prompt_cache,
 
 from mlx_finetune.engines.answers import PREFILL, Choose, Kept, in_common, shared
 
-Last = Callable[[mx.array, list], mx.array]  # tokens [1, T] and caches -> logits of the last [V]
+Last = Callable[[mx.array, list[Any]], mx.array]  # tokens [1, T] and caches -> logits of the last [V]
 
 
 def answer(
@@ -79,7 +79,7 @@ def answers(
 
 def _read(model: nn.Module, tokens: list[int]) -> list[Any]:
     """Caches that hold the tokens."""
-    caches = make_prompt_cache(model)
+    caches: list[Any] = make_prompt_cache(model)
     for start in range(0, len(tokens), PREFILL):
         model(mx.array([tokens[start : start + PREFILL]]), cache=caches)
         mx.eval([cache.state for cache in caches])

@@ -5,7 +5,7 @@ another branch of a tree, is never computed.
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,7 +124,7 @@ class TreeRope(nn.Module):
 
     def __init__(self, rope: nn.Module) -> None:
         super().__init__()
-        self.rope = rope
+        self.rope: Callable[..., mx.array] = rope
 
     def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
         """[B, H, T, D] -> the same."""
@@ -154,7 +154,7 @@ def follows_layout(model: nn.Module, config: Mapping[str, Any]) -> bool:
     return bool(attending) and all(hasattr(sys.modules[type(m).__module__], NAME) for m in attending)
 
 
-def _dispatcher(original: Any) -> Any:
+def _dispatcher(original: Callable[..., mx.array]) -> Any:
     def attention(
         queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: Any = None
     ) -> mx.array:

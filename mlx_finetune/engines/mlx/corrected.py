@@ -66,4 +66,5 @@ def _yarn(dims: int, rope: Mapping[str, Any], base: float) -> mx.array:
     low, high = max(end(rope.get("beta_fast") or 32), 0), min(end(rope.get("beta_slow") or 1), dims - 1)
     ramp = mx.clip((mx.arange(dims // 2, dtype=mx.float32) - low) / max(high - low, 1e-3), 0, 1)
     plain = base ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
-    return (factor * plain * plain) / (factor * plain * (1 - ramp) + plain * ramp)
+    frequencies: mx.array = (factor * plain * plain) / (factor * plain * (1 - ramp) + plain * ramp)
+    return frequencies

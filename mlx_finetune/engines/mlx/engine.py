@@ -7,39 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
 from mlx_finetune.engines import TRUNK, Arrays, StepResult, process_peak, weighted
-from mlx_finetune.engines.adapter import HEAD, LAYER, Target, check_targets, choose_targets, initial_adapter, is_bypassed, scale_of
+from mlx_finetune.engines.adapter import HEAD, LAYER, initial_adapter
 from mlx_finetune.engines.answers import Advance, Choose, Kept, answered
-from mlx_finetune.engines.experts import check_dora
-from mlx_finetune.engines.full import choose_weights, read_weights
+from mlx_finetune.engines.full import read_weights
+from mlx_finetune.engines.mlx.adapt import Adapters, adapt, is_tied, thaw
 from mlx_finetune.engines.mlx.answers import answer, answers, takes_several
 from mlx_finetune.engines.mlx.attention import follows_layout, install
-from mlx_finetune.engines.mlx.experts import adapt_experts, expert_targets
 from mlx_finetune.engines.mlx.input import Input
 from mlx_finetune.engines.mlx.load import load_model
-from mlx_finetune.engines.mlx.lora import LoRAEmbedding, LoRALinear, noisy, row_norms, set_dropout
+from mlx_finetune.engines.mlx.lora import noisy, row_norms, set_dropout
 from mlx_finetune.engines.mlx.loss import Caught, Given, loss_sum, losses_of
+from mlx_finetune.engines.mlx.optimizers import Parameters, Updater
 from mlx_finetune.engines.mlx.parts import parts_of, train_recurrences
 from mlx_finetune.engines.mlx.ranks import ranks_of, sum_gradients
 from mlx_finetune.engines.mlx.recompute import recomputed
 from mlx_finetune.engines.mlx.trunk import Trunk
 from mlx_finetune.engines.noise import noise_of
-from mlx_finetune.engines.optimizers import decay_of, rate_factor, rule_of, slots_of, update
 from mlx_finetune.engines.supported import check_settings, folds
 from mlx_finetune.engines.work import Work, share_of, works_of
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.mlx_config import hidden_size, names_of
 from mlx_finetune.models.tensor_names import transformers_name
-from mlx_finetune.models.weights import fingerprint, tensor_headers
-
-Parameters = dict[str, mx.array]
+from mlx_finetune.models.weights import fingerprint
 
 
 class MlxEngine:
@@ -60,13 +56,10 @@ class MlxEngine:
         self.model = load_model(model, "float32" if full else dtype)
         self.model.freeze()
         self._parts, self._names = parts_of(self.model), names_of(read_json(model / "config.json"))
-        self.targets: dict[str, Target] = {}
-        self._adapted: dict[str, Any] = {}
-        self._paths: dict[str, str] = {}  # of adapted modules: what PEFT calls them
+        adapters = adapt(self.model, self._names, config) if adapted and not full else Adapters()
+        self.targets, self._adapted, self._paths = adapters.targets, adapters.modules, adapters.paths
         if full:
-            self._thaw()
-        elif adapted:
-            self._adapt()
+            thaw(self.model, self._name, model, config)
         self.trained = dict(sorted((self._name(n), tuple(p.shape)) for n, p in self._parameters().items()))
         self._of_head = [name for name in self._parameters() if not LAYER.search(name) and self._is_behind_layers(name)]
         self.model.eval()
@@ -79,54 +72,8 @@ class MlxEngine:
             what = {"model": fingerprint(model), "dtype": dtype or "as stored", "attention": config.attention}
             own = f"process-{self.ranks.rank}" if self.ranks.size > 1 else ""  # each writes what it has computed itself
             self._trunk = Trunk(self._parts, Path(config.out) / TRUNK / own, what)
-        self._rules = {name: rule_of(config, self._name(name), tuple(p.shape)) for name, p in self._parameters().items()}
-        self.load_state(self.initial(), step=0)
-
-    def _adapt(self) -> None:
-        """Puts adapters beside the modules that are chosen."""
-        config, paths = self.config, dict(self.model.named_modules())
-        own = {transformers_name(path, self._names): path for path in paths}
-        modules = {name: paths[path] for name, path in own.items()}
-        linear = {n: m for n, m in modules.items() if isinstance(m, nn.Linear | nn.QuantizedLinear)}
-        parents = {n: paths[own[n].rpartition(".")[0]] for n in linear}
-        known = {n: Target(*_shape(m), bypassed=is_bypassed(n, parents[n])) for n, m in linear.items()}
-        for name, module in modules.items():
-            if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-                known[name] = Target(*_shape(module), "tied" if self._tied else "embedding")
-        self.targets = choose_targets(known | expert_targets(self.model, self._names), config)
-        check_targets(self.targets, self._tied, config)
-        scale, dora = scale_of(config), config.fine_tune_type == "dora"
-        if dora:
-            check_dora(self.model.model_type, (name for name, target in self.targets.items() if target.beside_experts))
-        for path, target in self.targets.items():
-            module, shape = modules.get(path), (target.rows, target.columns)
-            if target.kind == "linear":
-                self._adapted[path] = LoRALinear(module, shape, config.rank, scale, config.dropout, dora)
-            elif target.kind != "experts":
-                self._adapted[path] = LoRAEmbedding(module, shape, config.rank, scale)
-        adapted, called = adapt_experts(self.model, self._names, self.targets, config)
-        self._adapted |= {called[path]: module for path, module in adapted.items()}
-        own |= {name: path for path, name in called.items()}
-        self._paths = {own[name]: name for name in self._adapted}
-        self.model.update_modules(tree_unflatten([(path, self._adapted[name]) for path, name in self._paths.items()]))
-
-    def _thaw(self) -> None:
-        """Lets the weights that are chosen be trained themselves."""
-        arrays = {self._name(path): (path, array) for path, array in tree_flatten(self.model.parameters())}
-        for name in choose_weights({name: tuple(array.shape) for name, (_, array) in arrays.items()}, self.config):
-            module, _, leaf = arrays[name][0].rpartition(".")
-            _module_at(self.model, module).unfreeze(keys=leaf, recurse=False)
-        headers = tensor_headers(self._folder)
-        for path, array in self._parameters().items():
-            ((own, stored),) = read_weights(self._folder, {self._name(path): tuple(array.shape)}, headers).items()
-            if not np.array_equal(np.array(array), stored):
-                hint = "fine_tune_type = lora, or --engine torch"
-                raise UserError(f"{own}: mlx-lm's class changes it as it reads it, so it could not be handed back", hint=hint)
-
-    @property
-    def _tied(self) -> bool:
-        """Whether the head is the embeddings."""
-        return not any(name.rpartition(".")[2] == HEAD for name, _ in self.model.named_modules())
+        self._updater = Updater(config, {name: self._name(name) for name in self._parameters()}, self.trained)
+        self.load_state(self.initial(), updates=0)
 
     def _name(self, name: str) -> str:
         """An array of the model by the name that PEFT gives it."""
@@ -137,7 +84,7 @@ class MlxEngine:
     def _is_behind_layers(self, name: str) -> bool:
         """Whether an array that is in no layer is used behind them: of the head, or of embeddings that are the head too."""
         parts = name.split(".")
-        return HEAD in parts or (self._tied and self._parts.embeddings in parts)
+        return HEAD in parts or (is_tied(self.model) and self._parts.embeddings in parts)
 
     def _choose_paths(self, folder: Path) -> None:
         """Which attention, and whether rows may be folded into trees; refuses by name what this model cannot."""
@@ -157,6 +104,21 @@ class MlxEngine:
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float, seed: int) -> StepResult:
         """See `Engine.step`."""
+        result, gradient = self._gradient(micro_batches, seed)
+        if result.finite:
+            self.whole = False
+            clip = min(1.0, self.config.max_grad_norm / (result.grad_norm + 1e-6))
+            self._updater.step(self._parameters(), gradient, clip, learning_rate, self._set)
+            self.whole = True
+        mx.clear_cache()  # shapes differ from step to step: what they leave cached is seldom used again
+        return result
+
+    def measure(self, micro_batches: Sequence[Batch], seed: int) -> StepResult:
+        """See `Engine.measure`."""
+        return self._gradient(micro_batches, seed)[0]
+
+    def _gradient(self, micro_batches: Sequence[Batch], seed: int) -> tuple[StepResult, Parameters]:
+        """Of the mean loss, over all processes."""
         total = sum(batch.learned for batch in micro_batches)
         parameters = self._parameters()
         loss, gradient = 0.0, {name: mx.zeros(p.shape) for name, p in parameters.items()}
@@ -172,11 +134,8 @@ class MlxEngine:
         set_dropout(self.model, None)
         gradient, mean = sum_gradients(self.ranks, gradient), float(self.ranks.sum(np.array([loss]))[0])
         norm = _number(mx.sqrt(mx.stack([mx.square(g).sum() for g in gradient.values()]).sum()))
-        if norm < float("inf"):
-            self._update(gradient, min(1.0, self.config.max_grad_norm / (norm + 1e-6)), learning_rate)
-        mx.clear_cache()  # shapes differ from step to step: what they leave cached is seldom used again
         learned = sum(int((batch.weights > 0).sum()) for batch in micro_batches)
-        return StepResult(mean, learned, norm, sum(work.inputs.size for work in works))
+        return StepResult(mean, learned, norm, sum(work.inputs.size for work in works)), gradient
 
     def loss_sum(self, batch: Batch) -> float:
         """See `Engine.loss_sum`."""
@@ -227,8 +186,7 @@ class MlxEngine:
 
     def state(self) -> Arrays:
         """See `Engine.state`."""
-        arrays = {f"adapter/{self._name(n)}": np.array(p) for n, p in self._parameters().items()}
-        return arrays | {f"{slot}/{self._name(n)}": np.array(a) for n, slots in self._slots.items() for slot, a in slots.items()}
+        return {f"adapter/{self._name(n)}": np.array(p) for n, p in self._parameters().items()} | self._updater.state()
 
     def initial(self) -> Arrays:
         """See `Engine.initial`."""
@@ -237,15 +195,16 @@ class MlxEngine:
         arrays = initial_adapter(self.targets, self.config, lambda name: np.array(row_norms(self._adapted[name].linear)))
         return {f"adapter/{name}": array for name, array in arrays.items()}
 
-    def load_state(self, state: Arrays, step: int) -> None:
+    def load_state(self, state: Arrays, updates: int) -> None:
         """See `Engine.load_state`."""
         self._set({name: mx.array(state[f"adapter/{self._name(name)}"]) for name in self._parameters()})
-        self._slots: dict[str, dict[str, mx.array]] = {}
-        for name, rule in self._rules.items():
-            shapes = slots_of(rule, self.trained[self._name(name)])
-            keys = {slot: f"{slot}/{self._name(name)}" for slot in shapes}
-            self._slots[name] = {s: mx.array(state[k]) if (k := keys[s]) in state else mx.zeros(shapes[s]) for s in shapes}
-        self._steps, self.whole = step, True
+        self._updater.load(state, updates)
+        self.whole = True
+
+    @property
+    def updates(self) -> int:
+        """See `Engine.updates`."""
+        return self._updater.updates
 
     def peak_memory(self) -> int:
         """See `Engine.peak_memory`."""
@@ -285,23 +244,6 @@ class MlxEngine:
             logits: mx.array = self.model(mx.zeros((1, 1), mx.int32))[0]
         return logits
 
-    def _update(self, gradient: dict[str, mx.array], clip: float, learning_rate: float) -> None:
-        """By the rules of optimizers.py."""
-        self.whole = False
-        self._steps += 1
-        parameters, full = self._parameters(), self.config.fine_tune_type == "full"
-        for name in list(gradient):
-            raw = gradient.pop(name)
-            how = self._steps, learning_rate * rate_factor(self.config, self._name(name)), decay_of(self.config, tuple(raw.shape))
-            changed = update(self._rules[name], parameters[name], raw * clip, self._slots[name], *how)
-            parameters[name], self._slots[name] = changed
-            if full:  # one by one, so that old and new weights are not all there at once
-                mx.eval(changed)
-                self._set({name: parameters[name]})
-        self._set(parameters)
-        mx.eval(parameters, self._slots)
-        self.whole = True
-
     def _parameters(self) -> dict[str, mx.array]:
         return dict(tree_flatten(self.model.trainable_parameters()))
 
@@ -315,17 +257,6 @@ def _bound_buffers() -> None:
         usable = int(mx.device_info()["max_recommended_working_set_size"])
         mx.set_wired_limit(usable)
         mx.set_cache_limit(usable // 10)
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    rows, columns = module.weight.shape
-    return (
-        (rows, columns * 32 // module.bits) if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding) else (rows, columns)
-    )
-
-
-def _module_at(model: nn.Module, path: str) -> Any:
-    return dict(model.named_modules())[path]
 
 
 def _number(scalar: mx.array) -> float:

@@ -63,8 +63,8 @@ class Attention(nn.Module):
         queries, keys, values = parts
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        output = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
-        output = self.out_proj(output.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+        attended = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
+        output: mx.array = self.out_proj(attended.transpose(0, 2, 1, 3).reshape(batch, length, -1))
         return output
 
 

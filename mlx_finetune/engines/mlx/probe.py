@@ -74,10 +74,12 @@ class _WideEmbedding(_Packed):
     """The packed rows, which without scales in a floating dtype come out in bfloat16: exact, but what follows would be rounded."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        return self.packed(tokens).astype(mx.float32)
+        rows: mx.array = self.packed(tokens).astype(mx.float32)
+        return rows
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return self.packed.as_linear(x)
+        logits: mx.array = self.packed.as_linear(x)
+        return logits
 
 
 class _UnpackedLinear(_Packed):

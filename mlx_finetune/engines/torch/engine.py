@@ -8,36 +8,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from mlx_finetune.allocator import keep_blocks
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.batches import Batch
 from mlx_finetune.data.trees import Tree
 from mlx_finetune.engines import Arrays, StepResult, process_peak, weighted
-from mlx_finetune.engines.adapter import (
-    HEAD,
-    LAYER,
-    Target,
-    check_targets,
-    choose_targets,
-    initial_adapter,
-    is_bypassed,
-    scale_of,
-    trained_shapes,
-)
+from mlx_finetune.engines.adapter import initial_adapter
 from mlx_finetune.engines.answers import Advance, Choose, Kept, answered
-from mlx_finetune.engines.full import choose_weights, read_weights
+from mlx_finetune.engines.full import read_weights
 from mlx_finetune.engines.noise import noise_of
 from mlx_finetune.engines.supported import check_settings, folds
+from mlx_finetune.engines.torch.adapt import Trained, choose, head_parameters
 from mlx_finetune.engines.torch.answers import answer, answers
 from mlx_finetune.engines.torch.attention import along, takes_trees
 from mlx_finetune.engines.torch.device import check_device
-from mlx_finetune.engines.torch.experts import adapt_experts, expert_targets
 from mlx_finetune.engines.torch.fits import Given, check_fits, check_peft_reads
 from mlx_finetune.engines.torch.fused import take_over
+from mlx_finetune.engines.torch.layers import Layers
 from mlx_finetune.engines.torch.load import load_model
-from mlx_finetune.engines.torch.lora import LoRAEmbedding, LoRALinear, TiedHead, to_numpy
+from mlx_finetune.engines.torch.lora import to_numpy
 from mlx_finetune.engines.torch.loss import loss_sum, losses_of
 from mlx_finetune.engines.torch.optimizers import updater_of
 from mlx_finetune.engines.torch.ranks import gathering, ranks_of, sum_gradients
@@ -60,30 +50,46 @@ class TorchEngine:
             keep_blocks()
         self.model = load_model(model, config, self.device)
         self._backbone = self.model.base_model_prefix
-        decoder = self.model.get_decoder()
-        self._decoder = next((f"{name}." for name, module in self.model.named_modules() if name and module is decoder), "")
         self._vocabulary = self.model.config.get_text_config().vocab_size
         self._in_trees = self._follows_trees()
-        self.targets: dict[str, Target] = {}
-        self._adapted: dict[str, Any] = {}
-        self.parameters = {} if not adapted else self._thaw() if config.fine_tune_type == "full" else self._adapt()
+        chosen = choose(self.model, config) if adapted else Trained()
+        self.targets, self._adapted, self.parameters = chosen.targets, chosen.modules, chosen.parameters
         self.trained = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        self._of_head = self._head_parameters()
+        self._of_head = head_parameters(self.model, self.parameters)
         check_peft_reads(self.model, self.targets, config.fine_tune_type == "dora")
+        layers = Layers(self.model, self.parameters)
         if config.fsdp:  # before it is asked anything: only then it is on its device
-            self._cut()
+            layers.cut(self.device)
         with gathering(), self._multiplying():
             check_fits(self.model, self._adapted, self._hidden_and_head)
         self._noise: torch.Tensor | None = None
         self.model.get_input_embeddings().register_forward_hook(self._add_noise)
         if not config.use_liger_kernel:
             take_over(self.model, joint=not (config.fsdp or config.torch_compile))
-        self._change_layers()
+        layers.change(config)
         self._updater = updater_of(config, self.parameters)
-        self.load_state(self.initial(), step=0)
+        self.load_state(self.initial(), updates=0)
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float, seed: int) -> StepResult:
         """See `Engine.step`."""
+        result, gradients = self._gradients(micro_batches, seed)
+        if result.finite:
+            torch._foreach_mul_(gradients, min(1.0, self.config.max_grad_norm / (result.grad_norm + 1e-6)))
+            self.whole = False
+            self._updater.step(learning_rate)
+            self.updates += 1
+            self.whole = True
+        self._forget_gradients()
+        return result
+
+    def measure(self, micro_batches: Sequence[Batch], seed: int) -> StepResult:
+        """See `Engine.measure`."""
+        result, _ = self._gradients(micro_batches, seed)
+        self._forget_gradients()
+        return result
+
+    def _gradients(self, micro_batches: Sequence[Batch], seed: int) -> tuple[StepResult, list[torch.Tensor]]:
+        """Of the mean loss, over all processes; they are each parameter's `grad`."""
         total = sum(batch.learned for batch in micro_batches)
         works = works_of(micro_batches, self._in_trees, self.config.pack_length)
         loss = torch.zeros((), device=self.device)
@@ -103,15 +109,8 @@ class TorchEngine:
         torch._foreach_mul_(gradients, 1 / total)
         mean = float(self.ranks.sum(np.array([loss.item()]))[0]) / total
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).item()
-        if norm < float("inf"):
-            torch._foreach_mul_(gradients, min(1.0, self.config.max_grad_norm / (norm + 1e-6)))
-            self.whole = False
-            self._updater.step(learning_rate)
-            self.whole = True
-        for parameter in self.parameters.values():
-            parameter.grad = None
         learned = sum(int((batch.weights > 0).sum()) for batch in micro_batches)
-        return StepResult(mean, learned, norm, sum(work.inputs.size for work in works))
+        return StepResult(mean, learned, norm, sum(sizes)), gradients
 
     def loss_sum(self, batch: Batch) -> float:
         """See `Engine.loss_sum`."""
@@ -161,101 +160,18 @@ class TorchEngine:
         return {f"adapter/{name}": array for name, array in arrays.items()}
 
     @torch.no_grad()
-    def load_state(self, state: Arrays, step: int) -> None:
+    def load_state(self, state: Arrays, updates: int) -> None:
         """See `Engine.load_state`."""
         for name, parameter in self.parameters.items():
             parameter.copy_(torch.from_numpy(state[f"adapter/{name}"]))
-        self._updater.load(state, step)
-        self.whole = True
+        self._updater.load(state, updates)
+        self.updates, self.whole = updates, True
 
     def peak_memory(self) -> int:
         """See `Engine.peak_memory`."""
         if self.device == "mps":
             return int(torch.mps.driver_allocated_memory())  # it keeps what it once had
         return int(torch.cuda.max_memory_allocated()) if self.device == "cuda" else process_peak()
-
-    def _adapt(self) -> dict[str, torch.nn.Parameter]:
-        """Puts adapters beside the modules that are chosen; their arrays by PEFT's names."""
-        config, modules = self.config, dict(self.model.named_modules())
-        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        tied = head is not None and head.weight is embedding.weight
-        linear = {n: m for n, m in modules.items() if isinstance(m, torch.nn.Linear) and self._is_of_text(n)}
-        parents = {n: modules[n.rpartition(".")[0]] for n in linear}
-        known = {n: Target(m.out_features, m.in_features, bypassed=is_bypassed(n, parents[n])) for n, m in linear.items()}
-        (name,) = (n for n, m in modules.items() if m is embedding)
-        known[name] = Target(embedding.num_embeddings, embedding.embedding_dim, "tied" if tied else "embedding")
-        known |= expert_targets(self.model)
-        self.targets = choose_targets(known, config)
-        check_targets(self.targets, tied, config, next((n for n, m in modules.items() if m is head), HEAD))
-        self._adapted = adapt_experts(self.model, self.targets, config)
-        for path, target in ((path, target) for path, target in self.targets.items() if target.kind != "experts"):
-            base, scale = modules[path], scale_of(config)
-            dora = config.fine_tune_type == "dora"
-            is_linear = target.kind == "linear"
-            self._adapted[path] = (
-                LoRALinear(base, config.rank, scale, config.dropout, dora) if is_linear else LoRAEmbedding(base, config.rank, scale)
-            )
-            self.model.set_submodule(path, self._adapted[path])
-            if target.kind == "tied":
-                self.model.set_output_embeddings(TiedHead(head, self._adapted[path]))
-        self._set_dropout(False)
-        return {name: self._parameter(name) for name in trained_shapes(self.targets, config)}
-
-    def _is_of_text(self, name: str) -> bool:
-        """Whether a module or an array is of what reads text, and not of layers that see or hear."""
-        return not LAYER.search(f"{name}.") or name.startswith(self._decoder)
-
-    def _parameter(self, name: str) -> torch.nn.Parameter:
-        module, _, leaf = name.removesuffix(".weight").rpartition(".")
-        parameter: torch.nn.Parameter = getattr(self._adapted[module], leaf)
-        return parameter
-
-    def _thaw(self) -> dict[str, torch.nn.Parameter]:
-        """The weights that are trained themselves."""
-        parameters = {name: p for name, p in self.model.named_parameters() if name.startswith((self._decoder, HEAD))}
-        chosen = choose_weights({name: tuple(p.shape) for name, p in parameters.items()}, self.config)
-        return {name: parameters[name].requires_grad_() for name in chosen}
-
-    def _head_parameters(self) -> list[torch.Tensor]:
-        """What is trained and used behind the layers."""
-        head = self.model.get_output_embeddings()
-        found = {id(parameter) for parameter in head.parameters()}
-        if isinstance(head, TiedHead):
-            found |= {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}
-        return [parameter for parameter in self.parameters.values() if id(parameter) in found]
-
-    def _change_layers(self) -> None:
-        """Lets each `grad_checkpoint`-th layer that a gradient goes through be computed again; compiles layers."""
-        layers = self._layers_with_gradient()
-        if self.config.torch_compile:
-            for name in layers:
-                layer = self.model.get_submodule(name)
-                layer.forward = torch.compile(layer.forward, dynamic=True)  # inside what computes it again
-        every = self.config.grad_checkpoint
-        for name in layers[::every] if every else []:
-            layer = self.model.get_submodule(name)
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-    def _cut(self) -> None:
-        from mlx_finetune.engines.torch.fsdp import cut
-
-        every_layer = [self.model.get_submodule(name) for name in self._layers().values()]
-        cut(self.model, every_layer, self.parameters.values(), self.device)
-
-    def _layers(self) -> dict[int, str]:
-        """Their paths."""
-        names = [name for name, _ in self.model.named_modules() if self._is_of_text(name)]
-        found = [(name, match) for name in names if (match := LAYER.search(f"{name}."))]
-        return {int(match[1]): name[: match.end() - 1] for name, match in found if match.end() > len(name)}
-
-    def _layers_with_gradient(self) -> list[str]:
-        """Paths of the layers from the first on that has something to learn, or of all where embeddings do."""
-        layers = self._layers()
-        learning = [int(match[1]) for name in self.trained if (match := LAYER.search(name))]
-        embeddings = {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}
-        everything = any(id(parameter) in embeddings for parameter in self.parameters.values())
-        first = 0 if everything else min(learning, default=len(layers))
-        return [layers[number] for number in sorted(layers) if number >= first]
 
     def _follows_trees(self) -> bool:
         able = takes_trees(self.model)
@@ -302,7 +218,8 @@ class TorchEngine:
     def _multiplying(self) -> AbstractContextManager[Any]:
         """Weights that are trained are float32; on CUDA they multiply in bfloat16."""
         if self.config.fine_tune_type == "full" and self.device == "cuda" and self.config.dtype == "auto":
-            return torch.autocast("cuda", torch.bfloat16)
+            context: AbstractContextManager[Any] = torch.autocast("cuda", torch.bfloat16)
+            return context
         return nullcontext()
 
     def _moved(self, *arrays: np.ndarray) -> list[torch.Tensor]:
@@ -329,6 +246,10 @@ class TorchEngine:
         if parameter.grad is None:  # nothing was computed here, or nothing depends on it
             parameter.grad = torch.zeros_like(parameter)
         return parameter.grad
+
+    def _forget_gradients(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def _set_dropout(self, on: bool) -> None:
         for module in self._adapted.values():

@@ -18,6 +18,7 @@ from mlx_finetune.files import read_json
 from mlx_finetune.models.config_checks import check_config
 from mlx_finetune.models.mpt_config import check_mpt
 from mlx_finetune.models.quiet import quietly
+from mlx_finetune.own_code import refuse_own_code
 
 
 def load_model(folder: Path, config: RunConfig, device: str) -> PreTrainedModel:
@@ -41,6 +42,7 @@ def load_model(folder: Path, config: RunConfig, device: str) -> PreTrainedModel:
     except (OSError, ImportError, StrictDataclassError, *REFUSALS) as error:
         if no_memory(error):
             raise
+        refuse_own_code(folder, "model", error)
         reason = " ".join(str(error).split())[:160]
         hint = "see that the folder is complete, and that this transformers knows the architecture"
         raise UserError(f"{folder}: transformers cannot load this model: {reason}", hint=hint) from error

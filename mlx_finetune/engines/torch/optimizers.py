@@ -26,7 +26,7 @@ class Updater(Protocol):
         """`slot/NAME` of each parameter, float32."""
 
     def load(self, state: Arrays, step: int) -> None:
-        """Goes on after `step` steps; what is missing is zero."""
+        """Goes on after `step` updates; what is missing is zero."""
 
 
 def updater_of(config: RunConfig, parameters: Parameters) -> Updater:

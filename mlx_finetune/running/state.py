@@ -1,0 +1,157 @@
+"""road.json: what each stage of `run` made, of what, and when; it checks itself, and what was made against it."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mlx_finetune.errors import UserError
+from mlx_finetune.files import read_json, write_json
+from mlx_finetune.installed import PACKAGES, versions
+from mlx_finetune.training.manifest import sha256
+
+FILE, FORMAT = "road.json", 1
+HINT = "bring it back; without it run looks at what is there, and makes anew what it cannot tell the origin of, beside the old"
+
+
+class Stamp(BaseModel):
+    """Of a file: bytes, time of its last change in nanoseconds, and SHA-256."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int
+    time: int
+    sha256: str
+
+
+class Record(BaseModel):
+    """What a stage made. `made`: a folder or a file, seen from the folder of the road; `files`: in it, by name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: str
+    inputs: dict[str, Any]
+    made: str
+    files: dict[str, Stamp]
+    at: str
+    versions: dict[str, str]
+
+
+class Written(BaseModel):
+    """The file. `making`: where a stage was writing at that time. `ended`: whether every stage was gone through."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int
+    stages: dict[str, Record] = {}
+    making: str = ""
+    ended: bool = True
+    sha256: str = ""
+
+
+@dataclass
+class State:
+    """What is known of the folder of a road."""
+
+    folder: Path
+    written: Written = field(default_factory=lambda: Written(format=FORMAT))
+
+    @classmethod
+    def open(cls, folder: Path) -> "State":
+        """Of a folder that may not be there yet.
+
+        Raises:
+            UserError: the file is damaged, was altered, or comes from a later version.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            return cls(folder)
+        found = read_json(path)
+        if isinstance(found, dict) and type(found.get("format")) is int and found["format"] > FORMAT:
+            message = f"{path}: of format {found['format']}; this version reads format {FORMAT}"
+            raise UserError(message, hint="update mlx-finetune")
+        try:
+            written = Written.model_validate(found)
+        except ValidationError as error:
+            raise UserError(f"{path}: not what run writes: {error.errors()[0]['msg'].lower()}", hint=HINT) from error
+        if written.sha256 != _digest(written):
+            raise UserError(f"{path}: was altered since run wrote it", hint=HINT)
+        return cls(folder, written)
+
+    def record(self, stage: str) -> Record | None:
+        """What the stage made the last time."""
+        return self.written.stages.get(stage)
+
+    def begin(self, making: Path) -> None:
+        """Says before it is written what will be: found there after a crash, it is known to be ours."""
+        self._write(making=self._named(making), ended=False)
+
+    def keep(self, stage: str, inputs: dict[str, Any], made: Path, files: Iterable[Path]) -> None:
+        """That the stage is done."""
+        at = datetime.now().astimezone().isoformat(timespec="seconds")
+        stamps = {path.relative_to(made).as_posix() if path != made else "": stamp(path) for path in sorted(files)}
+        record = Record(stage=stage, inputs=inputs, made=self._named(made), files=stamps, at=at, versions=versions(PACKAGES))
+        self._write(stages=self.written.stages | {stage: record}, making="")
+
+    def end(self) -> None:
+        """That every stage was gone through."""
+        if not self.written.ended:
+            self._write(ended=True, making="")
+
+    def was_making(self, path: Path) -> bool:
+        """Whether a killed process was writing there."""
+        return self.written.making == self._named(path)
+
+    def place(self, record: Record) -> Path:
+        """Where what was made stands."""
+        return self.folder / record.made
+
+    def difference(self, record: Record) -> str | None:
+        """What is no longer as it was made, in words; None where all of it is there. Same size and time count as the same."""
+        made = self.place(record)
+        if not made.exists():
+            return f"{record.made} is gone"
+        for name, said in record.files.items():
+            path = made / name if name else made
+            if not path.is_file():
+                return f"{record.made}/{name} is gone"
+            status = path.stat()
+            if status.st_size != said.size or (status.st_mtime_ns != said.time and sha256(path) != said.sha256):
+                return f"{f'{record.made}/{name}' if name else record.made} was altered"
+        return None
+
+    def is_only_ours(self, record: Record) -> bool:
+        """Whether nothing stands there but what was made, as it was made."""
+        made = self.place(record)
+        there = {path.relative_to(made).as_posix() for path in made.rglob("*") if not path.is_dir()} if made.is_dir() else {""}
+        return self.difference(record) is None and there <= set(record.files)
+
+    def _named(self, path: Path) -> str:
+        path = path.absolute()
+        return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else str(path)
+
+    def _write(self, **changes: Any) -> None:
+        written = self.written.model_copy(update=changes)
+        self.written = written.model_copy(update={"sha256": _digest(written)})
+        write_json(self.folder / FILE, self.written.model_dump(mode="json"))
+
+
+def stamp(path: Path) -> Stamp:
+    """Of a file as it is now."""
+    status = path.stat()
+    return Stamp(size=status.st_size, time=status.st_mtime_ns, sha256=sha256(path))
+
+
+def files_in(made: Path) -> list[Path]:
+    """All files of a folder."""
+    return [path for path in made.rglob("*") if not path.is_dir()]
+
+
+def _digest(written: Written) -> str:
+    plain = written.model_dump(mode="json", exclude={"sha256"})
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

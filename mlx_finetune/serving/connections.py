@@ -1,0 +1,61 @@
+"""Connections that take their time: uvicorn's own protocol waits for ever for a request that was begun, on any number of them."""
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_WITHIN = 20.0  # seconds for the first line and the headers of a request, from the connection or the answer before on
+MOST_CONNECTIONS = 256  # at once; others are closed as they come
+
+
+def protocol_class(head_within: float = HEAD_WITHIN, most: int = MOST_CONNECTIONS) -> "type[H11Protocol]":
+    """uvicorn's protocol with these bounds. Imported here: uvicorn is an extra."""
+    import h11
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Bounded(H11Protocol):
+        _hurry: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > most:
+                transport.close()
+                return
+            self._wait_for_a_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_waiting()
+            super().connection_lost(exc)
+
+        def handle_events(self) -> None:
+            try:
+                super().handle_events()
+            except h11.LocalProtocolError:  # nonsense behind a request that is being answered: no other answer can be begun
+                self.transport.close()
+            self._wait_for_a_head()
+
+        def send_400_response(self, msg: str) -> None:
+            if self.cycle is not None:
+                self.cycle.disconnected = True  # else the application would answer too, behind this answer
+                self.cycle.message_event.set()
+            super().send_400_response(msg)
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._wait_for_a_head()
+
+        def _wait_for_a_head(self) -> None:
+            """Does nothing while a request is being read or answered; a timer that runs already is not set back."""
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._stop_waiting()
+            elif self._hurry is None and not self.transport.is_closing():
+                self._hurry = self.loop.call_later(head_within, self.transport.close)
+
+        def _stop_waiting(self) -> None:
+            if self._hurry is not None:
+                self._hurry.cancel()
+                self._hurry = None
+
+    return Bounded
