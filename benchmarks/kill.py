@@ -26,7 +26,7 @@ from tables import ENGINES, Figures, Table, run
 from mlx_finetune.errors import UserError
 from mlx_finetune.models.gguf import find_smollm2, gguf_to_hugging_face
 
-SEED = 9
+SEED, ATTEMPTS = 9, 5
 ABOUT = """\
 Each run has 8 steps with dropout, a checkpoint, a held-out loss and an answer at every other one. Processes are forked from one
 that has imported the libraries, so that a kill falls into what a run does. "half-written": runs that left a checkpoint's temporary
@@ -36,8 +36,11 @@ LARGE = "SmolLM2-135M-Instruct, 4 steps, the adapter on all linear layers; one r
 
 def killed_once(model: Path, data: Path, folder: Path, engine: str, number: int, straight: Path) -> tuple[Killed | None, list[str]]:
     """A run killed at the moment of that number, and what differs at its end."""
-    run, values = folder / f"{engine}-{number}", settings(model, data, engine)
-    killed = kill_at(start(run, values), run, KILLS[number], random.Random(f"{SEED} {engine} {number}"))
+    values, chance, killed = settings(model, data, engine), random.Random(f"{SEED} {engine} {number}"), None
+    for again in range(ATTEMPTS):  # a moment may pass unseen
+        run = folder / f"{engine}-{number}-{again}"
+        if killed := kill_at(start(run, values), run, KILLS[number], chance):
+            break
     finish(run, values)
     differs = same(run, straight)
     print(engine, number, killed, differs, file=sys.stderr, flush=True)

@@ -44,7 +44,7 @@ TESTS = {
         *("tests/test_template.py", "tests/test_native_calls.py", "tests/test_exact.py", "-k"),
         f"{NEUTRAL} and not real_tokenizer and (learned or secret or straddl or weight or control_token or _served or masks)",
     ],
-    "data/rows.py": ["tests/test_native_calls.py"],
+    "data/rows.py": ["tests/test_rows.py"],
     "data/token_roles.py": ["tests/test_token_roles.py"],
     "engines/mlx/loss.py": ["tests/test_loss.py"],
     "engines/torch/loss.py": ["tests/test_loss.py"],

@@ -122,13 +122,15 @@ def _draw(run: Path) -> None:
 
 
 def _say_how_to_go_on(run: Path, command: str) -> None:
-    """Where a run was broken off at once: what is saved."""
+    """Where a run was broken off at once: what is saved of it."""
     from mlx_finetune.training.checkpoints import last_checkpoint
 
-    if (run / "config.yaml").is_file():
-        last = last_checkpoint(run)
-        say(f"interrupted at once: {last.name if last else 'no checkpoint'} is saved")
-        say(f"next: {command}")
+    if not (run / "config.yaml").is_file():
+        say("interrupted before the run began: the same command begins it")
+        return
+    last = last_checkpoint(run)
+    say(f"interrupted at once: {last.name if last else 'no checkpoint'} is saved")
+    say(f"next: {command}")
 
 
 def _plan_of(file: Path | None, overrides: dict[str, Any], resume: bool) -> "Plan":

@@ -211,7 +211,8 @@ def checked(kind: type[Settings], values: Mapping[str, Any], place: str, within:
     fields = kind.model_fields
     for key, value in values.items():
         if key not in fields:
-            raise unknown(place, f"{within}{key}", [f"{within}{name}" for name in fields])
+            cutoff = 0.5 if isinstance(key, str) else 1.0  # YAML has keys that are no names: null, 1
+            raise unknown(place, f"{within}{key}", [f"{within}{name}" for name in fields], cutoff)
         if isinstance(value, bool) and fields[key].annotation is not bool:  # pydantic would read `yes` as 1
             description = fields[key].description
             raise UserError(f"{place}: {within}{key} = {value}: yes or no is no value for it", hint=f"{key}: {description}")
@@ -226,9 +227,9 @@ def checked(kind: type[Settings], values: Mapping[str, Any], place: str, within:
         raise UserError(message, hint=meant or f"{name}: {fields[name].description}") from error
 
 
-def unknown(place: str, key: str, known: Sequence[str]) -> UserError:
+def unknown(place: str, key: str, known: Sequence[str], cutoff: float = 0.5) -> UserError:
     """That nothing is called so, with what is called nearly so."""
-    hint = did_you_mean(key, known, f"known settings: {', '.join(known)}", cutoff=0.5)
+    hint = did_you_mean(key, known, f"known settings: {', '.join(known)}", cutoff)
     return UserError(f"{place}: unknown setting {key!r:.80}", hint=hint)
 
 

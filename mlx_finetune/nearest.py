@@ -52,7 +52,7 @@ KINDS = (
 LONGEST = 1024  # of a path
 LINE = re.compile(r":\d+$")
 MISSING = re.compile(r"no such|not a run|not a prepared|no config|neither a run|no losses", re.IGNORECASE)
-UNFIT = re.compile(r"no (config|dataset|conversations|list|\*/conv)|not a |neither |a folder, not")
+UNFIT = re.compile(r"no (config|dataset|conversations|list|\*/conv)|not a |neither |a folder, not|is a directory", re.IGNORECASE)
 
 
 def kind_of(folder: Path) -> str | None:

@@ -15,6 +15,7 @@ from mlx_finetune.errors import UserError
 LARGEST = 128 * 2**20  # bytes of a file that is read whole: the largest tokenizer.json has 40 MB
 LARGEST_SETTINGS = 2**18  # bytes of YAML, of which a reader takes 100 kB a second
 LONGEST_LINE = 16 * 2**20  # bytes; gptme sends at most 200,000 characters of files in a message
+CHUNK = 2**20  # bytes of a line that is passed over
 LONGEST_NAME = 255  # bytes of the name of a file
 DEEPEST = 50  # levels of lists and maps
 MOST_DIGITS = 400  # of a number: beyond any float
@@ -53,7 +54,10 @@ def read_whole(path: Path, hint: str, most: int = LARGEST, missing: str = "") ->
     """
     try:
         with open_ordinary(path) as file:
-            data = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(size + 1) if size <= most else None
+            if data and len(data) > size:  # it grew, or is one of the system's that say no size
+                data += file.read(most + 1 - size)
     except FileNotFoundError as error:
         raise UserError(f"{path}: {missing or error.strerror}", hint=hint) from error
     except OSError as error:
@@ -76,7 +80,7 @@ def lines_of(file: IO[bytes], longest: int = LONGEST_LINE) -> Iterator[Line]:
     while raw := file.readline(longest + 1):
         number += 1
         if len(raw) > longest and not raw.endswith(b"\n"):
-            while (rest := file.readline(longest)) and not rest.endswith(b"\n"):
+            while (rest := file.readline(CHUNK)) and not rest.endswith(b"\n"):
                 pass
             yield Line(number, None)
         else:

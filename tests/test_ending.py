@@ -180,7 +180,8 @@ def test_a_second_ctrl_c_leaves_at_once_and_what_was_saved_is_whole(
     process.join(WAIT)
     said = log(run).read_text()
     assert process.exitcode == 130 and "Traceback" not in said and "interrupted" in said
-    assert moment != "loading" or not run.exists() or (run / "config.yaml").is_file()
+    if moment == "loading":  # by chance before the folder was locked, or while it was being removed again
+        assert not run.exists() or {path.name for path in run.iterdir()} <= {".lock"}
     found, damaged = last_whole(run)
     assert not damaged and (found is None or load_checkpoint(found)) and not writes(run)
 

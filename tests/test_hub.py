@@ -21,7 +21,7 @@ COMMIT = "c" * 40
 FILES = {
     "config.json": b'{"model_type": "llama"}',
     "model.safetensors": b"weights",
-    "tokenizer.json": b"{}",
+    "tokenizer.json": b'{"model": {"vocab": {}}}',
     "chat_template.jinja": b"{{ messages }}",
     "LICENSE": b"MIT",
     "pytorch_model.bin": b"a pickle",

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finished_runs import make_base
+from finished_runs import conversations, make_base
+from hostile_model_readers import READERS
 from jinja2 import TemplateError
 
+from mlx_finetune.data.conversation import write_conversations
 from mlx_finetune.data.jinja import compiled
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.probes import tokens_of
@@ -63,6 +65,17 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hostile model made without an engine, for what is refused before one is needed; ran appears beside it."""
+    root = tmp_path_factory.mktemp("folder")
+    READERS["model folder"].write(root / "base")
+    (root / "base" / "README.md").write_text("---\nlicense: mit\n---\n")
+    (root / "base" / "LICENSE").write_text("MIT")
+    write_conversations(root / "gptme.jsonl", conversations())
+    return make_hostile(root / "base", root / "ran")
+
+
 def verbs(root: Path, engine: str, out: Path) -> list[tuple[object, ...]]:
     """Each verb that opens a model."""
     base, run = root / "base", out / "run"
@@ -108,6 +121,7 @@ def test_no_verb_runs_the_code_of_a_models_folder(hostile: Path, engine_name: st
     assert not any(tmp_path.glob("converted/*.py")), "converted folders carry no code"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("engine", "own", "words"),
     [
@@ -130,6 +144,7 @@ def test_a_model_that_needs_its_own_code_is_refused_by_name(
     assert (status, printed) == (2, "") and words in err and not (hostile / "mark" / "ran").exists(), err
 
 
+@pytest.mark.long
 def test_a_model_is_opened_without_the_code_that_its_folder_names(hostile: Path, engine_name: str) -> None:
     opened = Opened(find_source(str(hostile / "base"), "", engine_name))
     said = StringIO()
@@ -165,22 +180,24 @@ def test_every_call_that_opens_a_strangers_files_says_that_code_is_not_run() -> 
     assert len(opened) > 8
 
 
-def test_what_code_a_folder_asks_for_is_named(hostile: Path, tiny_llama: Path) -> None:
-    assert needs_own_code(hostile / "base") == "auto_map in config.json" and needs_own_code(tiny_llama) == ""
+def test_what_code_a_folder_asks_for_is_named(folder: Path, tmp_path: Path) -> None:
+    READERS["config.json"].write(tmp_path)
+    assert needs_own_code(folder) == "auto_map in config.json" and needs_own_code(tmp_path) == ""
 
 
-def test_a_tokenizer_that_needs_its_own_code_is_refused_by_name(hostile: Path, tmp_path: Path, cli: Cli) -> None:
-    base = Path(shutil.copytree(hostile / "base", tmp_path / "base"))
+@pytest.mark.long
+def test_a_tokenizer_that_needs_its_own_code_is_refused_by_name(folder: Path, tmp_path: Path, cli: Cli) -> None:
+    base = Path(shutil.copytree(folder, tmp_path / "base"))
     edit(base / "config.json", model_type="never_heard_of")
     edit(base / "tokenizer_config.json", tokenizer_class="Tokenizer")
     (base / "tokenizer.json").unlink()
     (base / "vocab.json").write_text("{}")
-    status, _, err = cli("prepare", hostile / "gptme.jsonl", "--model", base, "--out", tmp_path / "dataset")
-    assert status == 2 and "is never run" in err and not (hostile / "mark" / "ran").exists(), err
+    status, _, err = cli("prepare", folder.parent / "gptme.jsonl", "--model", base, "--out", tmp_path / "dataset")
+    assert status == 2 and "is never run" in err and not (folder.parent / "ran").exists(), err
 
 
-def test_kernels_of_the_hub_are_not_fetched_because_a_config_says_so(hostile: Path, tmp_path: Path) -> None:
-    base = Path(shutil.copytree(hostile / "base", tmp_path / "base"))
+def test_kernels_of_the_hub_are_not_fetched_because_a_config_says_so(folder: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(folder, tmp_path / "base"))
     for asked in ("somebody/kernel", {"": "somebody/kernel"}, "sdpa|somebody/kernel"):
         edit(base / "config.json", attn_implementation=asked)
         with pytest.raises(UserError, match="attn_implementation"):
@@ -237,38 +254,38 @@ LINKS = {
 
 
 @pytest.mark.parametrize("name", LINKS)
-def test_what_a_link_in_a_models_folder_leads_to_is_not_copied(name: str, hostile: Path, tmp_path: Path, cli: Cli) -> None:
-    home, base = tmp_path / "home", Path(shutil.copytree(hostile / "base", tmp_path / "base"))
+def test_what_a_link_in_a_models_folder_leads_to_is_not_copied(name: str, folder: Path, tmp_path: Path, cli: Cli) -> None:
+    home, base = tmp_path / "home", Path(shutil.copytree(folder, tmp_path / "base"))
     for place in (".ssh/id_rsa", ".docker/config.json", "notes.md", ".ssh/key.jinja"):
         (home / place).parent.mkdir(parents=True, exist_ok=True)
         (home / place).write_text('{"private": 1}')
     (base / name).unlink(missing_ok=True)
     (base / name).symlink_to(home / LINKS[name])
-    for verb in (("convert", base), ("export", base, "--to", "gguf"), ("prepare", hostile / "gptme.jsonl", "--model", base)):
+    for verb in (("convert", base), ("export", base, "--to", "gguf"), ("prepare", folder.parent / "gptme.jsonl", "--model", base)):
         status, _, err = cli(*verb, "--out", tmp_path / "out")
         assert status == 2 and f"{base / name}: a link out of the folder" in err and not (tmp_path / "out").exists(), err
 
 
-def test_links_within_the_hubs_cache_and_to_weights_on_another_disk_are_followed(tiny_llama: Path, tmp_path: Path) -> None:
+def test_links_within_the_hubs_cache_and_to_weights_on_another_disk_are_followed(folder: Path, tmp_path: Path) -> None:
     repository = tmp_path / "elsewhere" / "models--org--name"
     blobs, snapshot = repository / "blobs", repository / "snapshots" / ("a" * 40)
-    for folder in (blobs, snapshot, tmp_path / "own"):
-        folder.mkdir(parents=True)
-    for number, path in enumerate(sorted(tiny_llama.iterdir())):
+    for each in (blobs, snapshot, tmp_path / "own"):
+        each.mkdir(parents=True)
+    for number, path in enumerate(sorted(path for path in folder.iterdir() if path.is_file())):
         shutil.copyfile(path, blobs / str(number))
         (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
         (tmp_path / "own" / path.name).symlink_to(path) if path.suffix == ".safetensors" else shutil.copy(path, tmp_path / "own")
     (tmp_path / "cache").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     check_model_folder(tmp_path / "own")
     check_model_folder(tmp_path / "cache" / snapshot.relative_to(tmp_path / "elsewhere"))
-    (snapshot / "LICENSE").symlink_to(tmp_path / "own" / "config.json")
-    with pytest.raises(UserError, match="LICENSE: a link out of the folder"):
+    (snapshot / "NOTICE").symlink_to(tmp_path / "own" / "config.json")
+    with pytest.raises(UserError, match="NOTICE: a link out of the folder"):
         check_model_folder(snapshot)
 
 
-def test_a_header_that_claims_petabytes_is_refused_before_memory_is_asked_for(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_header_that_claims_petabytes_is_refused_before_memory_is_asked_for(tmp_path: Path) -> None:
     """Of the header itself, and of a tensor."""
-    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    base = tmp_path
     header = json.dumps({"w": {"dtype": "F32", "shape": [2**38, 2**10], "data_offsets": [0, 2**50]}}).encode()
     for begins in (
         (2**60).to_bytes(8, "little"),
@@ -283,6 +300,7 @@ def test_a_header_that_claims_petabytes_is_refused_before_memory_is_asked_for(ti
         tracemalloc.stop()
 
 
+@pytest.mark.long
 def test_data_sets_of_the_hub_bring_no_program() -> None:
     """datasets ran a repository's script up to version 3."""
     from datasets import load_dataset

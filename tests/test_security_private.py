@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from finished_runs import WORDS, make_base, make_run
 
+from mlx_finetune.data.conversation import read_conversations
 from mlx_finetune.errors import UserError
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -49,25 +50,39 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def raw(*names: str) -> bytes:
+    """A file with a good line and those."""
+    return "".join(f"{each}\n" for each in (line(), *(BROKEN[name] for name in names))).encode("utf-8", "surrogateescape")
+
+
 @pytest.mark.parametrize("name", BROKEN)
-def test_an_error_names_the_place_and_not_what_stands_there(name: str, root: Path, cli: Cli, tmp_path: Path) -> None:
-    file = tmp_path / "chats.jsonl"
-    file.write_bytes((line() + "\n" + BROKEN[name] + "\n").encode("utf-8", "surrogateescape" if name == "not UTF-8" else "strict"))
-    logs = tmp_path / "logs" / "2026-06-03-one"
-    logs.mkdir(parents=True)
-    (logs / "conversation.jsonl").write_bytes(file.read_bytes())
-    for verb in (
-        ("prepare", file, "--model", root / "base", "--out", tmp_path / "out"),
-        ("collect", tmp_path / "logs", "--chat", file, "--out", tmp_path / "collected"),
-    ):
-        status, out, err = cli(*verb)
-        assert MARK not in out + err and "Traceback" not in err and status in (0, 2), (verb[0], err)
-    for path in (tmp_path / "collected").glob("*.json"):
+def test_an_error_names_the_place_and_not_what_stands_there(name: str, tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_bytes(raw(name))
+    try:
+        assert len(list(read_conversations(tmp_path / "chats.jsonl"))) == 2
+    except UserError as refused:
+        assert refused.message.startswith(f"{tmp_path / 'chats.jsonl'}:2") and MARK not in refused.message + refused.hint
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", BROKEN)
+def test_prepare_says_nothing_of_a_broken_line_either(name: str, root: Path, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_bytes(raw(name))
+    status, out, err = cli("prepare", tmp_path / "chats.jsonl", "--model", root / "base", "--out", tmp_path / "out")
+    assert MARK not in out + err and "Traceback" not in err and status in (0, 2), err
+
+
+def test_what_collect_says_and_writes_of_broken_lines_is_where_they_are(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_bytes(raw(*BROKEN))
+    (tmp_path / "logs" / "2026-06-03-one").mkdir(parents=True)
+    (tmp_path / "logs" / "2026-06-03-one" / "conversation.jsonl").write_bytes(raw(*BROKEN))
+    status, out, err = cli("collect", tmp_path / "logs", "--chat", tmp_path / "chats.jsonl", "--out", tmp_path / "collected")
+    assert status == 0 and MARK not in out + err and "Traceback" not in err, err
+    for path in [*(tmp_path / "collected").glob("*.json"), tmp_path / "collected" / "rejected.jsonl"]:
         assert MARK not in path.read_text(encoding="utf-8"), path.name
-    rejected = tmp_path / "collected" / "rejected.jsonl"
-    assert not rejected.is_file() or MARK not in rejected.read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_a_damaged_dataset_is_refused_without_a_word_of_it(root: Path, cli: Cli, tmp_path: Path) -> None:
     from shutil import copytree
 

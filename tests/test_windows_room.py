@@ -190,11 +190,43 @@ def test_a_window_ends_before_a_late_result_of_a_call_that_it_does_not_hold() ->
     assert late(8) == [(2, 4, 6, 8), (10, 12, 14), (16,)]  # it is read again, with the question before it
 
 
+def test_a_window_ends_before_a_late_result_though_others_beside_it_have_their_calls() -> None:
+    begun = [one_message(16, "system"), *(one_message(14, "assistant" if i % 2 else "user") for i in range(8))]
+    made = (ToolCall("far", "f", "{}"), ToolCall("near", "f", "{}"))
+    begun[2] = replace(begun[2], tool_calls=made[:1])
+    steps = [one_message(14), replace(one_message(14, "assistant"), tool_calls=made[1:])]
+    late = [replace(one_message(14, "tool"), tool_call_id=each) for each in ("near", "far")]
+    found = cut(conversation_of([*begun, *steps, *late, one_message(14, "assistant")]), words, 128).windows
+    assert [window.turns for window in found] == [(2, 4, 6, 8), (10,), (13,)]
+    assert [message.tool_call_id for message in found[-1].messages if message.role == "tool"] == []
+
+
+def test_a_call_with_which_a_window_begins_has_its_result_in_it() -> None:
+    """An answer of 40 tokens before it is more than what may be read again."""
+    begun = [one_message(16, "system"), *(one_message(14, role) for _ in range(2) for role in ("user", "assistant"))]
+    asked = [one_message(14, "user", "asked"), one_message(40, "assistant")]
+    step = [replace(one_message(14, "assistant", "call"), tool_calls=(ToolCall("c", "f", "{}"),))]
+    step += [replace(one_message(14, "tool", "result"), tool_call_id="c"), one_message(14, "assistant", "end")]
+    first, second = cut(conversation_of([*begun, *asked, *step]), words, 128).windows
+    assert first.turns == (2, 4, 6) and second.turns == (7, 9)
+    assert [message.content.split()[0] for message in second.messages[1:]] == ["asked", "call", "result", "end"]
+
+
+def test_a_question_takes_just_its_own_room_from_what_stands_before_a_turn() -> None:
+    """Beside a question of 15 there are 97 for six outputs of 14 and the turn of 13."""
+    begun = [one_message(16, "system"), *(one_message(14, role) for _ in range(2) for role in ("user", "assistant"))]
+    asked = one_message(15, "user", "asked")
+    outputs = [one_message(14, "tool", f"t{i}") for i in range(12)]
+    *_, last = cut(conversation_of([*begun, asked, *outputs, one_message(13, "assistant", "end")]), words, 128).windows
+    assert sum(map(words, last.messages)) == 128
+
+
 def test_where_nobody_asked_nothing_stands_for_a_question() -> None:
     turns = [one_message(14, "assistant", f"a{i}") for i in range(20)]
     found = cut(conversation_of([one_message(16, "system", "rule"), *turns]), words, 128).windows
     assert [[m.role for m in window.messages].count("system") for window in found] == [1] * len(found) and len(found) > 2
     assert [turn for window in found for turn in window.turns] == list(range(1, 21))
+    assert not any(message.content.startswith("a0 ") for window in found[1:] for message in window.messages)
     assert all(sum(map(words, window.messages)) <= 128 and len(set(window.messages)) == len(window.messages) for window in found)
 
 
@@ -202,3 +234,9 @@ def test_the_very_first_message_may_be_what_was_asked_last() -> None:
     steps = [one_message(14, role) for _ in range(12) for role in ("assistant", "tool")]
     found = cut(conversation_of([one_message(14, "user", "asked"), *steps, one_message(14, "assistant")]), words, 112).windows
     assert len(found) > 2 and {window.messages[0].content.split()[0] for window in found} == {"asked"}
+
+
+def test_lines_of_any_length_are_counted_one_by_one() -> None:
+    message = Message("tool", "a\n" + "b" * 9 + "\n" + "c" * 87 + "\n" + "d" * 9 + "\n" + "e" * 8 + "\n" + "f\n")
+    short = shorten(message, lambda one: 121 if one is message else 1, 37)  # 24 characters of the head, 12 of the tail
+    assert short.content == "a\nbbbbbbbbb\n… 2 lines cut …\n" + "e" * 8 + "\nf\n"

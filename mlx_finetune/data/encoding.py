@@ -30,7 +30,7 @@ class Encoded:
     turns: tuple[int, ...]  # indices of the messages that are learned
     exact: tuple[bool, ...]  # of each turn, whether exactly the tokens stand before it that a server would feed
     as_text: tuple[bool, ...]  # whether it is so but for the name of a control token kept as text, which a server misreads
-    placeholders: int = 0  # tokens of the learned turns that stand for a redacted secret: weight 0
+    placeholders: int  # tokens of the learned turns that stand for a redacted secret: weight 0
     by_role: Counter[str] = field(default_factory=Counter)  # tokens by role of the message that they are of; see token_roles
 
     @property

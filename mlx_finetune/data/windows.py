@@ -149,7 +149,7 @@ def _first_asked(
             return start, used, last, ()
         if used + sizes[asked] <= room:
             return start, used + sizes[asked], last, (body[asked],)
-        taken = max(sizes[asked], taken + 1)
+        taken = sizes[asked]  # more than before, for what `_first` took leaves that much
 
 
 def _first(

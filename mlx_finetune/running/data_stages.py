@@ -69,9 +69,9 @@ class CollectStage(OnData):
         """As `collect --update`."""
         options, out = self._options(), self.work.collected
         bring_back(out)
-        self.work.state.begin(out)
-        done = collected(options, sources_of(options), settings_of(options))
-        self.adopt()
+        with self.work.state.writing(out):
+            done = collected(options, sources_of(options), settings_of(options))
+            self.adopt()
         return done
 
     def adopt(self) -> None:
@@ -123,10 +123,10 @@ class PrepareStage(OnData):
         """As `prepare --update`."""
         config, out = self.work.road.config, self.work.data
         bring_back(out)
-        self.work.state.begin(out)
         settings = {name: getattr(config, name) for name in SETTINGS}
-        done = prepared([self.work.collected], config.model, out, settings, update=True)
-        self.adopt()
+        with self.work.state.writing(out):
+            done = prepared([self.work.collected], config.model, out, settings, update=True)
+            self.adopt()
         return done
 
     def adopt(self) -> None:

@@ -139,11 +139,12 @@ class Made(Stage):
 
     def do(self) -> Done:
         """Makes it; what stood there gives way only where it is just what was made before."""
-        out, inputs = self.place(), self.inputs()
-        self.work.state.begin(out)
-        with aside(out):
-            done = self.make(out)
-        self.work.state.keep(self.name, inputs, out, files_in(out) if out.is_dir() else [out])
+        out, inputs, state = self.place(), self.inputs(), self.work.state
+        with state.writing(out):
+            with aside(out):
+                done = self.make(out)
+            state.wrote(out)
+            state.keep(self.name, inputs, out, files_in(out) if out.is_dir() else [out])
         self.work.found[self.name] = out
         return done
 
@@ -155,7 +156,7 @@ class Made(Stage):
         bring_back(old)
         if record and old.parent == wanted.parent and old.exists() and state.is_only_ours(record):
             return old
-        if not wanted.exists() or state.was_making(wanted):
+        if not wanted.exists() or state.had_made(wanted):
             return wanted
         new = free(wanted)
         say(f"{wanted} is not as run made it, and stays: the new one is {new}")
@@ -170,13 +171,14 @@ class MadeInRun(Made):
         out, inputs, state, record = self.wanted_place(), self.inputs(), self.work.state, self.record
         bring_back(out)
         ours = record is not None and state.place(record) == out and state.difference(record) is None
-        if out.exists() and not ours and not state.was_making(out):
+        if out.exists() and not ours and not state.had_made(out):
             copy = free(out)
             copy_file(out, copy)
             say(f"{out} is not as run made it: it is kept as {copy}")
-        state.begin(out)
-        done = self.make(out)
-        state.keep(self.name, inputs, out, [out])
+        with state.writing(out):
+            done = self.make(out)
+            state.wrote(out)
+            state.keep(self.name, inputs, out, [out])
         self.work.found[self.name] = out
         return done
 

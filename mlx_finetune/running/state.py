@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -43,13 +44,17 @@ class Record(BaseModel):
 
 
 class Written(BaseModel):
-    """The file. `making`: where a stage was writing at that time. `ended`: whether every stage was gone through."""
+    """The file. `making`: where a stage was writing at that time; `just_made`: files there, with size and time, once it had.
+
+    `ended`: whether every stage was gone through.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int
     stages: dict[str, Record] = {}
     making: str = ""
+    just_made: dict[str, tuple[int, int]] = {}
     ended: bool = True
     sha256: str = ""
 
@@ -87,25 +92,39 @@ class State:
         """What the stage made the last time."""
         return self.written.stages.get(stage)
 
-    def begin(self, making: Path) -> None:
-        """Says before it is written what will be: found there after a crash, it is known to be ours."""
-        self._write(making=self._named(making), ended=False)
+    @contextmanager
+    def writing(self, out: Path) -> Iterator[None]:
+        """Inside, `out` is written. A killed process leaves word of it; one that fails does not: what comes there is not ours."""
+        self._write(making=self._named(out), just_made={}, ended=False)
+        try:
+            yield
+        finally:
+            if self.written.making:
+                self._write(making="", just_made={})
+
+    def wrote(self, out: Path) -> None:
+        """Says that `out` is whole, before its bytes are read: killed from now on, it is known to be ours as it is."""
+        self._write(just_made=_sizes(out))
 
     def keep(self, stage: str, inputs: dict[str, Any], made: Path, files: Iterable[Path]) -> None:
         """That the stage is done."""
         at = datetime.now().astimezone().isoformat(timespec="seconds")
         stamps = {path.relative_to(made).as_posix() if path != made else "": stamp(path) for path in sorted(files)}
         record = Record(stage=stage, inputs=inputs, made=self._named(made), files=stamps, at=at, versions=versions(PACKAGES))
-        self._write(stages=self.written.stages | {stage: record}, making="")
+        self._write(stages=self.written.stages | {stage: record}, making="", just_made={})
 
     def end(self) -> None:
         """That every stage was gone through."""
         if not self.written.ended:
-            self._write(ended=True, making="")
+            self._write(ended=True, making="", just_made={})
 
     def was_making(self, path: Path) -> bool:
         """Whether a killed process was writing there."""
         return self.written.making == self._named(path)
+
+    def had_made(self, path: Path) -> bool:
+        """Whether a killed process wrote just what stands there."""
+        return self.was_making(path) and self.written.just_made == _sizes(path)
 
     def place(self, record: Record) -> Path:
         """Where what was made stands."""
@@ -150,6 +169,12 @@ def stamp(path: Path) -> Stamp:
 def files_in(made: Path) -> list[Path]:
     """All files of a folder."""
     return [path for path in made.rglob("*") if not path.is_dir()]
+
+
+def _sizes(made: Path) -> dict[str, tuple[int, int]]:
+    files = files_in(made) if made.is_dir() else [made]
+    status = {path.relative_to(made).as_posix(): path.lstat() for path in files}
+    return {name: (one.st_size, one.st_mtime_ns) for name, one in status.items()}
 
 
 def _digest(written: Written) -> str:

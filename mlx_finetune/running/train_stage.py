@@ -64,10 +64,10 @@ class TrainStage(Stage):
             told = {"out": str(new_place(self.first)), "data": str(self.work.data)}
             plan = plan_run(self.work.road.config.model_copy(update=told))
         announce(plan)
-        self.work.state.begin(plan.run)
-        done = trained_run(plan, self.work.command)
-        self.work.found[self.name] = plan.run
-        self.adopt()
+        with self.work.state.writing(plan.run):
+            done = trained_run(plan, self.work.command)
+            self.work.found[self.name] = plan.run
+            self.adopt()
         return done
 
     def adopt(self) -> None:

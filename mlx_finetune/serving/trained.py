@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_finetune.config import RunConfig
-from mlx_finetune.data.conversation import Message
+from mlx_finetune.data.conversation import LONGEST_CHAT, Message
 from mlx_finetune.data.policies import policy_of
 from mlx_finetune.data.system_prompt import describe
 from mlx_finetune.data.tool_calls import format_of
 from mlx_finetune.errors import UserError
+from mlx_finetune.reading import lines_of, open_ordinary
 
 ENOUGH = 200  # conversations that are looked at
 FOLDED_NAMES = ("qwen3.5", "qwen3_5")  # gptme 0.35.1, models/types.py: names for which it folds later system messages
@@ -76,13 +77,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     of_gptme: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
     seen: set[Any] = set()
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+    with open_ordinary(path) as file:
+        for line in lines_of(file, LONGEST_CHAT):
             try:
-                row = json.loads(line)
+                row = json.loads(line.raw or b"")
                 messages, name = row["messages"], row.get("conversation")
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{path}:{number}: not a line that prepare wrote", hint="prepare the data again") from error
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise UserError(f"{path}:{line.number}: not a line that prepare wrote", hint="prepare the data again") from error
             if name not in seen and isinstance(messages, list):
                 (of_gptme if row.get("source") == "gptme" else others).append(row)
                 seen.add(name)

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file
+from mlx_finetune.reading import Line, lines_of, open_ordinary
 from mlx_finetune.training.memory_watch import again
 
 HINT = "take the line out, or start a new run"
@@ -43,23 +44,32 @@ def read_rows(path: Path, needed: Needed, what: str) -> list[Row]:
     """All rows; a last line that a crash cut is left out.
 
     Raises:
-        UserError: a line is not JSON or has not what is `needed`; it is called a line of `what`.
+        UserError: the file cannot be read; a line is not JSON or has not what is `needed`; it is called a line of `what`.
     """
-    rows = []
-    lines = path.read_bytes().rstrip(b"\n").split(b"\n")  # a crash may cut the last one within a character
-    for number, line in enumerate(lines, 1):
-        if not line and len(lines) == 1:
-            break
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-            if number < len(lines):
-                raise UserError(f"{path}:{number}: not JSON: {error}", hint=HINT) from error
-            continue
-        if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in needed.items()):
-            raise UserError(f"{path}:{number}: not a line of {what}", hint=HINT)
-        rows.append(row)
+    rows: list[Row] = []
+    broken: UserError | None = None  # a crash may cut the last line, within a character too
+    try:
+        with open_ordinary(path) as file:
+            for line in lines_of(file):
+                if broken and line.raw != b"\n":
+                    raise broken
+                try:
+                    row = json.loads(_whole(line))
+                except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+                    broken = broken or UserError(f"{path}:{line.number}: not JSON: {error}", hint=HINT)
+                    continue
+                if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in needed.items()):
+                    raise UserError(f"{path}:{line.number}: not a line of {what}", hint=HINT)
+                rows.append(row)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}", hint=HINT) from error
     return rows
+
+
+def _whole(line: Line) -> bytes:
+    if line.raw is None:
+        raise ValueError("longer than any such line")
+    return line.raw
 
 
 def _lines(rows: Iterable[Row]) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from mlx_finetune.data.conversation import Message, conversation_of
+from mlx_finetune.data.conversation import LONGEST_CHAT, Message, conversation_of
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.data.overview import turn_places
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.engines import Engine
 from mlx_finetune.errors import UserError
+from mlx_finetune.reading import lines_of, open_ordinary
 from mlx_finetune.training.held_out import judged_by
 from mlx_finetune.training.journal import Journal, Needed
 
@@ -92,10 +93,11 @@ def _lines(path: Path, numbers: Sequence[int]) -> dict[int, tuple[Message, ...]]
     if not numbers:
         return {}
     try:
-        with path.open(encoding="utf-8") as file:
-            lines = {i: line for i, line in enumerate(islice(file, max(numbers) + 1)) if i in numbers}
+        with open_ordinary(path) as file:
+            first = enumerate(islice(lines_of(file, LONGEST_CHAT), max(numbers) + 1))
+            lines = {i: line.raw or b"" for i, line in first if i in numbers}
         found = {i: conversation_of(json.loads(line), f"{path}:{i + 1}").messages for i, line in lines.items()}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _others(path) from error
     if len(found) < len(set(numbers)):
         raise _others(path)

@@ -164,6 +164,7 @@ def _where(modules: set[str], layers: int) -> dict[str, Any]:
 
 def _tensors(path: Path) -> Arrays:
     try:
+        open_ordinary(path).close()  # the library waits for a pipe
         return {name: array.astype(np.float32) for name, array in load_file(path).items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: {error}", hint="an adapter has its weights there, as safetensors") from error
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}", hint="an adapter has its weights there, as safetensors") from error
