@@ -76,7 +76,8 @@ def of_smollm2(folder: Path) -> list[Figures]:
     except UserError as error:
         print(error.message, file=sys.stderr)
         return []
-    data, rows = make_data(model, folder), []
+    (beside := folder / "of-smollm2").mkdir()
+    data, rows = make_data(model, beside), []
     for engine in ENGINES:
         values = settings(model, data, engine, steps=4, learning_rate=1e-3)
         finish(straight := folder / f"large-{engine}", values)

@@ -28,6 +28,15 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder: a Llama of one layer as files alone, with a tokenizer and a ChatML template; made without torch."""
+    from hostile_model_readers import write_model
+
+    write_model(folder := tmp_path_factory.mktemp("small") / "model")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder: a tiny qwen3_moe whose first layer is dense, with a tokenizer."""
     return make_tiny("qwen3_moe", tmp_path_factory.mktemp("mixture") / "model", tokenizer=True, changes={"mlp_only_layers": [0]})

@@ -156,6 +156,14 @@ def _pickle(folder: Path) -> None:
         (folder / "data.pkl").write_bytes(archive.read("pytorch_model/data.pkl"))
 
 
+def _read_torch(folder: Path) -> None:
+    _into(folder, lambda out: bin_to_safetensors(folder, out))
+
+
+def _read_pickle(folder: Path) -> None:
+    read_tensors((folder / "data.pkl").read_bytes(), str(folder / "data.pkl"))
+
+
 def _gguf(folder: Path) -> None:
     from gguf import GGUFWriter
 
@@ -200,6 +208,26 @@ def _tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     _weights(folder)
     _json(folder / "generation_config.json", {"eos_token_id": [2]})
+
+
+def write_model(folder: Path) -> None:
+    """A model as CONFIG says it, with a tokenizer and a template; made without torch."""
+    from safetensors.numpy import save_file
+
+    _tokenizer(folder)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (320, 8), "model.norm.weight": (8,)}
+    shapes |= {
+        f"{PATH}.{name}.weight": (rows, 8)
+        for name, rows in zip(("q_proj", "k_proj", "v_proj", "o_proj"), (8, 4, 4, 8), strict=True)
+    }
+    layer = PATH.removesuffix(".self_attn")
+    shapes |= {f"{layer}.{name}.weight": (8,) for name in ("input_layernorm", "post_attention_layernorm")}
+    shapes |= {
+        f"{layer}.mlp.{name}.weight": shape
+        for name, shape in (("gate_proj", (16, 8)), ("up_proj", (16, 8)), ("down_proj", (8, 16)))
+    }
+    arrays = {name: np.full(shape, 0.1, np.float32) for name, shape in shapes.items()}
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _load_template(folder: Path) -> None:
@@ -360,22 +388,11 @@ READERS: dict[str, Reader] = {
     "safetensors": Reader("model.safetensors", _weights, _read_weights),
     "shard": Reader("model-00001-of-00001.safetensors", _shards, _read_weights),
     "index of shards": Reader("model.safetensors.index.json", _shards, _read_weights),
-    "torch zip": Reader("pytorch_model.bin", _torch(), lambda folder: _into(folder, lambda out: bin_to_safetensors(folder, out))),
-    "torch protocol 5": Reader(
-        "pytorch_model.bin", _torch(pickle_protocol=5), lambda folder: _into(folder, lambda out: bin_to_safetensors(folder, out))
-    ),
-    "torch legacy": Reader(
-        "pytorch_model.bin",
-        _torch(_use_new_zipfile_serialization=False),
-        lambda folder: _into(folder, lambda out: bin_to_safetensors(folder, out)),
-        slow=True,
-    ),
-    "torch index": Reader(
-        "pytorch_model.bin.index.json", _torch_shards, lambda folder: _into(folder, lambda out: bin_to_safetensors(folder, out))
-    ),
-    "pickle": Reader(
-        "data.pkl", _pickle, lambda folder: read_tensors((folder / "data.pkl").read_bytes(), str(folder / "data.pkl"))
-    ),
+    "torch zip": Reader("pytorch_model.bin", _torch(), _read_torch, slow=True),
+    "torch protocol 5": Reader("pytorch_model.bin", _torch(pickle_protocol=5), _read_torch, slow=True),
+    "torch legacy": Reader("pytorch_model.bin", _torch(_use_new_zipfile_serialization=False), _read_torch, slow=True),
+    "torch index": Reader("pytorch_model.bin.index.json", _torch_shards, _read_torch, slow=True),
+    "pickle": Reader("data.pkl", _pickle, _read_pickle, slow=True),
     "gguf": Reader("small.gguf", _gguf, _read_gguf, slow=True),
     "sentencepiece": Reader("spiece.model", _spiece, lambda folder: read_sentencepiece(folder / "spiece.model"), slow=True),
     "sentencepiece settings": Reader(
@@ -394,8 +411,8 @@ READERS: dict[str, Reader] = {
     "tokenizer_config.json": Reader("tokenizer_config.json", _tokenizer, _load_template, slow=True),
     "chat template": Reader("chat_template.jinja", _tokenizer, _load_template, slow=True),
     "generation_config.json": Reader("generation_config.json", _tokenizer, _load_template, slow=True),
-    "model folder": Reader("config.json", _tokenizer, _check_model),
-    "config.json": Reader("config.json", _config, _read_model_config),
+    "model folder": Reader("config.json", _tokenizer, _check_model, slow=True),
+    "config.json": Reader("config.json", _config, _read_model_config, slow=True),
     "peft settings": Reader("adapter_config.json", _peft, _read_peft),
     "peft tensors": Reader("adapter_model.safetensors", _peft, _read_peft),
     "mlx-lm settings": Reader("adapter_config.json", _mlx, _read_mlx),

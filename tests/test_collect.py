@@ -284,6 +284,17 @@ def test_a_collection_that_was_edited_is_not_built_upon(tmp_path: Path) -> None:
         gather(tmp_path / "out", tmp_path / "logs", update=True)
 
 
+@pytest.mark.parametrize("version", [2, 99])
+def test_a_collection_of_another_version_says_which(tmp_path: Path, version: int) -> None:
+    write_log(tmp_path / "logs", "a", ("user", "hello?"), ("assistant", "hi"))
+    gather(tmp_path / "out", tmp_path / "logs")
+    summary = json.loads((tmp_path / "out" / "collect.json").read_text())
+    (tmp_path / "out" / "collect.json").write_text(json.dumps(summary | {"version": version}))
+    for update in (False, True):
+        with pytest.raises(UserError, match=f"out exists already, collected as version {version} does; this one makes version 3"):
+            gather(tmp_path / "out", tmp_path / "logs", update=update)
+
+
 def test_several_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(6):
         write_log(tmp_path / "logs", f"log-{i}", ("user", f"task {i * 77} {GITHUB}"), ("assistant", f"The answer is {i**5 * 31}."))

@@ -140,21 +140,6 @@ def test_memory_that_is_not_there_for_a_checkpoint_is_one_line(root: Path, tmp_p
     execute(plan_resume(run, {}), lambda done, steps, standing: None)
 
 
-@pytest.mark.long
-def test_memory_that_the_system_refuses_is_one_line(root: Path, engine_name: str, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(root / engine_name / "run", tmp_path / "run", symlinks=True))
-    statuses = set()
-    for megabytes in (300, 600, 900, 1200, 1800):
-        done = subprocess.run(
-            ["sh", "-c", f'ulimit -v {megabytes * 1024}; exec "$@"', "sh", *TRAIN, "--resume", "--out", str(run)],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        statuses.add(done.returncode)
-        found, damaged = last_whole(run)
-        assert found and not damaged
-    assert 0 in statuses or 2 in statuses
-
-
 def used(*names: object) -> None:
     """What the programs of these tests take from here."""
 

@@ -123,6 +123,7 @@ def test_an_engine_that_crashes_or_hangs_is_a_line_like_any_other(program: str, 
     assert engines.probe("mlx", (sys.executable, "-c", program), seconds=0.5 if "sleep" in program else 60) == {"failed": said}
 
 
+@pytest.mark.long
 def test_the_probe_computes_on_this_machine_and_sees_a_wrong_product() -> None:
     found = engines.probe("mlx")
     assert found["errors"]["float32"] < 1e-3 and found["gflops"] > 0.1
@@ -163,8 +164,9 @@ def test_the_text_of_a_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> 
     assert found.state == "ok" and "quokka" not in repr(found)
 
 
-def test_a_model_is_looked_at_without_a_network(tiny_llama: Path) -> None:
-    found = {each.what: each for each in model.model_findings(str(tiny_llama), "torch")}
+@pytest.mark.long
+def test_a_model_is_looked_at_without_a_network(small_model: Path) -> None:
+    found = {each.what: each for each in model.model_findings(str(small_model), "torch")}
     assert found["chat template"].state != "fails" and found["fits"].state == "ok"
     assert found["trained by mlx"].found == "yes" and found["trained by torch"].found == "yes, which auto takes"
     (absent,) = model.model_findings("org/quokka", "mlx")
@@ -177,9 +179,9 @@ def test_a_model_that_only_one_engine_trains_or_none_is_said() -> None:
     assert "quantised by MLX" in list(model.trained_by(packed, "mlx"))[1].found
 
 
-def test_a_model_that_does_not_fit_fails_and_one_that_fits_tightly_gets_its_settings(tiny_llama: Path) -> None:
-    small = planned_machine(find_chip("M1"), 2**20)
-    assert model.fits(str(tiny_llama), small).state == "fails"
+def test_a_model_that_does_not_fit_fails_and_one_that_fits_tightly_gets_its_settings(small_model: Path) -> None:
+    small = planned_machine(find_chip("M1"), 2**14)
+    assert model.fits(str(small_model), small).state == "fails"
 
 
 def test_the_table_ends_with_what_it_comes_to(capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,34 +82,35 @@ def test_an_answer_is_checked(parse: Callable[[str], object], bad: str, good: st
     assert getattr(found, "conversations", found) == value
 
 
-def test_a_model_is_a_number_a_name_a_folder_or_any_hub_id(tiny_llama: Path) -> None:
+def test_a_model_is_a_number_a_name_a_folder_or_any_hub_id(small_model: Path) -> None:
     found = candidates(CPU)
     assert model_of("2", found, CPU).name == "HuggingFaceTB/SmolLM2-360M-Instruct"
     assert model_of("qwen3-4b-instruct-2507", found, CPU).known is found[3]
     assert model_of("org/quokka", found, CPU).known is None
-    known = model_of(str(tiny_llama), found, CPU).known
+    known = model_of(str(small_model), found, CPU).known
     assert known and known.choice.fits
     for bad in ("0", "99", "no such", str(LOGS)):
         with pytest.raises(UserError):
             model_of(bad, found, CPU)
 
 
-def test_yes_writes_a_file_that_run_reads(cli: Callable[..., Answer], tiny_llama: Path, tmp_path: Path) -> None:
-    status, out, err = cli("init", "c.yaml", "--yes", "--logs", LOGS, "--model", tiny_llama, "--to", "gguf", "--json")
+def test_yes_writes_a_file_that_run_reads(cli: Callable[..., Answer], small_model: Path, tmp_path: Path) -> None:
+    status, out, err = cli("init", "c.yaml", "--yes", "--logs", LOGS, "--model", small_model, "--to", "gguf", "--json")
     assert status == 0 and json.loads(out)["conversations"] == 11 and "next: mlx-finetune run c.yaml" in err
     text = (tmp_path / "c.yaml").read_text()
     told = yaml.safe_load(text)
     assert told["collect"] == {"logs": str(LOGS)} and told["hand_back"] == {"export": ["gguf"]}
-    assert told["model"] == str(tiny_llama) and "# learning_rate: 0.0002  # at the end of the warmup" in text
+    assert told["model"] == str(small_model) and "# learning_rate: 0.0002  # at the end of the warmup" in text
     road = load_road(tmp_path / "c.yaml", {})
-    assert road.hand_back.export == ("gguf",) and road.config.model == str(tiny_llama)
+    assert road.hand_back.export == ("gguf",) and road.config.model == str(small_model)
     status, out, err = cli("init", "c.yaml", "--yes", "--logs", LOGS)
     assert status == 2 and "c.yaml exists already" in err
     assert (tmp_path / "c.yaml").read_text() == text
 
 
-def test_run_takes_what_init_wrote(cli: Callable[..., Answer], tiny_llama: Path, tmp_path: Path) -> None:
-    assert cli("init", "--yes", "--logs", LOGS, "--model", tiny_llama)[0] == 0
+@pytest.mark.long
+def test_run_takes_what_init_wrote(cli: Callable[..., Answer], small_model: Path, tmp_path: Path) -> None:
+    assert cli("init", "--yes", "--logs", LOGS, "--model", small_model)[0] == 0
     status, _, err = cli("run", "config.yaml", "--dry-run")
     assert status == 0, err
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
@@ -147,8 +148,8 @@ def typed(arguments: Sequence[str], answers: Sequence[str], folder: Path) -> tup
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), shown.decode()
 
 
-def test_a_bad_answer_is_asked_again_and_enter_takes_the_default(tiny_llama: Path, tmp_path: Path) -> None:
-    answers = ["/nowhere\n", f"{LOGS}\n", "perhaps\n", "\n", "99\n", f"{tiny_llama}\n", "gguff\n", "\n"]
+def test_a_bad_answer_is_asked_again_and_enter_takes_the_default(small_model: Path, tmp_path: Path) -> None:
+    answers = ["/nowhere\n", f"{LOGS}\n", "perhaps\n", "\n", "99\n", f"{small_model}\n", "gguff\n", "\n"]
     status, shown = typed(["init", "c.yaml"], answers, tmp_path)
     assert status == 0, shown
     assert "11 conversations" in shown and "neither yes nor no" in shown and "no such number" in shown
@@ -156,6 +157,7 @@ def test_a_bad_answer_is_asked_again_and_enter_takes_the_default(tiny_llama: Pat
     assert load_road(tmp_path / "c.yaml", {}).collect.logs == str(LOGS)
 
 
+@pytest.mark.long
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     status, shown = typed(["init"], ["\x03"], tmp_path)
     assert status == 130 and "interrupted" in shown

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
+from tiny_models import SIZES
 
 import mlx_finetune.engines.mlx  # noqa: F401  before MLX is imported: its fast BLAS
+from mlx_finetune.config import RunConfig
+from mlx_finetune.files import write_json
 
 WIDTH, VOCABULARY = 8, 300
 Loss = tuple[float, np.ndarray, np.ndarray]  # and its gradient by the hidden states and by the head
@@ -130,6 +134,27 @@ def test_no_more_logits_are_there_at_once_than_is_said(
 
         sizes = [len(part) for (part,) in torch_chunks(vocabulary, torch.zeros(20, WIDTH))]
     assert sum(sizes) == 20 and max(sizes) == together and sizes[:-1] == [together] * (len(sizes) - 1)
+
+
+@pytest.mark.parametrize("vocabulary", [300, 16_000, 49_152, 262_144])
+def test_the_estimate_of_memory_has_as_many_logits_at_once_as_the_loss(vocabulary: int, tmp_path: Path) -> None:
+    import mlx.core as mx
+
+    from mlx_finetune.engines.mlx.loss import _chunks
+    from mlx_finetune.planning.memory import head_rows
+    from mlx_finetune.planning.model_shape import model_shape
+
+    settings = SIZES | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary}
+    write_json(tmp_path / "config.json", settings)
+    start, end = _chunks(lambda x: mx.zeros((x.shape[0], vocabulary)), mx.zeros((1000, WIDTH)))[0]
+    assert end - start == head_rows(model_shape(str(tmp_path / "config.json")))
+
+
+def test_logits_take_some_megabytes_on_each_device_that_may_be_chosen() -> None:
+    from mlx_finetune.engines.torch.loss import LOGITS
+
+    assert LOGITS.keys() == set(get_args(RunConfig.model_fields["device"].annotation)) - {"auto"}
+    assert all(2**24 <= 4 * numbers <= 2**30 for numbers in LOGITS.values())
 
 
 def test_a_head_in_half_precision_gives_a_loss_in_float32(engine_name: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hostile import damaged
+from hostile_model_readers import PEFT
 from hostile_model_readers import READERS as OF_MODELS
 from hostile_readers import READERS as OF_DATA
 from hostile_readers import Reader, check_message, fresh
@@ -19,7 +20,7 @@ from mlx_finetune.errors import LONGEST, UserError
 from mlx_finetune.reading import plain_yaml
 
 READERS = OF_DATA | OF_MODELS
-QUICK = [name for name, reader in READERS.items() if not reader.slow]
+EACH = [pytest.param(name, marks=pytest.mark.long if reader.slow else ()) for name, reader in READERS.items()]
 SECONDS = 10  # for one file; most take some milliseconds
 ALWAYS = settings(
     max_examples=6,
@@ -46,7 +47,7 @@ def check_damage(reader: Reader, folder: Path, examples: int, mutation: st.Searc
     never_crashes()
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", EACH)
 def test_a_damaged_file_is_read_or_refused_in_one_line(name: str, tmp_path: Path) -> None:
     check_damage(READERS[name], tmp_path / "x", 6, st.integers(0, 2**32))
 
@@ -57,7 +58,7 @@ def test_many_damaged_files_are_read_or_refused_in_one_line(name: str, tmp_path:
     check_damage(READERS[name], tmp_path / "x", 40 if READERS[name].slow else 400, st.integers(0, 2**32))
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize(
     "data", [b"", b"\0", b"\xff\xfe\x00", b"null", b"[" * 30_000, b"-" * 3000, b"\n" * 3000, b'{"a":' * 20_000]
 )
@@ -97,12 +98,17 @@ FOUND = {
         json.dumps({"weight_map": {"a": "x\n.safetensors"}}).encode(),
         "is not the name of a safetensors file",
     ),
+    "settings of nothing": ("mlx-lm settings", b"null", "is no adapter of mlx-lm"),
+    "a rank without end": ("peft settings", json.dumps(PEFT | {"r": 10**12}).encode(), "read"),
+    "a rank of no number": ("peft settings", json.dumps(PEFT).replace('"r": 2', '"r": 1e999').encode(), "OverflowError"),
+    "no loss": ("metrics", b'{"step": 0, "split": "valid"}\n', "not a line of metrics"),
+    "a message of no kind": ("training messages", b'{"messages": [3], "conversation": []}\n', "not a line that prepare wrote"),
     "a huge id": ("tokenizer.json", b'{"model": {"vocab": {"a": 2147483648}}}', "has the id 2147483648"),
     "no ids": ("tokenizer.json", b'{"model": {"vocab": {"a": 0}}, "added_tokens": [3]}', "token 3 has the id None"),
 }
 
 
-@pytest.mark.parametrize("what", FOUND)
+@pytest.mark.parametrize("what", [pytest.param(w, marks=pytest.mark.long if READERS[f[0]].slow else ()) for w, f in FOUND.items()])
 def test_what_was_found_once_is_refused_by_name(what: str, tmp_path: Path) -> None:
     name, data, reason = FOUND[what]
     fresh(READERS[name], tmp_path / "x")
@@ -144,7 +150,7 @@ def test_settings_that_are_saved_are_read_back_equal(tmp_path: Path) -> None:
     assert (tmp_path / "again.yaml").read_bytes() == (tmp_path / "config.yaml").read_bytes()
 
 
-@pytest.mark.parametrize("name", [name for name in QUICK if name not in ("setting", "pickle", "model card")])
+@pytest.mark.parametrize("name", [one for one in EACH if one.values[0] not in ("setting", "pickle", "model card")])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link to itself", "device"])
 def test_what_is_no_file_is_refused_at_once(name: str, kind: str, tmp_path: Path) -> None:
     reader, folder = READERS[name], tmp_path / "x"

@@ -53,9 +53,10 @@ def test_what_templates_do_compute_stays_as_it_is() -> None:
     ("bomb", "reason"),
     [
         (LOOPS, "computes for more than 1 s"),
-        (CALLS, "computes for more than 1 s"),
-        (GROWS.format("ns.x ~ ns.x"), "takes more than"),
+        pytest.param(CALLS, "computes for more than 1 s", marks=pytest.mark.long),
+        pytest.param(GROWS.format("ns.x ~ ns.x"), "takes more than", marks=pytest.mark.long),
     ],
+    ids=["loops", "calls", "grows"],
 )
 def test_a_template_without_end_is_ended(bomb: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "SECONDS", 1)

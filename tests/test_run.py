@@ -1,6 +1,7 @@
 """`run`: the whole road, again only where something changed, and on from where it stopped."""
 
 import fcntl
+import hashlib
 import json
 import random
 import re
@@ -22,6 +23,7 @@ from mlx_finetune.cli import main
 from mlx_finetune.config import FIELDS, load_config
 from mlx_finetune.errors import UserError
 from mlx_finetune.road import KEYS, Collect, commented, load_road
+from mlx_finetune.running.state import State
 
 AFTER = ("evaluate", "report", "fuse", "export peft")
 STAGES = ("collect", "prepare", "train", *AFTER)
@@ -94,6 +96,18 @@ def does(first: str, *others: str, waiting: tuple[str, ...] = ()) -> dict[str, s
     return dict.fromkeys(STAGES, "done") | dict.fromkeys((first, *others), "to do") | dict.fromkeys(waiting, "waits")
 
 
+def test_gone_up_to_the_training_and_again_it_changes_no_file(tmp_path: Path, tiny_llama: Path, cli: Cli) -> None:
+    config = write_config(tmp_path, tiny_llama, engine="mlx", steps=2)
+    for did in (True, False):
+        before = files_of(tmp_path)
+        status, out, err = cli("run", config, "--until", "train", "--json")
+        assert status == 0, err
+        assert [(row["stage"], row["did"]) for row in json.loads(out)["stages"]] == [(name, did) for name in STAGES[:3]]
+    assert files_of(tmp_path) == before
+    assert looked(cli, tmp_path) == does("evaluate", "fuse", "export peft", waiting=("report",))
+
+
+@pytest.mark.long
 def test_a_road_that_was_gone_leaves_everything_and_says_from_what_it_was_made(gone: Path) -> None:
     for made in ("collected/gptme.jsonl", "dataset/dataset.json", "run/best/adapter_model.safetensors", "run/evaluation.json"):
         assert (gone / made).is_file(), made
@@ -107,6 +121,7 @@ def test_a_road_that_was_gone_leaves_everything_and_says_from_what_it_was_made(g
     assert all(one["versions"]["mlx-finetune"] and one["at"] for one in stages.values())
 
 
+@pytest.mark.long
 def test_gone_again_it_changes_no_file(gone: Path, cli: Cli) -> None:
     before = files_of(gone)
     status, out, err = cli("run", gone / "config.yaml", "--json")
@@ -196,10 +211,65 @@ def test_a_stage_that_fails_is_gone_on_with_before_new_logs_are_read(road: Path,
     assert looked(cli, road)["collect"] == "to do"
 
 
-def test_two_roads_in_one_folder_exclude_each_other(gone: Path, cli: Cli) -> None:
-    with (gone / ".lock").open("r+") as lock:
+@pytest.mark.long
+def test_what_a_person_puts_where_a_stage_failed_stays(road: Path, cli: Cli) -> None:
+    told = "--set=hand_back.export=[gguf]"
+    assert cli("run", road / "config.yaml", told, "--set=hand_back.quantisation=q9_9")[0] == 2
+    (road / "gguf").mkdir()
+    (road / "gguf" / "mine.txt").write_text("mine")
+    status, out, err = cli("run", road / "config.yaml", told, "--json")
+    assert status == 0 and (road / "gguf" / "mine.txt").read_text() == "mine", err
+    assert json.loads(out)["stages"][-1]["made"] == str(road / "gguf-2")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("original_stays", [False, True])
+def test_a_moved_or_copied_road_is_not_gone_again(road: Path, cli: Cli, tiny_llama: Path, original_stays: bool) -> None:
+    shutil.copytree(tiny_llama, road / "model")
+    assert cli("run", road / "config.yaml", "--set", f"model={road / 'model'}")[0] == 0
+    moved = road.with_name("moved")
+    shutil.copytree(road, moved, symlinks=True, copy_function=shutil.copyfile)  # files get new times
+    if not original_stays:
+        shutil.rmtree(road)
+    config, told = moved / "config.yaml", ("--set", f"model={moved / 'model'}", "--set", "hand_back.base=org/name")
+    assert "moved or copied" in cli("run", config, *told, "--dry-run")[2]
+    status, out, err = cli("run", config, *told, "--json")
+    made = {row["stage"]: row for row in json.loads(out)["stages"]}
+    shutil.rmtree(moved)
+    road.mkdir(exist_ok=True)
+    assert status == 0, err
+    assert [name for name in STAGES if made[name]["did"]] == ["collect", "report", "fuse", "export peft"]  # logs have new times
+    assert made["train"]["made"] == str(moved / "run") and made["fuse"]["made"] == str(moved / "tuned")
+
+
+@pytest.mark.long
+def test_settings_that_go_to_and_fro_find_what_each_run_was_measured_as(road: Path, cli: Cli) -> None:
+    assert cli("run", road / "config.yaml", "--set=rank=2", "--until=report")[0] == 0
+    assert looked(cli, road) == dict.fromkeys(STAGES, "done")
+    assert looked(cli, road, "rank=2") == does("fuse", "export peft")
+    assert not list(road.glob("run*/evaluation-*"))
+
+
+@pytest.mark.long
+def test_the_same_model_at_another_place_trains_nothing_anew(road: Path, cli: Cli, tiny_llama: Path) -> None:
+    (road / "link").symlink_to(tiny_llama)
+    status, out, err = cli("run", road / "config.yaml", "--set", f"model={road / 'link'}", "--json")
+    assert status == 0, err
+    assert [row["stage"] for row in json.loads(out)["stages"] if row["did"]] == ["prepare"]
+
+
+def test_a_record_with_fewer_fields_is_read(tmp_path: Path) -> None:
+    earlier = {"format": 1, "stages": {}, "making": "", "ended": True}
+    digest = hashlib.sha256(json.dumps(earlier, sort_keys=True).encode()).hexdigest()
+    (tmp_path / "road.json").write_text(json.dumps(earlier | {"sha256": digest}))
+    assert State.open(tmp_path).written.ended
+
+
+def test_two_roads_in_one_folder_exclude_each_other(tmp_path: Path, tiny_llama: Path, cli: Cli) -> None:
+    config = write_config(tmp_path, tiny_llama)
+    with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        status, _, err = cli("run", gone / "config.yaml")
+        status, _, err = cli("run", config)
     assert status == 2 and "another process" in err and "folder:" in err
 
 
@@ -249,6 +319,7 @@ def test_a_wrong_setting_is_refused_with_the_nearest(tmp_path: Path, text: str, 
     assert message in error.value.message and hint in error.value.hint
 
 
+@pytest.mark.long
 def test_train_takes_the_same_file_and_says_what_is_for_run(gone: Path, cli: Cli, tmp_path: Path) -> None:
     status, out, err = cli("train", gone / "config.yaml", "--data", gone / "dataset", "--out", tmp_path / "mine", "--dry-run")
     assert status == 0 and "rank: 4   (set)" in out

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from conftest import Answer
-from finished_runs import make_base, make_run
+from finished_runs import make_base
+from hostile_model_readers import READERS
 
 from mlx_finetune.cli import main
 
@@ -27,7 +28,6 @@ MISTAKES = (
     (f"{TRAIN} --set learnig_rate=1", "did you mean learning_rate?"),
     (f"{TRAIN} --set optimizer=adamW", "did you mean adamw?"),
     (f"{TRAIN} --set lr_schedule=cosin", "did you mean cosine?"),
-    (f"{TRAIN} --set target_modules=q_porj", "did you mean q_proj?"),
     (f"{TRAIN} --engine mlxx", "did you mean mlx?"),
     (f"{TRAIN} --report-to tensorbord", "did you mean tensorboard?"),
     ("train --model tiny-llama --data datset --out o", "did you mean dataset?"),
@@ -50,7 +50,7 @@ MISTAKES = (
     ("evaluate rnu", "did you mean run?"),
     ("evaluate dataset", DATASET),
     ("evaluate run --checkpoint lattest", "did you mean latest?"),
-    ("evaluate run --checkpoint step-1", "did you mean step-000001?"),
+    ("evaluate run --checkpoint step-2", "did you mean step-000002?"),
     ("report rnu", "did you mean run?"),
     ("fuse dataset --out o", DATASET),
     ("fuse run --out o --checkpoint bst", "did you mean best?"),
@@ -75,12 +75,13 @@ MISTAKES = (
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one thing of each kind."""
     folder = tmp_path_factory.mktemp("place")
-    make_base(folder).rename(folder / "tiny-llama")
-    (folder / "base").symlink_to("tiny-llama")
-    make_run(folder, "mlx", steps=1)
+    READERS["metrics"].write(folder)
+    (folder / "run" / "best").symlink_to("checkpoints/step-000002")
+    (folder / "data").rename(folder / "dataset")
+    shutil.copytree(small_model, folder / "tiny-llama")
     shutil.copytree(SAMPLE / "gptme-logs", folder / "gptme-logs")
     (folder / "settings.yaml").write_text("rank: 2\n")
     with pytest.raises(SystemExit) as exit:
@@ -89,7 +90,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("typed", "said"), MISTAKES, ids=[typed for typed, _ in MISTAKES])
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [pytest.param(*each, id=each[0], marks=pytest.mark.long if each[0].startswith("prepare") else ()) for each in MISTAKES],
+)
 def test_what_was_meant_is_said(
     typed: str, said: str, place: Path, cli: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +102,19 @@ def test_what_was_meant_is_said(
     assert status == 2 and out == "" and "Traceback" not in err
     assert said in err
     assert not (place / "o").exists() and not (place / "o.yaml").exists()
+
+
+@pytest.mark.long
+def test_a_part_of_the_model_that_was_meant_is_said(cli: Callable[..., Answer], tmp_path: Path) -> None:
+    make_base(tmp_path)
+    said = cli("train", "--model", "base", "--data", "dataset", "--out", "o", "--set", "target_modules=q_porj")[2]
+    assert "did you mean q_proj?" in said and not (tmp_path / "o").exists()
+
+
+def test_a_checkpoint_that_is_not_there_is_not_what_was_meant(cli: Callable[..., Answer], tmp_path: Path) -> None:
+    READERS["metrics"].write(tmp_path)
+    (tmp_path / "run" / "latest").unlink()
+    assert "error: run: no checkpoint 'best'\nhint: there are step-000002\n" in cli("evaluate", "run", "--checkpoint", "best")[2]
 
 
 def test_a_folder_that_happens_to_be_called_nearly_so_is_not_what_an_error_of_a_setting_speaks_of(

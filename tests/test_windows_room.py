@@ -212,6 +212,15 @@ def test_a_call_with_which_a_window_begins_has_its_result_in_it() -> None:
     assert [message.content.split()[0] for message in second.messages[1:]] == ["asked", "call", "result", "end"]
 
 
+def test_an_answer_that_is_only_read_may_begin_a_window_where_no_window_had_it_yet() -> None:
+    begun = [one_message(16, "system"), *(one_message(14, role) for role in ("user", "assistant"))]
+    begun += [one_message(14, "user", "asked"), one_message(40, "assistant")]
+    new = [replace(one_message(20, "assistant", "read"), weight=0.0), one_message(14, "user", "next")]
+    found = cut(conversation_of([*begun, *new, one_message(14, "assistant", "end")]), words, 128)
+    assert [message.content.split()[0] for message in found.windows[1].messages[1:]] == ["asked", "read", "next", "end"]
+    assert [window.turns for window in found.windows] == [(2, 4), (7,)] and found.left_out == 0
+
+
 def test_a_question_takes_just_its_own_room_from_what_stands_before_a_turn() -> None:
     """Beside a question of 15 there are 97 for six outputs of 14 and the turn of 13."""
     begun = [one_message(16, "system"), *(one_message(14, role) for _ in range(2) for role in ("user", "assistant"))]

@@ -194,11 +194,17 @@ def digest_of(path: Path) -> str:
 
 
 def _earlier_summary(folder: Path) -> dict[str, Any] | None:
-    """collect.json of a whole collection of this version whose files are as they were written; else None."""
-    if not (folder / "collect.json").is_file() or not (folder / INDEX).is_file():
-        return None
-    summary = read_json(folder / "collect.json")
-    if not isinstance(summary, dict) or summary.get("version") != VERSION or not isinstance(summary.get("state"), str):
+    """collect.json of a whole collection whose files are as they were written; else None.
+
+    Raises:
+        UserError: another version made it.
+    """
+    summary = read_json(folder / "collect.json") if (folder / "collect.json").is_file() else None
+    version = summary.get("version") if isinstance(summary, dict) else None
+    if type(version) is int and version != VERSION:
+        message = f"{folder} exists already, collected as version {version} does; this one makes version {VERSION}"
+        raise UserError(message, hint="choose another --out, or move the old one away")
+    if version != VERSION or not isinstance(summary.get("state"), str) or not (folder / INDEX).is_file():
         return None
     if not all(isinstance(summary.get(key), dict) for key in ("files", "sources", "settings")):
         return None

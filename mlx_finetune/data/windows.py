@@ -172,7 +172,7 @@ def _sensible_start(body: list[Message], calls: dict[int, int], start: int, fres
     """The first place from `start` on where neither an answer without its question stands nor, up to `turn`, a result alone."""
     while True:
         begin = start
-        while start < min(fresh, turn) and body[start].role == "assistant":
+        while start < fresh and body[start].role == "assistant":
             start += 1
         for i in range(start, turn):
             if calls.get(i, i) < start:

@@ -86,9 +86,8 @@ def find_checkpoint(run: Path, name: str) -> Path:
         raise UserError(f"{damaged[0].resolve()}: no progress.json: not a whole checkpoint", hint)
     there = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     found = f"there are {', '.join(there)}" if there else "train has not saved one yet"
-    raise UserError(
-        f"{run}: no checkpoint {name!r}", hint=did_you_mean(name, [*there, "best", "latest"], found) if there else found
-    )
+    links = [link for link in ("best", "latest") if (run / link).exists()]
+    raise UserError(f"{run}: no checkpoint {name!r}", hint=did_you_mean(name, [*there, *links], found))
 
 
 def open_run(run: Path, checkpoint: str, engine: str = "") -> tuple[RunConfig, Path, Path]:

@@ -22,6 +22,7 @@ def read_settings(path: Path) -> tuple[str, float]:
         UserError: settings that mlx-lm does not write.
     """
     config = read_json(path)
+    config = config if isinstance(config, dict) else {}
     kind, how = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
     scale = 1.0 if kind == "full" else how.get("scale") if isinstance(how, dict) else None
     if kind not in KINDS or isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):

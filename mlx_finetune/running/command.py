@@ -15,9 +15,10 @@ from mlx_finetune.nearest import did_you_mean
 from mlx_finetune.road import load_road
 from mlx_finetune.running.after_stages import EvaluateStage, ExportStage, FuseStage, ReportStage
 from mlx_finetune.running.data_stages import CollectStage, PrepareStage
+from mlx_finetune.running.moved import moved_from, settle
 from mlx_finetune.running.stage import DOES, Stage, Verdict, Work, bring_back
 from mlx_finetune.running.state import FILE, State
-from mlx_finetune.running.train_stage import TrainStage
+from mlx_finetune.running.train_stage import TrainStage, first_run
 from mlx_finetune.terminal import finish, say, table
 from mlx_finetune.training.lock import locked
 
@@ -78,6 +79,7 @@ def run_command(options: RoadOptions) -> None:
     with locked(road.folder, ELSEWHERE):
         bring_back(road.folder / FILE)
         work = Work(road, State.open(road.folder), options.command, options.newest)
+        settle(work, first_run(work))
         _go(stages_of(work, options.until), work, options)
 
 
@@ -107,7 +109,12 @@ def announce(stages: Sequence[Stage], verdicts: Sequence[Verdict], folder: Path)
 
 
 def _dry_run(stages: Sequence[Stage], options: RoadOptions) -> None:
-    verdicts, folder = look_ahead(stages), stages[0].work.road.folder
+    then, folder = moved_from(stages[0].work.state), stages[0].work.road.folder
+    if then:  # to look would be to compare with the old place
+        first = Verdict("do", f"moved or copied here from {then}: what names the old place is put right first")
+        verdicts = [first, *(Verdict("wait", "for that") for _ in stages[1:])]
+    else:
+        verdicts = look_ahead(stages)
     announce(stages, verdicts, folder)
     rows = [Passed(stage, verdict).to_json() for stage, verdict in zip(stages, verdicts, strict=True)]
     finish({"folder": str(folder), "stages": rows}, options.as_json, lambda: None, None, "the same without --dry-run")

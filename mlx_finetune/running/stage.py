@@ -166,11 +166,23 @@ class Made(Stage):
 class MadeInRun(Made):
     """A file of a fixed name in the run's folder, which its verb replaces at once. What is not ours is copied first."""
 
+    @property
+    def record(self) -> Record | None:
+        """Of the run that is wanted now: settings may go to and fro between runs, and each keeps what was made of it."""
+        if "train" not in self.work.found:
+            return super().record
+        state, out = self.work.state, self.wanted_place()
+        found = (state.record(name) for name in (self.name, f"{self.name} {out.parent.name}"))
+        return next((one for one in found if one and state.place(one) == out), None)
+
     def do(self) -> Done:
         """Makes it."""
         out, inputs, state, record = self.wanted_place(), self.inputs(), self.work.state, self.record
         bring_back(out)
-        ours = record is not None and state.place(record) == out and state.difference(record) is None
+        ours = record is not None and state.difference(record) is None
+        last = state.record(self.name)
+        if last and (of := state.place(last).parent) != out.parent:
+            state.put(f"{self.name} {of.name}", last)
         if out.exists() and not ours and not state.had_made(out):
             copy = free(out)
             copy_file(out, copy)

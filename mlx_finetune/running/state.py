@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -46,12 +46,13 @@ class Record(BaseModel):
 class Written(BaseModel):
     """The file. `making`: where a stage was writing at that time; `just_made`: files there, with size and time, once it had.
 
-    `ended`: whether every stage was gone through.
+    `folder`: where it stood. `ended`: whether every stage was gone through.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int
+    folder: str = ""
     stages: dict[str, Record] = {}
     making: str = ""
     just_made: dict[str, tuple[int, int]] = {}
@@ -84,7 +85,7 @@ class State:
             written = Written.model_validate(found)
         except ValidationError as error:
             raise UserError(f"{path}: not what run writes: {error.errors()[0]['msg'].lower()}", hint=HINT) from error
-        if written.sha256 != _digest(written):
+        if written.sha256 != _digest(found):  # as it stands there: an earlier version knew fewer fields
             raise UserError(f"{path}: was altered since run wrote it", hint=HINT)
         return cls(folder, written)
 
@@ -112,6 +113,19 @@ class State:
         stamps = {path.relative_to(made).as_posix() if path != made else "": stamp(path) for path in sorted(files)}
         record = Record(stage=stage, inputs=inputs, made=self._named(made), files=stamps, at=at, versions=versions(PACKAGES))
         self._write(stages=self.written.stages | {stage: record}, making="", just_made={})
+
+    def put(self, name: str, record: Record) -> None:
+        """Under another name too."""
+        self._write(stages=self.written.stages | {name: record})
+
+    def stamp_again(self, records: Mapping[str, Record]) -> None:
+        """Of files that were rightly written since."""
+        new = {}
+        for name, record in records.items():
+            made = self.place(record)
+            files = {each: stamp(made / each if each else made) for each in record.files}
+            new[name] = record.model_copy(update={"files": files})
+        self._write(stages=self.written.stages | new)
 
     def end(self) -> None:
         """That every stage was gone through."""
@@ -155,8 +169,8 @@ class State:
         return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else str(path)
 
     def _write(self, **changes: Any) -> None:
-        written = self.written.model_copy(update=changes)
-        self.written = written.model_copy(update={"sha256": _digest(written)})
+        written = self.written.model_copy(update={"folder": str(self.folder)} | changes)
+        self.written = written.model_copy(update={"sha256": _digest(written.model_dump(mode="json"))})
         write_json(self.folder / FILE, self.written.model_dump(mode="json"))
 
 
@@ -177,6 +191,6 @@ def _sizes(made: Path) -> dict[str, tuple[int, int]]:
     return {name: (one.st_size, one.st_mtime_ns) for name, one in status.items()}
 
 
-def _digest(written: Written) -> str:
-    plain = written.model_dump(mode="json", exclude={"sha256"})
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+def _digest(plain: dict[str, Any]) -> str:
+    without = {name: value for name, value in plain.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(without, sort_keys=True).encode()).hexdigest()

@@ -11,7 +11,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
 from mlx_finetune.models.hub import model_folder
 from mlx_finetune.models.weights import fingerprint
-from mlx_finetune.running.stage import Stage, Verdict, free
+from mlx_finetune.running.stage import Stage, Verdict, Work, free
 from mlx_finetune.terminal import Done
 from mlx_finetune.training.checkpoint import Origin
 from mlx_finetune.training.checkpoints import last_checkpoint
@@ -82,7 +82,7 @@ class TrainStage(Stage):
     @property
     def first(self) -> Path:
         """Where the first run is made; later ones are called so with a number behind."""
-        return Path(self.work.road.config.out or self.work.road.folder / "run")
+        return first_run(self.work)
 
     def _resumed(self, run: Path) -> Plan:
         config = self.work.road.config
@@ -119,6 +119,11 @@ class TrainStage(Stage):
             return ""
         difference = self.work.state.difference(record)
         return f"; {difference} since" if difference else ""
+
+
+def first_run(work: Work) -> Path:
+    """Where the first run of a road is made."""
+    return Path(work.road.config.out or work.road.folder / "run")
 
 
 def runs_of(first: Path) -> list[Path]:

@@ -81,10 +81,12 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         for line in lines_of(file, LONGEST_CHAT):
             try:
                 row = json.loads(line.raw or b"")
-                messages, name = row["messages"], row.get("conversation")
+                messages, name = row["messages"], str(row.get("conversation"))
+                if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+                    raise ValueError("messages are a list of objects")
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise UserError(f"{path}:{line.number}: not a line that prepare wrote", hint="prepare the data again") from error
-            if name not in seen and isinstance(messages, list):
+            if name not in seen:
                 (of_gptme if row.get("source") == "gptme" else others).append(row)
                 seen.add(name)
             if len(of_gptme) == ENOUGH:

@@ -58,7 +58,7 @@ def read_rows(path: Path, needed: Needed, what: str) -> list[Row]:
                 except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
                     broken = broken or UserError(f"{path}:{line.number}: not JSON: {error}", hint=HINT)
                     continue
-                if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in needed.items()):
+                if not isinstance(row, dict) or not all(n in row and isinstance(row[n], kind) for n, kind in needed.items()):
                     raise UserError(f"{path}:{line.number}: not a line of {what}", hint=HINT)
                 rows.append(row)
     except OSError as error:

@@ -93,6 +93,8 @@ def _of_format_1(folder: Path, moments: bool) -> str | None:
     if moments and not (folder / MOMENTS).is_file():
         return f"{MOMENTS} is missing"
     for path in [*paths, folder / MOMENTS] if moments else paths:
+        if not path.is_file():  # the library would wait for a pipe
+            return f"{path.name} is not an ordinary file"
         try:
             with safe_open(path, "np"):
                 pass

@@ -17,6 +17,7 @@ from mlx_finetune.engines.experts import EXPERTS, GATE_UP, from_peft, rank_and_s
 from mlx_finetune.engines.peft_settings import beyond
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
+from mlx_finetune.reading import open_ordinary
 from mlx_finetune.training.manifest import PROGRESS, check_whole, sha256
 
 ADAPTER, MLX_ADAPTER = "adapter_model.safetensors", "adapters.safetensors"  # of peft, of mlx-lm
@@ -46,7 +47,7 @@ def read_start(folder: Path, layers: int) -> Start:
         raise UserError(f"{folder}: an adapter of neither peft (LoRA) nor mlx-lm", hint="name another, or leave adapter_path out")
     try:
         start = _of_peft(folder, found) if found.get("peft_type") == "LORA" else _of_mlx_lm(folder, found)
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error) as error:
         said = f"{type(error).__name__}: {error}"
         hint = "save the adapter again, or leave adapter_path out"
         raise UserError(f"{folder}/adapter_config.json: not the settings of an adapter ({said})", hint=hint) from error
@@ -96,7 +97,7 @@ def _of_peft(folder: Path, found: dict[str, Any]) -> Start:
     arrays = {name.removeprefix(PEFT_PREFIX): array for name, array in _tensors(folder / ADAPTER).items()}
     arrays = from_peft(arrays, found)
     rank, alpha, rslora = int(found["r"]), float(found["lora_alpha"]), bool(found.get("use_rslora"))
-    widest = max([rank, *(array.shape[-2] for name, array in arrays.items() if name.endswith((LORA_A, EMBEDDING_A)))])
+    widest = max((array.shape[-2] for name, array in arrays.items() if name.endswith((LORA_A, EMBEDDING_A))), default=rank)
     scale = alpha / (math.sqrt(rank) if rslora else rank)
     arrays = {n: _as_wide(n, a, widest, _own_scale(n, found) / scale) for n, a in arrays.items()}
     settings = {"rank": widest, "alpha": scale * (math.sqrt(widest) if rslora else widest), "use_rslora": rslora}

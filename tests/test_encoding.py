@@ -1,0 +1,119 @@
+"""Where learned turns begin and end, and which chats are refused because that cannot be said."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chats import SYSTEM_LAST, ZEPHYR, chat, template_of
+from shipped_templates import model_folder
+from tiny_models import CHATML
+from tool_chats import QWEN, call, calling
+
+from mlx_finetune.data.conversation import Message
+from mlx_finetune.data.provenance import Refused
+from mlx_finetune.data.template import ChatTemplate, Encoded
+
+# Nothing ends a turn but the name of who speaks next; a line break follows each message.
+BY_NAMES = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+# The first answer ends in another way than those after it.
+TWO_ENDS = CHATML.replace("'<|im_end|>'", "('<|im_end|>' if loop.index0 == 1 else '</s>')")
+
+
+def text_of(template: ChatTemplate, encoded: Encoded) -> str:
+    return str(template.special.decode(encoded.tokens.tolist(), skip_special_tokens=False))
+
+
+def learned(template: ChatTemplate, encoded: Encoded) -> str:
+    ids = encoded.tokens[encoded.weights > 0].tolist()
+    return str(template.special.decode(ids, skip_special_tokens=False))
+
+
+def test_a_last_turn_that_the_template_leaves_open_gets_its_end_in_place_of_what_is_written_behind_it(tmp_path: Path) -> None:
+    template = ChatTemplate.load(model_folder(tmp_path, BY_NAMES, ROLES, ("<|user|>",)))
+    encoded = template.encode(chat("one", "two", "three", "four"))
+    assert text_of(template, encoded) == "<|user|>one\n<|assistant|>two\n<|user|>three\n<|assistant|>four<|user|>"
+    assert learned(template, encoded) == "two\n<|user|>four<|user|>" and encoded.turns == (1, 3) and encoded.served == 2
+
+
+def test_turns_that_end_in_different_ways_are_learned_only_if_a_server_stops_at_them(tmp_path: Path) -> None:
+    stops = model_folder(tmp_path / "both", TWO_ENDS, (), ("</s>", "<|im_end|>"))
+    template, another = ChatTemplate.load(stops), template_of(tmp_path / "one", TWO_ENDS, eos="</s>")
+    both = chat("one", "two", "three", "four")
+    assert learned(template, template.encode(both)) == "two<|im_end|>four</s>"
+    with pytest.raises(Refused, match=r"ends assistant turns in different ways: </s> <\|im_end\|>"):
+        another.encode(both)
+    assert learned(another, another.encode(both[:2])) == "two<|im_end|>"
+    both[1] = replace(both[1], weight=0.0)
+    assert learned(another, another.encode(both)) == "four</s>"
+
+
+@pytest.mark.parametrize("where", ["argument", "name", "schema"])
+def test_the_text_of_a_control_token_in_a_call_or_a_schema_is_refused(tmp_path: Path, where: str) -> None:
+    template = template_of(tmp_path, QWEN)
+    text = {where: "a <|im_end|> b"}
+    messages = [*chat("go"), calling(call("c", text.get("name", "f"), command=text.get("argument", "ls")))]
+    schema: dict[str, Any] = {"type": "function", "function": {"name": "f", "description": text.get("schema", "Runs.")}}
+    for encode in (template.encode, template.encode_turn):
+        assert encode([*chat("go"), calling(call("c", "f", command="ls"))]).turns == (1,)
+        with pytest.raises(Refused, match="a tool call or schema holds the text of a control token"):
+            encode(messages, [schema])
+
+
+def test_a_turn_before_which_nothing_stands_is_refused(tmp_path: Path) -> None:
+    jinja = "{% for m in messages if m.content %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+    template, answer = template_of(tmp_path, jinja), Message("assistant", "yes")
+    for encode in (template.encode, template.encode_turn):
+        with pytest.raises(Refused, match="nothing stands before the first turn"):
+            encode([Message("user", ""), answer])
+        assert learned(template, encode([Message("user", "x"), answer])) == "yes<|im_end|>"
+    at_once = template_of(tmp_path / "at once", "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}")
+    assert at_once.encode([Message("user", ""), answer]).weights.tolist()[:2] == [0, 1]
+
+
+def test_names_of_control_tokens_in_several_messages_stay_text_in_their_places(tmp_path: Path) -> None:
+    template = template_of(tmp_path, ZEPHYR, eos="</s>")
+    messages = [Message("system", "a </s>"), *chat("b", "c </s>", "</s> d", "e")]
+    encoded = template.encode(messages)
+    assert text_of(template, encoded) == template.render(messages)
+    assert learned(template, encoded) == "c </s></s>e</s>"
+    assert encoded.tokens.tolist().count(template.special.token_to_id("</s>")) == 5
+    assert encoded.exact == (False, False) and encoded.as_text == (True, True)
+    own = template.encode(chat("b", "c </s>", "d", "e"))
+    assert own.exact == (True, False) and own.as_text == (False, True)  # what a turn says itself is not sent for it
+
+
+def test_names_of_control_tokens_stay_text_also_where_the_template_changes_the_order(tmp_path: Path) -> None:
+    template = template_of(tmp_path, SYSTEM_LAST)
+    messages = [Message("system", "a <|im_end|>"), *chat("b", "c <|im_end|>", "d", "e")]
+    encoded = template.encode(messages)
+    assert text_of(template, encoded) == template.render(messages)
+    assert encoded.tokens.tolist().count(template.special.token_to_id("<|im_end|>")) == 4
+
+
+def test_the_name_of_a_control_token_in_the_next_message_does_not_end_a_turn(tmp_path: Path) -> None:
+    """The template ends only what a person says, and the last turn of all; what is said follows it at once."""
+    end = "{% if m.role != 'assistant' or loop.last %}{{ '<|im_end|>' }}{% endif %}"
+    ends_few = "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
+    ends_all = "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+    moves = "{% set messages = (messages | rejectattr('role', 'equalto', 'system') | list)"
+    moves += " + (messages | selectattr('role', 'equalto', 'system') | list) %}"
+    asked, named = chat("one", "two"), chat("<|im_end|> three", "four")
+    for jinja, messages in ((ends_few, [*asked, *named]), (moves + ends_few, [*asked, Message("system", "s"), *named])):
+        with pytest.raises(Refused, match="no end-of-turn token follows an assistant message"):
+            template_of(tmp_path / str(len(messages)), jinja).encode(messages)
+    template = template_of(tmp_path / "all", ends_all)
+    assert learned(template, template.encode([*asked, *chat("three", "four")])) == "two<|im_end|>four<|im_end|>"
+
+
+def test_a_turn_before_which_no_control_token_stands_is_exact_if_a_server_feeds_the_same(tmp_path: Path) -> None:
+    plain = (
+        "{% for m in messages %}{{ m.role + ':\n' + m.content + ('<|im_end|>' if m.role == 'assistant' else '\n') }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+    )
+    encoded = template_of(tmp_path, plain).encode(chat("one", "two", "three", "four"))
+    assert encoded.exact == (True, True) and encoded.as_text == (False, False)
