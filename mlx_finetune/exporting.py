@@ -11,7 +11,7 @@ import typer
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.export.facts import Facts
-from mlx_finetune.files import atomic_folder, read_json, refuse_existing
+from mlx_finetune.files import atomic_folder, half_made, read_json, refuse_existing
 from mlx_finetune.fusing import Opened, check_quantised, fuse_opened, open_trained
 from mlx_finetune.installed import versions
 from mlx_finetune.models.hub import HUB_ID, check_model_folder
@@ -160,7 +160,7 @@ def _export_model(options: ExportOptions, made: Path | None = None) -> Done:
     say(f"writing {options.run} as {options.to} ({kind}) into {options.out}")
     with (
         atomic_folder(options.out) as folder,
-        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{options.out.name}.") as beside,
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=half_made(options.out)) as beside,
     ):
         fused, report, facts = made or (Path(beside) / "fused" if is_run else options.run), None, None
         if is_run:
@@ -211,7 +211,7 @@ def _write_gguf(options: ExportOptions, model: Path, folder: Path, base: str, ad
     from mlx_finetune.export.gguf_write import write_gguf
 
     kind = options.quantisation or QUANTISATION
-    file = folder / f"{base.rpartition('/')[2]}-{kind}.gguf"
+    file = folder / f"{base.rpartition('/')[2].removesuffix('.gguf')}-{kind}.gguf"
     write_gguf(model, file, kind, advance)
     return file
 

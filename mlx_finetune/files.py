@@ -42,7 +42,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def _atomic(path: Path, mode: str, **how: Any) -> Iterator[IO[Any]]:
     with _place_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=half_made(path))
     temporary = Path(name)
     try:
         with os.fdopen(handle, mode, **how) as file:
@@ -73,7 +73,7 @@ def atomic_folder(path: Path, replace_old: bool = False) -> Iterator[Path]:
         if not replace_old:
             refuse_existing(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=half_made(path)))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
@@ -88,9 +88,14 @@ def atomic_folder(path: Path, replace_old: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def half_made(path: Path) -> str:
+    """How the name begins of what is written, or deleted, beside `path`; eight characters of chance follow."""
+    return f".{path.name}.part-"
+
+
 def leftovers(path: Path) -> list[Path]:
     """What a killed process left of writing `path`: hidden files and folders beside it, of the names that are given here."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")
+    name = re.compile(rf"{re.escape(half_made(path))}[a-z0-9_]{{8}}")
     return sorted(found for found in path.parent.glob(".*") if name.fullmatch(found.name))
 
 
@@ -154,7 +159,7 @@ def _to_disk(handle: int) -> None:
 
 def _swap(new: Path, old: Path) -> None:
     """`new` takes the name of `old`, which is then deleted; where that fails, `old` has its name again."""
-    aside = Path(tempfile.mkdtemp(dir=old.parent, prefix=f".{old.name}.")) / old.name
+    aside = Path(tempfile.mkdtemp(dir=old.parent, prefix=half_made(old))) / old.name
     old.replace(aside)
     try:
         new.replace(old)

@@ -29,15 +29,13 @@ from mlx_finetune.init_questions import (
 from mlx_finetune.planning.advice import Wanted, gb
 from mlx_finetune.planning.candidates import PASS, advised, candidates
 from mlx_finetune.planning.command import Plan, settings_of
-from mlx_finetune.planning.doctor.engines import engine_that_auto_takes, probe
-from mlx_finetune.planning.machine import Machine, this_machine
+from mlx_finetune.planning.doctor.engines import machine_here
+from mlx_finetune.planning.machine import Machine
 from mlx_finetune.planning.memory import LEARNED_SHARE
 from mlx_finetune.planning.wording import duration, reasons
 from mlx_finetune.road import commented
 from mlx_finetune.terminal import finish, say
 
-NVIDIA = Path("/dev/nvidia0")
-CUDA_SHARE = 0.9  # of a GPU's memory
 MLX_ONLY = ("attention",)  # of the plan's settings
 BITS = {8: "8bit", 4: "4bit"}  # as bitsandbytes quantises on CUDA
 
@@ -77,17 +75,6 @@ def init_command(options: InitOptions) -> None:
         file.write(text)
     result = {"config": str(options.file), "model": values["model"], "conversations": logs.conversations, "machine": machine.name}
     finish(result, options.as_json, lambda: None, options.file, f"mlx-finetune run {options.file}")
-
-
-def machine_here() -> tuple[Machine, str]:
-    """What a run is planned for, and the engine that `auto` takes: on CUDA the memory is the GPU's."""
-    engine = engine_that_auto_takes()
-    if engine == "torch" and NVIDIA.exists():
-        found = probe("torch")
-        if found.get("cuda"):
-            rule = f"{100 * CUDA_SHARE:.0f} % of the GPU's memory, counted as for MLX"
-            return Machine(found["device"], found["total"], int(CUDA_SHARE * found["total"]), rule, None), engine
-    return this_machine(), engine
 
 
 def _conversations(options: InitOptions, asking: Ask) -> tuple[dict[str, Any], Logs]:

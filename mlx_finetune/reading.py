@@ -63,8 +63,8 @@ def read_whole(path: Path, hint: str, most: int = LARGEST, missing: str = "") ->
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", hint=hint) from error
     if data is None or len(data) > most:
-        size = f"{most >> 20} MB" if most >> 20 else f"{most >> 10} kB"
-        raise UserError(f"{path}: larger than {size}, as no such file is", hint=hint)
+        bound = f"{most >> 20} MB" if most >> 20 else f"{most >> 10} kB"
+        raise UserError(f"{path}: larger than {bound}, as no such file is", hint=hint)
     return data
 
 

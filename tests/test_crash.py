@@ -1,10 +1,13 @@
 """A run that is killed goes on as if nothing had been, and what is damaged is never taken for whole."""
 
+import fcntl
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.evaluation.compare import open_run
 from mlx_finetune.models.gguf import find_smollm2
 from mlx_finetune.training.checkpoint import checkpoint_folder, load_checkpoint
-from mlx_finetune.training.lock import LOCK, refuse_running
+from mlx_finetune.training.lock import LOCK, locked, refuse_running
 from mlx_finetune.training.run import execute, plan_resume, plan_run
 
 WEIGHTS, MOMENTS_FILE = "adapter_model.safetensors", "optimizer.safetensors"
@@ -150,12 +153,12 @@ def test_a_checkpoint_of_before_there_was_a_manifest_opens_and_a_cut_one_is_seen
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(root: Path, run: Path) -> None:
     ours = (
-        ".config.yaml.abcd1234",
-        ".metrics.jsonl.abcd1234",
-        "checkpoints/.step-000008.abcd_123/x",
-        "checkpoints/.step-000003.0000aaaa/x",
+        *(f".{name}.part-abcd1234" for name in ("config.yaml", "metrics.jsonl", "made_from.json", "loss.png")),
+        "checkpoints/.step-000008.part-abcd_123/x",
+        "checkpoints/.step-000003.part-0000aaaa/x",
     )
-    others = (".report.html.abcd1234", ".config.yaml.mine", "mine.txt", "checkpoints/.step-mine/x", "checkpoints/step-old/x")
+    others = (".report.html.part-abcd1234", ".config.yaml.mine", ".config.yaml.original", "mine.txt")
+    others += ("checkpoints/.step-mine/x", "checkpoints/step-old/x", "checkpoints/.step-000004.original/x")
     for name in (*ours, *others):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("half")
@@ -223,6 +226,19 @@ def test_a_second_process_on_a_run_is_refused_and_the_lock_falls_with_a_killed_o
     go_on(run)
 
 
+def test_a_moments_look_at_a_run_keeps_nobody_from_it_and_the_first_process_not_the_others(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = os.open(run / LOCK, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    threading.Timer(0.05, os.close, [handle]).start()
+    with locked(run):
+        with pytest.raises(UserError, match="another process trains there"):
+            plan_resume(run, {})
+        monkeypatch.setenv("RANK", "1")
+        assert plan_resume(run, {}).checkpoint == checkpoint_folder(run, 4)
+
+
 def test_a_run_that_another_process_went_on_with_since_is_not_gone_on_with_from_where_it_was(run: Path) -> None:
     shutil.move(checkpoint_folder(run, 4), run.parent / "later")
     plan = plan_resume(run, {})
@@ -234,7 +250,7 @@ def test_a_run_that_another_process_went_on_with_since_is_not_gone_on_with_from_
 def test_a_folder_that_a_start_left_before_there_was_a_run_serves_the_same_command(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    for name in (LOCK, "made_from.json", ".config.yaml.abcd1234"):
+    for name in (LOCK, "made_from.json", ".config.yaml.part-abcd1234"):
         (out / name).write_text("{}")
     with pytest.raises(UserError, match=r"not a run \(no config.yaml\)") as refused:
         plan_resume(out, {})

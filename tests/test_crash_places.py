@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from finished_runs import make_base, make_run
 from full_disk import need_small_disks, on_small_disk
+from killed_runs import same
 
 from mlx_finetune.errors import UserError
 from mlx_finetune.evaluation.plot import draw_loss
 from mlx_finetune.files import write_bytes, write_json
+from mlx_finetune.running.train_stage import finished
 from mlx_finetune.training.checkpoint import checkpoint_folder, load_checkpoint
 from mlx_finetune.training.checkpoints import last_whole
 from mlx_finetune.training.journal import Journal
@@ -138,6 +140,33 @@ def test_memory_that_is_not_there_for_a_checkpoint_is_one_line(root: Path, tmp_p
     assert "--resume" in refused.value.hint and last_whole(run) == (checkpoint_folder(run, 2), [])
     monkeypatch.undo()
     execute(plan_resume(run, {}), lambda done, steps, standing: None)
+
+
+@pytest.mark.parametrize("tried", ["loss_sum", "generate_all"])
+def test_a_measurement_that_found_no_memory_is_made_up_for_when_the_run_goes_on(
+    tried: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_finetune.engines.torch.engine import TorchEngine
+
+    run, straight = (Path(shutil.copytree(root / "torch" / "run", tmp_path / n, symlinks=True)) for n in ("run", "straight"))
+    real = getattr(TorchEngine, tried)
+
+    def full(engine: TorchEngine, *asked: object) -> object:
+        if engine.updates == 4:
+            raise MemoryError("Unable to allocate 3 GiB for an array")
+        return real(engine, *asked)
+
+    asked = {"sample_prompts": 1, "sample_tokens": 4}
+    execute(plan_resume(straight, asked), lambda done, steps, standing: None)
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="step 4: no memory left") as refused:
+        patched.setattr(TorchEngine, tried, full)
+        execute(plan_resume(run, asked), lambda done, steps, standing: None)
+    assert "--resume" in refused.value.hint and last_whole(run) == (checkpoint_folder(run, 4), [])
+    plan = plan_resume(run, {})
+    assert finished(plan) == (tried == "generate_all") and finished(plan_resume(straight, {}))
+    execute(plan, lambda done, steps, standing: None)
+    assert finished(plan_resume(run, {})) and same(run, straight) == []
+    assert (run / "best").readlink() == (straight / "best").readlink()
 
 
 def used(*names: object) -> None:

@@ -173,6 +173,7 @@ def test_a_model_is_looked_at_without_a_network(small_model: Path) -> None:
     assert absent.state == "note" and "plan --model org/quokka" in absent.advice
 
 
+@pytest.mark.long
 def test_a_model_that_only_one_engine_trains_or_none_is_said() -> None:
     unknown, packed = {"model_type": "quokka"}, {"model_type": "llama", "quantization": {"bits": 4}}
     assert [each.state for each in model.trained_by(unknown, "torch")] == ["ok", "fails"]

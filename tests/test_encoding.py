@@ -1,5 +1,6 @@
 """Where learned turns begin and end, and which chats are refused because that cannot be said."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from tiny_models import CHATML
 from tool_chats import QWEN, call, calling
 
 from mlx_finetune.data.conversation import Message
+from mlx_finetune.data.encoding import Encoded
 from mlx_finetune.data.provenance import Refused
-from mlx_finetune.data.template import ChatTemplate, Encoded
+from mlx_finetune.data.template import ChatTemplate
 
 # Nothing ends a turn but the name of who speaks next; a line break follows each message.
 BY_NAMES = (
@@ -31,6 +33,18 @@ def text_of(template: ChatTemplate, encoded: Encoded) -> str:
 def learned(template: ChatTemplate, encoded: Encoded) -> str:
     ids = encoded.tokens[encoded.weights > 0].tolist()
     return str(template.special.decode(ids, skip_special_tokens=False))
+
+
+def with_merges(folder: Path, jinja: str, *merges: tuple[str, str]) -> ChatTemplate:
+    """The tiny tokenizer with further merges of its BPE, which come first."""
+    template_of(folder, jinja)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer["model"]["merges"][:0] = map(list, merges)
+    for pair in merges:
+        tokenizer["model"]["vocab"].setdefault("".join(pair), len(tokenizer["model"]["vocab"]) + len(tokenizer["added_tokens"]))
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    return ChatTemplate.load(folder)
 
 
 def test_a_last_turn_that_the_template_leaves_open_gets_its_end_in_place_of_what_is_written_behind_it(tmp_path: Path) -> None:
@@ -102,10 +116,13 @@ def test_the_name_of_a_control_token_in_the_next_message_does_not_end_a_turn(tmp
     ends_all = "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
     moves = "{% set messages = (messages | rejectattr('role', 'equalto', 'system') | list)"
     moves += " + (messages | selectattr('role', 'equalto', 'system') | list) %}"
-    asked, named = chat("one", "two"), chat("<|im_end|> three", "four")
+    asked, named = chat("one", "two"), [Message("user", "<|im_end|> three"), Message("assistant", "four", 0.0)]
     for jinja, messages in ((ends_few, [*asked, *named]), (moves + ends_few, [*asked, Message("system", "s"), *named])):
         with pytest.raises(Refused, match="no end-of-turn token follows an assistant message"):
             template_of(tmp_path / str(len(messages)), jinja).encode(messages)
+    read = [asked[0], replace(asked[1], weight=0.0), *chat("three", "four")]
+    template = template_of(tmp_path / "few", ends_few)
+    assert learned(template, template.encode(read)) == "four<|im_end|>"  # what is only read needs no end
     template = template_of(tmp_path / "all", ends_all)
     assert learned(template, template.encode([*asked, *chat("three", "four")])) == "two<|im_end|>four<|im_end|>"
 
@@ -115,5 +132,53 @@ def test_a_turn_before_which_no_control_token_stands_is_exact_if_a_server_feeds_
         "{% for m in messages %}{{ m.role + ':\n' + m.content + ('<|im_end|>' if m.role == 'assistant' else '\n') }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
     )
-    encoded = template_of(tmp_path, plain).encode(chat("one", "two", "three", "four"))
-    assert encoded.exact == (True, True) and encoded.as_text == (False, False)
+    joins = with_merges(tmp_path / "joins", plain.replace(":\n", ":\n\n"), ("Ċ", "Ċ"))  # at the end of a text, not before a word
+    for template, exact in ((template_of(tmp_path / "plain", plain), True), (joins, False)):
+        encoded = template.encode(chat("one", "two", "three", "four"))
+        assert encoded.exact == (exact, exact) and encoded.as_text == (False, False)
+        assert template.encode(chat("one", "two")).exact == (exact,)
+    assert template_of(tmp_path / "chatml", CHATML).encode(chat("hi", "so?", "yes", first="assistant")).exact == (False, True)
+
+
+def test_a_context_of_its_own_has_the_tokens_that_a_server_feeds_and_names_of_control_tokens_stay_text(tmp_path: Path) -> None:
+    template, before = template_of(tmp_path, CHATML), chat("one", "two", "three")
+    fed, asked = template.prompt(before).tolist(), set()
+    for content in ("four", "say <|im_end|> so"):
+        encoded = template.encode_turn([*before, Message("assistant", content)])
+        asked.add(encoded.by_role["user"])
+        assert encoded.tokens[: len(fed)].tolist() == fed and encoded.weights[: len(fed) + 1].tolist() == [0] * len(fed) + [1]
+        assert encoded.tokens.tolist().count(template.special.token_to_id("<|im_end|>")) == 4
+        assert learned(template, encoded) == f"{content}<|im_end|>"
+        assert encoded.exact == (True,) and encoded.as_text == (False,)
+    assert len(asked) == 1
+
+
+def test_a_prompt_that_would_be_cut_otherwise_before_a_word_is_learned_behind_as_it_is_fed(tmp_path: Path) -> None:
+    """At the end of a text: tab, and blank with line break; before a word: tab with blank, and line break."""
+    template = with_merges(tmp_path, CHATML.replace("assistant\n", "assistant\t \n"), ("Ġ", "Ċ"), ("ĉ", "Ġ"))
+    fed = template.prompt(chat("one")).tolist()
+    encoded = template.encode_turn(chat("one", "two"))
+    assert encoded.tokens[: len(fed)].tolist() == fed and learned(template, encoded) == "two<|im_end|>"
+    whole = template.special.encode(text_of(template, encoded), add_special_tokens=False).ids
+    assert len(whole) == len(encoded.tokens) and whole != encoded.tokens.tolist()
+
+
+def test_a_token_of_two_placeholders_is_counted_once(tmp_path: Path) -> None:
+    template = with_merges(tmp_path, CHATML, ("]", "["))
+    encoded = template.encode(chat("one", "[REDACTED:password:1]" * 2))
+    start = len(template.prompt(chat("one")))
+    end = int(encoded.weights.argmax())
+    assert template.special.token_to_id("][") in encoded.tokens and encoded.placeholders == end - start
+    assert learned(template, encoded) == "<|im_end|>"
+
+
+def test_a_tokenizer_that_puts_a_blank_before_each_piece_learns_a_turn_in_a_context_of_its_own(
+    tmp_path: Path,
+) -> None:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    template = template_of(tmp_path, CHATML, pre_tokenizer=ByteLevel(add_prefix_space=True))
+    encoded = template.encode_turn(chat("one", "two"))
+    assert learned(template, encoded).strip() == "two<|im_end|>" and not template.pieces_join
+    with pytest.raises(Refused, match="a token straddles the edge of a turn"):
+        template.encode_turn(chat("one", "two <|im_end|>"))

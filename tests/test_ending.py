@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from mlx_finetune.models.weights import file_headers
 from mlx_finetune.training.checkpoint import load_checkpoint
 from mlx_finetune.training.checkpoints import last_whole
 from mlx_finetune.training.interrupt import interruptible
+from mlx_finetune.training.memory_watch import again
 
 WAIT = 60  # seconds that a slow machine may need before convert begins to write
 
@@ -134,6 +136,11 @@ def test_an_absent_file_of_tensors_is_named_with_what_to_do(beside: str, hint: s
     assert hint in refused.value.hint
 
 
+def test_the_command_that_goes_on_with_a_run_can_be_pasted_whatever_its_folder_is_called() -> None:
+    assert shlex.split(again("my runs/it's one")) == ["mlx-finetune", "train", "--resume", "--out", "my runs/it's one"]
+    assert again("run").endswith(" --out run")
+
+
 def ask(process: BaseProcess, run: Path, is_now: Callable[[Path], bool]) -> None:
     """Ctrl-C at the moment."""
     until = time.monotonic() + WAIT
@@ -204,4 +211,4 @@ def test_a_second_ctrl_c_is_heard_in_the_midst_of_code_that_does_not_listen() ->
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", DEAF], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 130 and time.monotonic() - began < 100
-    assert done.stderr.split() == "interrupted at once: what was saved before is whole, --resume goes on from it".split()
+    assert done.stderr.strip() == "interrupted at once"  # it may be that nothing was saved

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_finetune.errors import UserError
-from mlx_finetune.files import atomic_file, atomic_folder, read_json, refuse_existing, write_json
+from mlx_finetune.files import atomic_file, atomic_folder, half_made, leftovers, read_json, refuse_existing, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -60,6 +60,16 @@ def test_a_dangling_link_counts_as_existing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists already") as error:
         refuse_existing(tmp_path / "out", hint="use --resume")
     assert error.value.hint == "use --resume"
+
+
+def test_only_what_bears_the_mark_of_a_half_made_file_is_a_leftover(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    with atomic_file(path):
+        (begun,) = tmp_path.iterdir()
+        assert leftovers(path) == [begun] and begun.name.startswith(half_made(path))
+    for name in (".config.yaml.original", ".config.yaml.abcd1234", ".config.yaml.part-original-1", "config.yaml.part-abcd1234"):
+        (tmp_path / name).touch()
+    assert leftovers(path) == []
 
 
 def test_line_ends_are_written_as_they_are(tmp_path: Path) -> None:

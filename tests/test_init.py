@@ -3,6 +3,8 @@
 import json
 import os
 import pty
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -134,7 +136,7 @@ def typed(arguments: Sequence[str], answers: Sequence[str], folder: Path) -> tup
         os.chdir(folder)
         os.execv(sys.executable, [sys.executable, "-m", "mlx_finetune", *arguments])
     shown, left = b"", list(answers)
-    while True:
+    while select.select([terminal], [], [], 60)[0]:
         try:
             part = os.read(terminal, 4096)
         except OSError:  # its end was closed
@@ -144,6 +146,10 @@ def typed(arguments: Sequence[str], answers: Sequence[str], folder: Path) -> tup
         shown += part
         if shown.endswith(b"]: ") and left:
             os.write(terminal, left.pop(0).encode())
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail(f"nothing more for a minute after: {shown!r}")
     os.close(terminal)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), shown.decode()
 

@@ -24,7 +24,7 @@ from mlx_finetune.engines import open_engine
 from mlx_finetune.errors import UserError
 from mlx_finetune.training.loop import IN_A_ROW
 from mlx_finetune.training.metrics import read_metrics
-from mlx_finetune.training.offenders import offending_in_step
+from mlx_finetune.training.offenders import KEPT, NAMED, offending_in_step, search
 from mlx_finetune.training.run import execute, packed, plan_resume, plan_run
 from mlx_finetune.training.schedule import learning_rate
 
@@ -240,6 +240,20 @@ def with_a_held_out_word(model: Path, data: Path, folder: Path) -> tuple[Path, i
         for token in one.tokens.tolist()
     }
     return folder / "dataset", next(token for token in example.tokens.tolist() if token not in others), example
+
+
+def test_a_search_for_what_is_not_finite_has_a_bound_and_says_what_it_did_not_look_at(data: Path) -> None:
+    store, counted = Dataset.open(data).train, KEPT + 36
+    bad = search(store, [0] * counted, counted, lambda example: "loss")
+    assert bad.every and len(bad.offenders) == KEPT and (bad.looked, bad.examples) == (counted, counted)
+    assert bad.to_json()["every"] and "not looked at" not in str(bad)
+    some = iter([None, *["loss"] * KEPT])
+    found = search(store, [0] * counted, counted, lambda example: next(some))  # type: ignore[arg-type]
+    assert not found.every and len(found.offenders) == KEPT and found.looked == KEPT + 1
+    assert str(found).endswith(f"; and {KEPT - NAMED} more; {counted - KEPT - 1} more examples were not looked at")
+    few = search(store, [0] * counted, 5, lambda example: None)
+    assert str(few) == f"each of the first 5 of its {counted} examples alone is finite"
+    assert few.to_json() == {"examples": counted, "looked": 5, "every": False, "offending": []}
 
 
 @one_by_default

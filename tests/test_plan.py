@@ -260,6 +260,16 @@ def test_a_run_that_cannot_fit_is_refused_with_the_knob_that_makes_it_fit() -> N
     assert error.value.hint.startswith("no setting makes it fit")
 
 
+def test_what_a_container_may_hold_is_all_that_is_planned_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr("mlx_finetune.planning.machine.CGROUPS", (limit,))
+    whole = this_machine().memory
+    limit.write_text("max\n")
+    assert this_machine().memory == whole
+    limit.write_text("1073741824\n")
+    assert this_machine().memory == GIB
+
+
 # the verb
 
 

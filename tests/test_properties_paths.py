@@ -85,7 +85,6 @@ PLACES: dict[str, Make] = {
     "a name that is not UTF-8": not_utf8,
     "a gigabyte of nothing": sparse,
 }
-FEW = ("a pipe", "a link to itself", "a name with control characters")  # by default
 VERBS: dict[str, list[str]] = {
     "collect logs": ["collect", "{}", "--out", "out"],
     "collect chat": ["collect", "--no-gptme", "--chat", "{}", "--out", "out"],
@@ -128,7 +127,8 @@ def answers_at_once() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("what", [what if what in FEW else pytest.param(what, marks=pytest.mark.long) for what in PLACES])
+@pytest.mark.long
+@pytest.mark.parametrize("what", PLACES)
 def test_every_verb_refuses_it_in_one_line(what: str, cli: Callable[..., Answer], tmp_path: Path, small_model: Path) -> None:
     place = PLACES[what](tmp_path)
     (tmp_path / "model").symlink_to(small_model)

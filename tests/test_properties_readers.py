@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from hostile import damaged
-from hostile_model_readers import PEFT
+from hostile_model_readers import CONFIG, PEFT
 from hostile_model_readers import READERS as OF_MODELS
 from hostile_readers import READERS as OF_DATA
 from hostile_readers import Reader, check_message, fresh
@@ -103,9 +103,22 @@ FOUND = {
     "a rank of no number": ("peft settings", json.dumps(PEFT).replace('"r": 2', '"r": 1e999').encode(), "OverflowError"),
     "no loss": ("metrics", b'{"step": 0, "split": "valid"}\n', "not a line of metrics"),
     "a message of no kind": ("training messages", b'{"messages": [3], "conversation": []}\n', "not a line that prepare wrote"),
+    "an unknown scaling": (
+        "config.json",
+        json.dumps(CONFIG | {"rope_parameters": {"rope_type": "def`ult"}}).encode(),
+        "RoPE scaling 'def`ult'",
+    ),
     "a huge id": ("tokenizer.json", b'{"model": {"vocab": {"a": 2147483648}}}', "has the id 2147483648"),
     "no ids": ("tokenizer.json", b'{"model": {"vocab": {"a": 0}}, "added_tokens": [3]}', "token 3 has the id None"),
 }
+
+
+def test_sources_of_another_kind_than_asked_for_are_said_not_to_be_read_now(tmp_path: Path) -> None:
+    reader, folder = READERS["collect.json"], tmp_path / "x"
+    found = json.loads(fresh(reader, folder))
+    assert reader.check(folder, json.dumps(found).encode()) == "read"
+    found["sources"]["logs"] = [["a"]]
+    assert "holds ['a'], which is not read now" in reader.check(folder, json.dumps(found).encode())
 
 
 @pytest.mark.parametrize("what", [pytest.param(w, marks=pytest.mark.long if READERS[f[0]].slow else ()) for w, f in FOUND.items()])

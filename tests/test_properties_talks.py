@@ -25,7 +25,7 @@ FEW = settings(
     phases=(Phase.generate,),
     suppress_health_check=list(HealthCheck),
 )
-COUNTS = [40, pytest.param(2000, marks=pytest.mark.long)]
+COUNTS = [40, pytest.param(400, marks=pytest.mark.long)]
 KIM = Rules.for_person(Path("/home/kim"), "kim", emails=True)
 SAMPLES = tuple(sample.text for sample in secret_samples(5))
 TEXTS = st.sampled_from((*PIECES, *harmless_texts(5), "/home/kim/", "kim@example.org", "password=", "[REDACTED:token:1]"))
@@ -80,7 +80,7 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatTemplat
     return {name: template_of(tmp_path_factory.mktemp(name), source, eos="<|im_end|>") for name, source in TEMPLATES.items()}
 
 
-@pytest.mark.parametrize(("name", "count"), [("chatml", 20), *(pytest.param(n, 1000, marks=pytest.mark.long) for n in TEMPLATES)])
+@pytest.mark.parametrize(("name", "count"), [("chatml", 20), *(pytest.param(n, 150, marks=pytest.mark.long) for n in TEMPLATES)])
 def test_each_turn_is_learned_once_and_word_for_word_or_counted(name: str, count: int, templates: dict[str, ChatTemplate]) -> None:
     template = templates[name]
 

@@ -278,6 +278,8 @@ def test_links_within_the_hubs_cache_and_to_weights_on_another_disk_are_followed
     (tmp_path / "cache").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     check_model_folder(tmp_path / "own")
     check_model_folder(tmp_path / "cache" / snapshot.relative_to(tmp_path / "elsewhere"))
+    (tmp_path / "shortcut").symlink_to(snapshot, target_is_directory=True)
+    check_model_folder(tmp_path / "shortcut")
     (snapshot / "NOTICE").symlink_to(tmp_path / "own" / "config.json")
     with pytest.raises(UserError, match="NOTICE: a link out of the folder"):
         check_model_folder(snapshot)

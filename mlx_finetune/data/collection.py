@@ -173,7 +173,8 @@ def earlier_collection(folder: Path, asked: Mapping[str, Any]) -> Earlier | None
         now = asked["sources"].get(part)
         if part == "openassistant_options" or value in (now, None):
             continue
-        lost = [one for one in value if one not in now] if isinstance(value, list) else [value]
+        held, read = (each if isinstance(each, list) else [each] for each in (value, now))
+        lost = [one for one in held if one not in read]
         if lost:
             hint = "name it again, choose another --out, or move the old one away"
             raise UserError(f"{folder} exists already, and holds {lost[0]}, which is not read now", hint=hint)
@@ -199,8 +200,9 @@ def _earlier_summary(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: another version made it.
     """
-    summary = read_json(folder / "collect.json") if (folder / "collect.json").is_file() else None
-    version = summary.get("version") if isinstance(summary, dict) else None
+    found = read_json(folder / "collect.json") if (folder / "collect.json").is_file() else None
+    summary: dict[str, Any] = found if isinstance(found, dict) else {}
+    version = summary.get("version")
     if type(version) is int and version != VERSION:
         message = f"{folder} exists already, collected as version {version} does; this one makes version {VERSION}"
         raise UserError(message, hint="choose another --out, or move the old one away")

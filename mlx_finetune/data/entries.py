@@ -93,4 +93,3 @@ def seconds(time: object) -> float:
 def _learned(conversation: Conversation) -> int:
     turns = (message for message in conversation.messages if message.role == "assistant")
     return sum(1 << n for n, message in enumerate(turns) if message.weight > 0)
-

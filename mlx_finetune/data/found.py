@@ -72,7 +72,7 @@ def find(sources: Sources, settings: Settings, out: Path, template: ChatTemplate
         raise UserError("nothing to collect: no source was named", hint="name a logs folder, or --openassistant or --chat FILE")
     settings_asked = settings.to_json() | {"rendered_with": template.fingerprint if template else None}
     asked = json.loads(json.dumps({"sources": sources.to_json(settings.redaction), "settings": settings_asked}))
-    state = stamps_digest([*((log.name, log.stamp) for log in logs), *((one.name, one.stamp) for one in files)])
+    state = stamps_digest([*((log.name, log.stamp) for log in logs), *((Path(one.name).name, one.stamp) for one in files)])
     return Found(logs, skipped, files, asked, state, earlier_collection(out, asked))
 
 

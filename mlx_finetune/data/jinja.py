@@ -9,16 +9,29 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+from jinja2.utils import Namespace, generate_lorem_ipsum
+from jinja2.visitor import NodeTransformer
 
-from mlx_finetune.data.bounds import WIDE_FILTERS, bounded, check_arguments, check_method, check_operator
+from mlx_finetune.data.bounds import (
+    WIDE_FILTERS,
+    begin,
+    bounded,
+    check_arguments,
+    check_method,
+    check_operator,
+    check_size,
+    counted,
+    joined,
+    spend,
+)
 
+COUNTED, JOINED, KEPT = " counted", " joined", " kept"  # filters that a template cannot name
 OF_DICTIONARIES = frozenset(dir(dict))
 
 
@@ -30,21 +43,74 @@ def compiled(source: str) -> Template:
         TemplateError: it is no Jinja.
     """
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters |= {name: bounded(environment.filters[name]) for name in WIDE_FILTERS}
-    environment.filters["tojson"] = bounded(_tojson)
+    environment.filters |= {name: bounded(name, environment.filters[name]) for name in WIDE_FILTERS}
+    environment.filters |= {"tojson": bounded("tojson", _tojson), COUNTED: _counted, JOINED: _joined, KEPT: _kept}
     environment.globals |= {"raise_exception": _raise, "strftime_now": _now, "dict": _Dict(), "namespace": _Namespace}
     return environment.from_string(source)
 
 
+class _Template(Template):
+    def render(self, *args: Any, **kwargs: Any) -> str:
+        begin()
+        return super().render(*args, **kwargs)
+
+
+class _Bounding(NodeTransformer):
+    """Each loop passes through what is counted, `~` joins within bounds, and what takes a name, as `+` can grow, is looked at."""
+
+    def visit_Assign(self, node: nodes.Assign) -> nodes.Assign:
+        self.generic_visit(node)
+        node.node = nodes.Filter(node.node, KEPT, [], [], None, None).set_lineno(node.lineno)
+        return node
+
+    def visit_For(self, node: nodes.For) -> nodes.For:
+        self.generic_visit(node)
+        node.iter = nodes.Filter(node.iter, COUNTED, [], [], None, None).set_lineno(node.lineno)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        parts = nodes.List(node.nodes).set_lineno(node.lineno)
+        return nodes.Filter(parts, JOINED, [], [], None, None).set_lineno(node.lineno)
+
+
+@pass_context  # so that it is not computed while the template is compiled
+def _counted(context: Context, items: Any) -> Any:
+    return counted(items)
+
+
+@pass_context
+def _kept(context: Context, value: Any) -> Any:
+    check_size(value)
+    return value
+
+
+@pass_context
+def _joined(context: Context, parts: list[Any]) -> str:
+    return joined(map(str, parts))
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**", "%"))
+    template_class = _Template
+    concat = staticmethod(joined)
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        _Bounding().visit(tree)
+        tree.set_environment(self)
+        return tree
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         check_operator(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        check_arguments(*args, **kwargs)
+        spend(1)
+        for value in (*args, *kwargs.values()):
+            check_size(value)
+        if __obj in (generate_lorem_ipsum, safe_range):
+            check_arguments(*args, **kwargs)
         method = getattr(__obj, "__wrapped__", __obj)  # Jinja wraps `format`
         if type(text := getattr(method, "__self__", None)) is str:
             check_method(text, method.__name__, args)

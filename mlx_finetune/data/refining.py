@@ -74,8 +74,8 @@ class FileSource:
 
     @property
     def stamp(self) -> str:
-        """Changes when a file does; empty for a hub id."""
-        files = self._files()
+        """Changes when a file does, not where all of it is moved; empty for a hub id."""
+        files = [(os.path.relpath(place, self.name), size, time) for place, size, time in self._files()]
         return hashlib.blake2b(repr(files).encode("utf-8", errors="replace"), digest_size=16).hexdigest() if files else ""
 
     def _files(self) -> list[tuple[str, int, int]]:

@@ -11,7 +11,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.export.memory import shortage
 from mlx_finetune.export.stored_logits import probe_tokens, read_probe, write_probe
 from mlx_finetune.export.verify_converted import Compared, Verified, verify_converted
-from mlx_finetune.files import atomic_folder, read_json, refuse_existing, write_json
+from mlx_finetune.files import atomic_folder, half_made, read_json, refuse_existing, write_json
 from mlx_finetune.installed import PACKAGES, versions
 from mlx_finetune.models.config_checks import check_config
 from mlx_finetune.models.importing import Source, as_hugging_face, copy_beside
@@ -65,7 +65,7 @@ def convert(source: Source, out: Path, how: How, progress: Progress) -> Converte
     """
     if how.write_probe:
         refuse_existing(how.write_probe, hint="choose another --write-probe")
-    with atomic_folder(out) as folder, tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+    with atomic_folder(out) as folder, tempfile.TemporaryDirectory(dir=out.parent, prefix=half_made(out)) as scratch:
         if source.format != "gguf":
             _check(source.path, how)
         model = as_hugging_face(source, Path(scratch), progress)

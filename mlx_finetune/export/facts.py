@@ -10,7 +10,7 @@ from typing import Any
 from mlx_finetune.config import RunConfig
 from mlx_finetune.data.sources import gptme, openassistant
 from mlx_finetune.errors import UserError
-from mlx_finetune.files import read_json
+from mlx_finetune.files import DAMAGED, read_json
 from mlx_finetune.models.hub import HUB_ID
 from mlx_finetune.models.origin import read_origin
 from mlx_finetune.training.manifest import read_progress
@@ -145,8 +145,13 @@ def _method(config: RunConfig) -> dict[str, Any]:
 
 def _targets(checkpoint: Path) -> list[str]:
     path = checkpoint / "adapter_config.json"
-    modules = read_json(path).get("target_modules") if path.is_file() else []
-    return sorted({str(module).rpartition(".")[2] for module in modules or []})
+    if not path.is_file():
+        return []
+    found = read_json(path)
+    modules = found.get("target_modules") if isinstance(found, dict) else None
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        raise UserError(f"{path}: target_modules is no list of names", hint=DAMAGED)
+    return sorted({module.rpartition(".")[2] for module in modules})
 
 
 def _held_out(run: Path, checkpoint: str, step: int) -> HeldOut | None:

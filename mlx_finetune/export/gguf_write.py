@@ -20,7 +20,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.export.gguf_kinds import Storage, check_kind, file_type, storage, type_of
 from mlx_finetune.export.gguf_metadata import INSTALL, head_size, read_config, rope_divisors, write_card, write_sizes
 from mlx_finetune.export.gguf_tokenizer import write_tokenizer
-from mlx_finetune.files import refuse_existing
+from mlx_finetune.files import half_made, refuse_existing
 from mlx_finetune.models.gguf_names import Naming, gguf_name
 from mlx_finetune.models.weights import ITEM_BYTES, TensorLocation, tensor_headers, to_float32
 
@@ -104,7 +104,7 @@ def new_file(path: Path) -> Iterator[Path]:
     """A place for a file that takes the name `path` only when the block ends without an error; nothing is overwritten."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=half_made(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}", hint="choose another place") from error
     with folder as name:

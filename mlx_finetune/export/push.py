@@ -23,7 +23,8 @@ TEXTS = (
 TEXTS.append(REPORT)
 VOCABULARIES = "tokenizer.json vocab.json vocab.txt merges.txt added_tokens.json tokenizer.model spiece.model *.index.json".split()
 WEIGHTS = "*.safetensors *.gguf".split()
-NEVER = "optimizer.safetensors progress.json metrics.jsonl evaluation.json config.yaml".split()
+NEVER = """optimizer.safetensors progress.json manifest.json made_from.json metrics.jsonl samples.jsonl evaluation.json
+    config.yaml""".split()
 LOOKED_AT = 1 << 24  # bytes at the beginning of a file of weights, where names and metadata stand
 LARGEST_TEXT = 1 << 24
 

@@ -41,6 +41,17 @@ def model_folder(name: str | Path, revision: str | None = None, pickles: bool = 
     return _download(str(name), revision, pickles)
 
 
+def folder_in_cache(name: str) -> Path | None:
+    """What the Hub's cache holds of the model `name`, which may be a part of it; None where that is nothing. No network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
 def hub_revision(folder: Path) -> str | None:
     """The commit that a folder of the Hub's cache holds; None of any other folder."""
     return folder.name if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--") else None
@@ -55,7 +66,7 @@ def check_links(folder: Path) -> None:
         UserError: a file is a link to another place, of which a copy could be handed on.
     """
     top = folder.resolve()
-    home = folder.absolute().parents[1].resolve() if hub_revision(folder.absolute()) else top
+    home = top.parents[1] if hub_revision(top) else top
     for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
         is_read = path.is_file() or path.name == "additional_chat_templates"
         if is_read and not path.resolve().is_relative_to(home) and not path.name.endswith(WEIGHTS):

@@ -251,6 +251,8 @@ def _mlx_scaling(rope: Rope) -> dict[str, Any] | None:
     kind = _kind(rope)
     if kind == "default":
         return None
+    if kind not in SCALING_KEYS:
+        _refuse(f"RoPE scaling {kind!r:.40}")
     settings = {key: value for key, value in rope.items() if key in SCALING_KEYS[kind] and value is not None}
     return settings | {"type": kind, "rope_type": kind}
 

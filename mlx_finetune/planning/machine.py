@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from mlx_finetune.errors import UserError
@@ -14,6 +15,7 @@ from mlx_finetune.nearest import did_you_mean
 GIB = 1024**3  # what a Mac calls a GB of memory
 SMALL = 36 * GIB
 CPU_SHARE = 0.8  # of the memory, where the CPU computes and other programs want some too
+CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 Source = Literal["vendor", "others", "at least"]
 
 
@@ -114,11 +116,20 @@ def planned_machine(chip: Chip | None, memory: int) -> Machine:
     return Machine(f"{name} {memory / GIB:.3g} GB", memory, usable, rule, chip)
 
 
+def container_limit() -> int | None:
+    """Bytes that a container of Linux may hold; None where there is no limit."""
+    for path in CGROUPS:
+        if path.is_file() and (text := path.read_text(encoding="ascii").strip()).isdigit():
+            return int(text)
+    return None
+
+
 def this_machine() -> Machine:
     """The machine that this runs on; on a Mac Metal itself is asked for the limit."""
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return _this_mac()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = min(memory, container_limit() or memory)
     rule = f"{100 * CPU_SHARE:.0f} % of the memory: no GPU that MLX uses, the CPU computes"
     return Machine(f"{cpu_name()} with {memory / GIB:.3g} GB", memory, int(CPU_SHARE * memory), rule, None, on_gpu=False)
 

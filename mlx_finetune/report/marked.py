@@ -43,7 +43,7 @@ def _blamed(row: Mapping[str, Any]) -> str:
     found, of = [one["conversation"] for one in row.get("offending", [])], row.get("examples", 0)
     if not of:
         return ""
-    if len(found) == of:
+    if row.get("every", len(found) == of):
         return ": none of its examples is finite alone, which is the model's doing"
     return f": {_named(found)}, not finite alone" if found else ": each of its examples is finite alone"
 

@@ -12,7 +12,8 @@ from mlx_finetune.running.state import Record, State
 from mlx_finetune.running.train_stage import runs_of
 from mlx_finetune.terminal import say
 
-OF_RUN = ("model", "data", "out")
+OF_RUN = ("model", "data", "out", "adapter_path")
+NAMES_PLACES = {"collect": "collect.json", "prepare": "dataset.json", "train": "config.yaml"}  # the file of each stage that does
 
 
 def moved_from(state: State) -> str | None:
@@ -25,6 +26,7 @@ def settle(work: Work, first_run: Path) -> None:
     """Puts right what names the old place; what a person altered since is left as it is, for its stage to say so.
 
     first_run: see `runs_of`. A copy gives new times to files: those that are as they were made get theirs back.
+    Killed on the way it does the same again: the file that it was writing counts as its own.
     """
     then, state = moved_from(work.state), work.state
     if then is None:
@@ -32,19 +34,23 @@ def settle(work: Work, first_run: Path) -> None:
     say(f"this road was moved or copied here from {then}: what names its old place is put right")
     runs = runs_of(first_run)
     move = Move(then, work, runs)
-    whole = {name: record for name, record in state.written.stages.items() if state.difference(record) is None}
+    own = {state.written.moving: NAMES_PLACES.get(state.written.moving, "")}
+    whole = {name: record for name, record in state.written.stages.items() if state.difference(record, own.get(name, "")) is None}
     for record in whole.values():
         _give_times_back(state, record)
-    if "collect" in whole:
-        _rewrite(work.collected / "collect.json", "sources", move)
-    if "prepare" in whole:
-        _rewrite(work.data / "dataset.json", "model", move)
-    for run in runs:
-        config = load_config(run / "config.yaml", {})
-        changed = {name: new for name in OF_RUN if (new := move.of(getattr(config, name))) != getattr(config, name)}
-        if changed:
-            save_config(run / "config.yaml", config.model_copy(update=changed))
-    state.stamp_again(whole)
+    with state.moving(whole, "collect") as is_whole:
+        if is_whole:
+            _rewrite(work.collected / NAMES_PLACES["collect"], "sources", move)
+    with state.moving(whole, "prepare") as is_whole:
+        if is_whole:
+            _rewrite(work.data / NAMES_PLACES["prepare"], "model", move)
+    with state.moving(whole, "train"):
+        for run in runs:
+            config = load_config(run / "config.yaml", {})
+            changed = {name: new for name in OF_RUN if (new := move.of(getattr(config, name))) != getattr(config, name)}
+            if changed:
+                save_config(run / "config.yaml", config.model_copy(update=changed))
+    state.moved()
 
 
 class Move:
@@ -57,7 +63,7 @@ class Move:
             now.pop()
         self.before, self.now = Path(*before), Path(*now)
         collect = work.road.collect
-        named = work.road.config.model, collect.logs or "", *collect.openassistant, *collect.chat
+        named = work.road.config.model, work.road.config.adapter_path, collect.logs or "", *collect.openassistant, *collect.chat
         self.asked = {path.resolve() for path in (*(Path(name) for name in named if name), work.data, *runs)}
 
     def of(self, value: Any) -> Any:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.errors import UserError
-from mlx_finetune.files import copy_file, leftovers, remove
-from mlx_finetune.models.hub import HUB_ID
+from mlx_finetune.files import copy_file, half_made, leftovers, remove
+from mlx_finetune.models.hub import HUB_ID, check_model_folder, folder_in_cache, model_folder
 from mlx_finetune.road import Road
 from mlx_finetune.running.state import Record, State, files_in
 from mlx_finetune.terminal import Done, say
@@ -65,16 +65,15 @@ class Work:
         if not name:
             raise UserError(f"{self.road.file}: no model", hint="a line `model: ...` names a folder, or a hub id such as org/name")
         if Path(name).exists() or not HUB_ID.fullmatch(name):
-            from mlx_finetune.models.hub import model_folder
-
             return model_folder(name)  # or says what is wrong with it
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(name, local_files_only=True))
-        except LocalEntryNotFoundError:
+        folder = folder_in_cache(name)
+        if folder is None:
             return None
+        try:
+            check_model_folder(folder)
+        except UserError:  # a download that broke off: it goes on, or says what is wrong
+            return None
+        return folder
 
 
 class Stage(ABC):
@@ -212,7 +211,7 @@ def aside(out: Path) -> Iterator[None]:
     if not out.exists():
         yield
         return
-    scratch = Path(mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    scratch = Path(mkdtemp(dir=out.parent, prefix=half_made(out)))
     out.replace(scratch / OLD)
     try:
         yield

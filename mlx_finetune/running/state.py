@@ -46,7 +46,8 @@ class Record(BaseModel):
 class Written(BaseModel):
     """The file. `making`: where a stage was writing at that time; `just_made`: files there, with size and time, once it had.
 
-    `folder`: where it stood. `ended`: whether every stage was gone through.
+    `moving`: the stage whose file of places was being put right. `folder`: where it stood.
+    `ended`: whether every stage was gone through.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,6 +57,7 @@ class Written(BaseModel):
     stages: dict[str, Record] = {}
     making: str = ""
     just_made: dict[str, tuple[int, int]] = {}
+    moving: str = ""
     ended: bool = True
     sha256: str = ""
 
@@ -118,14 +120,24 @@ class State:
         """Under another name too."""
         self._write(stages=self.written.stages | {name: record})
 
-    def stamp_again(self, records: Mapping[str, Record]) -> None:
-        """Of files that were rightly written since."""
+    @contextmanager
+    def moving(self, whole: Mapping[str, Record], stage: str) -> Iterator[bool]:
+        """Inside, what the stage made is put right after a move, if it is among the whole ones; then it is stamped again.
+
+        A killed process leaves word of it, and the old place of the road.
+        """
+        then, record = self.written.folder, whole.get(stage)
+        self._write(moving=stage, folder=then)
+        yield record is not None
         new = {}
-        for name, record in records.items():
-            made = self.place(record)
-            files = {each: stamp(made / each if each else made) for each in record.files}
-            new[name] = record.model_copy(update={"files": files})
-        self._write(stages=self.written.stages | new)
+        if record:
+            files = {each: stamp(self.place(record) / each if each else self.place(record)) for each in record.files}
+            new = {stage: record.model_copy(update={"files": files})}
+        self._write(stages=self.written.stages | new, moving="", folder=then)
+
+    def moved(self) -> None:
+        """That the road stands where it is now."""
+        self._write(moving="")
 
     def end(self) -> None:
         """That every stage was gone through."""
@@ -144,8 +156,11 @@ class State:
         """Where what was made stands."""
         return self.folder / record.made
 
-    def difference(self, record: Record) -> str | None:
-        """What is no longer as it was made, in words; None where all of it is there. Same size and time count as the same."""
+    def difference(self, record: Record, but: str = "") -> str | None:
+        """What is no longer as it was made, in words; None where all of it is there. Same size and time count as the same.
+
+        but: the name of a file that may be another.
+        """
         made = self.place(record)
         if not made.exists():
             return f"{record.made} is gone"
@@ -154,6 +169,8 @@ class State:
             if not path.is_file():
                 return f"{record.made}/{name} is gone"
             status = path.stat()
+            if name and name == but:
+                continue
             if status.st_size != said.size or (status.st_mtime_ns != said.time and sha256(path) != said.sha256):
                 return f"{f'{record.made}/{name}' if name else record.made} was altered"
         return None

@@ -42,7 +42,7 @@ class TrainStage(Stage):
 
     def look(self) -> Verdict:
         """Looks at every run of the road, the newest first."""
-        there = [self._compare(run) for run in runs_of(self.first)]
+        there = self._compared()
         fitting = next((one.run for one in there if one.differs is None), None)
         if fitting is None:
             if not there:
@@ -57,7 +57,7 @@ class TrainStage(Stage):
 
     def do(self) -> Done:
         """Begins, or goes on."""
-        fitting = next((run for run in runs_of(self.first) if self._compare(run).differs is None), None)
+        fitting = next((one.run for one in self._compared() if one.differs is None), None)
         if fitting:
             plan = self._resumed(fitting)
         else:
@@ -67,17 +67,14 @@ class TrainStage(Stage):
         with self.work.state.writing(plan.run):
             done = trained_run(plan, self.work.command)
             self.work.found[self.name] = plan.run
-            self.adopt()
+            self._keep(plan.run)
         return done
 
     def adopt(self) -> None:
         """Keeps the record of the run that is there."""
-        run = self.work.found[self.name]
-        inputs = self._inputs(run)
-        state, record = self.work.state, self.record
-        if record is None or record.inputs != inputs or state.place(record) != run:
-            names = "config.yaml", "metrics.jsonl", FILE, "best/manifest.json", "latest/manifest.json"
-            state.keep(self.name, inputs, run, [run / name for name in names if (run / name).is_file()])
+        run, record = self.work.found[self.name], self.record
+        if record is None or record.inputs != self._inputs(run) or self.work.state.place(record) != run:
+            self._keep(run)
 
     @property
     def first(self) -> Path:
@@ -87,17 +84,27 @@ class TrainStage(Stage):
     def _resumed(self, run: Path) -> Plan:
         config = self.work.road.config
         told = {name: config.to_dict()[name] for name in MAY_CHANGE & config.model_fields_set if name not in PLACES}
+        told |= {"adapter_path": config.adapter_path} if config.adapter_path else {}
         return plan_resume(run, told | {"data": str(self.work.data), "model": config.model})
 
-    def _compare(self, run: Path) -> Candidate:
+    def _compared(self) -> list[Candidate]:
+        """Every run of the road, the newest first."""
+        runs = runs_of(self.first)
+        if not runs:
+            return []
+        wanted = self._wanted()
+        model = fingerprint(model_folder(self.work.road.config.model))
+        origin = Origin(data=self.work.dataset.id, model=model, adapter=adapter_id(wanted.adapter_path))
+        return [self._compare(run, wanted, origin) for run in runs]
+
+    def _compare(self, run: Path, wanted: RunConfig, wanted_origin: Origin) -> Candidate:
         """Settings and origin of a run against what is wanted now."""
-        before, wanted = load_config(run / "config.yaml", {}), self._wanted()
+        before = load_config(run / "config.yaml", {})
         for name in FIELDS:
             then, now = before.to_dict()[name], wanted.to_dict()[name]
             if then != now and not may_change(name, then, now):
                 return Candidate(run, f"{name} {then}")
-        origin, model = made_of(run), model_folder(self.work.road.config.model)
-        now_of = {"data": self.work.dataset.id, "model": fingerprint(model), "adapter": adapter_id(wanted.adapter_path)}
+        origin, now_of = made_of(run), vars(wanted_origin)
         words = {"data": "another data set", "model": "other weights of the model", "adapter": "another adapter to start from"}
         different = (words[name] for name, value in vars(origin).items() if value != now_of[name])
         return Candidate(run, next(different, None))
@@ -108,6 +115,10 @@ class TrainStage(Stage):
             config = started(config, layers_of(model_folder(config.model)))
         info = self.work.dataset.info
         return config.model_copy(update={name: info[name] for name in SETTINGS})
+
+    def _keep(self, run: Path) -> None:
+        names = "config.yaml", "metrics.jsonl", FILE, "best/manifest.json", "latest/manifest.json"
+        self.work.state.keep(self.name, self._inputs(run), run, [run / name for name in names if (run / name).is_file()])
 
     def _inputs(self, run: Path) -> dict[str, Any]:
         config = load_config(run / "config.yaml", {}).to_dict()
@@ -157,10 +168,10 @@ def done_steps(plan: Plan) -> int:
 
 
 def finished(plan: Plan) -> bool:
-    """Whether it came to its last step, or its patience to an end."""
+    """Whether it came to its last step and was measured there, or its patience to an end."""
     done, path = done_steps(plan), plan.run / "metrics.jsonl"
-    if done >= plan.steps:
-        return True
     rows = [row for row in read_metrics(path) if row["step"] <= done] if done and path.is_file() else []
-    measured = ((row["step"], row["loss"]) for row in rows if row["split"] == "valid" and row["step"])
+    measured = [(row["step"], row["loss"]) for row in rows if row["split"] == "valid" and row["step"]]
+    if done >= plan.steps:
+        return not plan.dataset.valid.lengths or any(step == done for step, _ in measured)
     return out_of_patience(measured, plan.config.patience) is not None

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_finetune.errors import UserError
-from mlx_finetune.files import leftovers, remove, sync_folder
+from mlx_finetune.files import half_made, leftovers, remove, sync_folder
 from mlx_finetune.training.checkpoint import point
+from mlx_finetune.training.made_from import FILE as MADE_FROM
 from mlx_finetune.training.manifest import NewerCheckpoint, check_whole
 
 FOLDER = "checkpoints"
 LINKS = ("best", "latest")
 # What a run writes as it goes, by its name in the folder. Of what other verbs write there nothing is touched.
-WRITTEN = ("config.yaml", "origin.json", "chat_template.jinja", "metrics.jsonl", "samples.jsonl", "tracked.json")
+_whole: dict[Path, tuple[tuple[str | int, ...], ...]] = {}  # found so by this process: its files' names, sizes and times
+WRITTEN = ("config.yaml", MADE_FROM, "chat_template.jinja", "metrics.jsonl", "samples.jsonl", "tracked.json", "loss.png")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def last_whole(run: Path) -> tuple[Path | None, list[DamagedCheckpoint]]:
     damaged: list[DamagedCheckpoint] = []
     for folder in reversed(saved(run)):
         try:
-            check_whole(folder)
+            _look_once(folder)
         except NewerCheckpoint:
             raise
         except UserError as error:
@@ -55,6 +57,18 @@ def last_whole(run: Path) -> tuple[Path | None, list[DamagedCheckpoint]]:
         what = f"{damaged[0].folder}: {damaged[0].reason}; and there is no whole checkpoint before it"
         raise UserError(what, hint=f"bring its files back, or remove {run / FOLDER} to train from the first step on")
     return None, []
+
+
+def _look_once(folder: Path) -> None:
+    """`check_whole`, whose word holds as long as no file there is another: what is loaded is looked at anew all the same."""
+    try:
+        status = {path.name: path.stat() for path in sorted(folder.iterdir())}
+    except OSError:
+        status = {}  # something is amiss, and is named
+    stamps = tuple((name, one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for name, one in status.items())
+    if not stamps or _whole.get(folder.absolute()) != stamps:
+        check_whole(folder)
+        _whole[folder.absolute()] = stamps
 
 
 def set_aside(damaged: Sequence[DamagedCheckpoint]) -> None:
@@ -80,7 +94,7 @@ def prune(run: Path, keep: int | None) -> None:
     pointed = {(run / name).resolve() for name in LINKS}
     for folder in saved(run)[:-keep]:
         if folder.resolve() not in pointed:
-            remove(folder.replace(folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")))
+            remove(folder.replace(folder.with_name(f"{half_made(folder)}{secrets.token_hex(4)}")))
 
 
 def clear(run: Path) -> None:

@@ -16,6 +16,7 @@ from mlx_finetune.models.quantised_sources import packed_by
 from mlx_finetune.models.tensor_names import names_in_files, tensor_of, transformers_name
 from mlx_finetune.models.weights import tensor_headers
 from mlx_finetune.training.manifest import read_progress
+from mlx_finetune.training.start import adapter_id
 
 # What may differ when a run goes on: where things stand, what computes, and when to look.
 MAY_CHANGE = frozenset({"model", "data", "out", "engine", "device", "dtype", "quantization", "eval_every", "save_every"}) | {
@@ -26,15 +27,21 @@ MAY_CHANGE = frozenset({"model", "data", "out", "engine", "device", "dtype", "qu
 
 def check_settings(checkpoint: Path, config: RunConfig) -> None:
     """Raises UserError where config.yaml was edited after the checkpoint was written."""
-    then, now = read_progress(checkpoint).get("config") or {}, config.to_dict()
+    progress = read_progress(checkpoint)
+    then, now = progress.get("config") or {}, config.to_dict()
     for name in now:
-        if name in then and then[name] != now[name] and not may_change(name, then[name], now[name]):
+        if name not in then or then[name] == now[name]:
+            continue
+        another = name == "adapter_path" and adapter_id(now[name]) != progress.get("adapter")
+        if another or not may_change(name, then[name], now[name]):
             hint = f"put {name}: {then[name]} back into config.yaml, or start a new run"
             raise UserError(f"{checkpoint}: trained with {name} {then[name]!r}, config.yaml says {now[name]!r}", hint=hint)
 
 
 def may_change(name: str, then: Any, now: Any) -> bool:
-    """Whether a run may go on with another value of the setting."""
+    """Whether a run may go on with another value of the setting; of another place of an adapter its origin has to be the same."""
+    if name == "adapter_path":
+        return bool(then and now)
     return name in MAY_CHANGE or (name == "optimizer" and {then, now} <= {"adamw", "adamw_8bit"})  # the same moments
 
 

@@ -59,6 +59,10 @@ class Evaluations:
         if best := checkpoint_folder(run, min(there)[1]) if there else last:
             point(run / "best", best)
 
+    def unmeasured(self, step: int) -> bool:
+        """Whether there is something to measure and no loss of that step, for the process that has the rows of before."""
+        return bool(self.held_out) and all(step != measured for measured, _ in self._measured)
+
     def at(self, step: int) -> bool:
         """Measures, logs, and answers the prompts; whether this is the best after a step of training."""
         better = False
@@ -67,9 +71,13 @@ class Evaluations:
             better = step > 0 and measured.loss < min((loss for _, loss in self._finite), default=math.inf)
             self.metrics.held_out(step, measured.loss, measured.by_source, self._offending(step, measured.by_source))
             self._measured.append((step, measured.loss))
+        self.answer(step)
+        return better
+
+    def answer(self, step: int) -> None:
+        """The prompts, where they are not answered for that step yet."""
         if self._samples:
             self._samples.at(step)
-        return better
 
     def _offending(self, step: int, by_source: dict[str, float]) -> Offending | None:
         """Says which held-out examples give no finite loss, where there are such; by the process that writes."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 GRACE = 2.0  # seconds in which a second Ctrl-C may end what is being done in order; an engine in its own code does not hear it
-LAST_WORDS = b"\ninterrupted at once: what was saved before is whole, --resume goes on from it\n"
+LAST_WORDS = b"\ninterrupted at once\n"
 
 
 @dataclass

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -15,6 +16,7 @@ from mlx_finetune.terminal import say
 
 LOCK = ".lock"  # in a run's folder: who trains there, or did; the file alone holds nothing off
 ELSEWHERE = "choose another --out"
+PATIENCE, BETWEEN = 0.2, 0.01  # seconds: who only looks, as `refuse_running`, holds the lock for a moment
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -55,12 +57,16 @@ def refuse_running(run: Path) -> None:
 
 
 def _acquired(path: Path, hint: str) -> int:
+    until = time.monotonic() + PATIENCE
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(handle)
+            if time.monotonic() < until:
+                time.sleep(BETWEEN)
+                continue
             raise _running(path.parent, hint) from error
         except OSError as error:
             if error.errno not in NO_LOCKS:

@@ -112,14 +112,29 @@ class _Loop:
         self.proven = max(tried, default=0)  # the model as it was after so many steps has given finite numbers
 
     def begin(self) -> None:
-        """Mends `best`, and measures the model as it is at the start; a run that stopped early is over still."""
+        """Mends `best`, and measures the model where it is due and was not; a run that stopped early is over still."""
         if self.first:
             self.look.point_best(self.run)
         if self.start == 0:
             self._measure()
-        elif self.done < self.steps:
+            return
+        if self._is_due():
+            self._catch_up()
+        if self.done < self.steps:
             self.over = self.look.over()
             self.stopped = self.over is not None
+
+    def _catch_up(self) -> None:
+        """What an end between a step and the end of its measurement left out."""
+        if any_of(self.engine.ranks, self.first and self.look.unmeasured(self.done)):
+            better = self._measure()
+        else:
+            better = False
+            with memory_errors(self.done, self.config):
+                self.look.answer(self.done)
+        if self.first and better:
+            point(self.run / "best", checkpoint_folder(self.run, self.done))
+            prune(self.run, self.config.keep)
 
     def step(self, batches: Ahead) -> None:
         """One optimizer step, which changes nothing where loss or gradient is not finite; too many such in a row end the run."""

@@ -1,5 +1,6 @@
 """Whether the machine runs out of memory while a run is on."""
 
+import shlex
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,7 +84,7 @@ def _said(error: BaseException) -> str:
 
 def again(run: str) -> str:
     """The command that goes on with a run."""
-    return f"{COMMANDS[launched()]} train --resume --out {run}"
+    return f"{COMMANDS[launched()]} train --resume --out {shlex.quote(run)}"
 
 
 def less_memory(config: RunConfig) -> str:

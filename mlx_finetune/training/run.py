@@ -82,7 +82,8 @@ def plan_resume(run: Path, overrides: dict[str, Any]) -> Plan:
     """
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: not a run (no config.yaml)", hint="leave out --resume to start one")
-    refuse_running(run)
+    if not rank_of():  # the others may find it locked by the first
+        refuse_running(run)
     before = load_config(run / "config.yaml", {})
     # What an earlier version did not know yet is not asked for: it is as the data was prepared.
     written = {name: value for name, value in before.to_dict().items() if name in before.model_fields_set}
@@ -122,6 +123,7 @@ def _plan(config: RunConfig, run: Path, resumed: bool) -> Plan:
         check_made_from(run, origin)
     config = _as_prepared(config, dataset)
     places = {
+        "adapter_path": config.adapter_path and str(Path(config.adapter_path).resolve()),
         "model": config.model if not Path(config.model).is_dir() else str(model.resolve()),
         "data": str(Path(config.data).resolve()),
     }

@@ -121,8 +121,8 @@ class Samples:
         self._journal = Journal(path, start, NEEDED, "samples") if prompts or path.is_file() else None
 
     def at(self, step: int) -> None:
-        """Greedy answers of the model as it is after `step` steps; training is left as it was."""
-        if self._journal and self._prompts:
+        """Greedy answers of the model as it is after `step` steps unless an earlier start gave them; training is left as it was."""
+        if self._journal and self._prompts and all(row["step"] != step for row in self._journal.kept):
             answers = self._engine.generate_all([prompt.tokens for prompt in self._prompts], self._limit, self._stop)
             self._journal.append(*(self._row(step, number, tokens) for number, tokens in enumerate(answers)))
 

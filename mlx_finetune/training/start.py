@@ -168,4 +168,6 @@ def _tensors(path: Path) -> Arrays:
         open_ordinary(path).close()  # the library waits for a pipe
         return {name: array.astype(np.float32) for name, array in load_file(path).items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}", hint="an adapter has its weights there, as safetensors") from error
+        raise UserError(
+            f"{path}: {getattr(error, 'strerror', None) or error}", hint="an adapter has its weights there, as safetensors"
+        ) from error

@@ -11,11 +11,13 @@ from typing import Any
 from mlx_finetune.errors import UserError
 from mlx_finetune.planning.doctor.findings import Finding, State
 from mlx_finetune.planning.doctor.probe import TOLERANCE
-from mlx_finetune.planning.machine import GIB
+from mlx_finetune.planning.machine import GIB, Machine, this_machine
 
 SECONDS = 120.0  # the first import of torch from a cold disk takes half a minute
 SLOW = 15.0  # GFLOP/s; the reference BLAS in MLX's Linux wheel reaches 2 to 7
 DRIVER = "https://pytorch.org/get-started/locally says which torch fits this machine"
+NVIDIA = Path("/dev/nvidia0")
+CUDA_SHARE = 0.9  # of a GPU's memory
 Probed = dict[str, Any]
 
 
@@ -112,3 +114,14 @@ def all_findings() -> Iterator[Finding]:
         return
     installed = [engine for engine in ("mlx", "torch") if importlib.util.find_spec(engine)]
     yield from engine_findings(name, {engine: probe(engine) for engine in installed}, Path("/dev/nvidia0").exists())
+
+
+def machine_here() -> tuple[Machine, str]:
+    """What a run is planned for, and the engine that `auto` takes: on CUDA the memory is the GPU's."""
+    engine = engine_that_auto_takes()
+    if engine == "torch" and NVIDIA.exists():
+        found = probe("torch")
+        if found.get("cuda"):
+            rule = f"{100 * CUDA_SHARE:.0f} % of the GPU's memory, counted as for MLX"
+            return Machine(found["device"], found["total"], int(CUDA_SHARE * found["total"]), rule, None), engine
+    return this_machine(), engine

@@ -13,14 +13,13 @@ from pathlib import Path
 from mlx_finetune.planning.advice import gb
 from mlx_finetune.planning.doctor import mac
 from mlx_finetune.planning.doctor.findings import Finding, State
-from mlx_finetune.planning.machine import GIB, cpu_name
+from mlx_finetune.planning.machine import GIB, container_limit, cpu_name
 from mlx_finetune.terminal import is_utf8
 
 PYTHON = (3, 11)
 TIGHT = 4 * GIB  # of free memory; a small model takes it
 FULL, LITTLE = GIB, 20 * GIB  # of free disk: nothing can be saved; one model of 7 billion parameters takes 15 GB
 FILES = 1024  # that a process may have open; a server holds one for each connection, a shell of macOS allows 256
-CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 NOT_YOURS: dict[str, tuple[State, str]] = {
     "Hub's cache": ("note", "models cannot be downloaded: export HF_HOME to a folder of yours"),
     "this folder": ("note", "go to a folder of yours: runs are written where you are"),
@@ -85,20 +84,11 @@ def memory_here() -> tuple[int, int]:
     return found.total, found.available
 
 
-def container_limit() -> int | None:
-    """Bytes that a container of Linux may hold; None where there is no limit."""
-    for path in CGROUPS:
-        if path.is_file() and (text := path.read_text(encoding="ascii").strip()).isdigit():
-            return int(text)
-    return None
-
-
 def memory(total: int, free: int, limit: int | None) -> Finding:
     """How much there is, and whether much else is open."""
     told = f"{gb(total)}, {gb(free)} free"
     if limit is not None and limit < total:
-        advice = f"plan with it: mlx-finetune plan --memory {max(1, limit // GIB)}GB"
-        return Finding("memory", "note", f"{told}, but this container may hold {gb(limit)}", advice)
+        return Finding("memory", "note", f"{told}, but this container may hold {gb(limit)}", "plan, init and train count with that")
     if free < TIGHT:
         return Finding("memory", "note", told, "close other programs before you train: even a small model takes some GB")
     return Finding("memory", "ok", told)

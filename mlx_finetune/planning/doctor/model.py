@@ -8,11 +8,12 @@ from mlx_finetune.config import default
 from mlx_finetune.data.template import ChatTemplate
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json
-from mlx_finetune.models.hub import HUB_ID, check_model_folder
+from mlx_finetune.models.hub import HUB_ID, check_model_folder, folder_in_cache, model_folder
 from mlx_finetune.models.mlx_config import check_supported, text_config
 from mlx_finetune.planning.advice import Wanted, choose, gb, needed
+from mlx_finetune.planning.doctor.engines import machine_here
 from mlx_finetune.planning.doctor.findings import Finding, State
-from mlx_finetune.planning.machine import Machine, this_machine
+from mlx_finetune.planning.machine import Machine
 from mlx_finetune.planning.memory import LEARNED_SHARE
 from mlx_finetune.planning.model_shape import model_shape
 
@@ -27,13 +28,17 @@ def model_findings(name: str, engine: str) -> Iterator[Finding]:
     try:
         check_model_folder(folder)
     except UserError as error:
-        yield Finding("model", "fails", error.message, error.hint)
+        if Path(name).expanduser().exists():
+            yield Finding("model", "fails", error.message, error.hint)
+        else:
+            advice = f"the rest of it: hf download {name}; where that says that it has all: {error.hint}"
+            yield Finding("model", "note", f"{name}: only partly on this machine ({error.message})", advice)
         return
     config = read_json(folder / "config.json")
     yield Finding("model", "ok", f"{name}: {text_config(config).get('model_type')}, whole (headers and settings; weights not read)")
     yield from template_findings(folder)
     yield from trained_by(config, engine)
-    yield fits(str(folder), this_machine())
+    yield fits(str(folder), machine_here()[0])
 
 
 def folder_here(name: str) -> Path | None:
@@ -44,16 +49,8 @@ def folder_here(name: str) -> Path | None:
     """
     local = Path(name).expanduser()
     if local.exists() or not HUB_ID.fullmatch(name):
-        from mlx_finetune.models.hub import model_folder
-
         return model_folder(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
+    return folder_in_cache(name)
 
 
 def template_findings(folder: Path) -> Iterator[Finding]:
