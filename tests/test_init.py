@@ -6,6 +6,7 @@ import pty
 import select
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -145,6 +146,7 @@ def typed(arguments: Sequence[str], answers: Sequence[str], folder: Path) -> tup
             break
         shown += part
         if shown.endswith(b"]: ") and left:
+            time.sleep(0.3)  # a Ctrl-C in front of the read itself waits for the next key
             os.write(terminal, left.pop(0).encode())
     else:
         os.kill(child, signal.SIGKILL)
