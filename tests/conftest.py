@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,11 @@ from tiny_models import make_tiny
 import mlx_finetune.engines.mlx  # noqa: F401  before any test imports mlx: its fast BLAS
 from mlx_finetune.cli import main
 from mlx_finetune.models.gguf import find_smollm2, gguf_to_hugging_face
+
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # where this runs in the background of a shell: programs that are started would not hear it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GPTME = Path(__file__).parents[1] / ".venv" / "gptme" / "bin" / "python"
 Answer = tuple[int, str, str]  # of the command line: exit status, stdout, stderr

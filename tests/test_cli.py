@@ -239,7 +239,7 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = {
     "quality out of range": (lambda t, m, d: ["collect", LOGS, "--min-quality", "7", "--out", t / "o"], "--min-quality 7.0"),
     "tags file missing": (
         lambda t, m, d: ["collect", LOGS, "--tags", t / "tags.yaml", "--out", t / "o"],
-        "tags.yaml: no such file",
+        "tags.yaml: No such file",
     ),
     "pattern that is none": (lambda t, m, d: ["collect", LOGS, "--allow", "re:(", "--out", t / "o"], "re:("),
     "chat file of no known shape": (

@@ -15,6 +15,7 @@ from mlx_finetune.data.conversation import Conversation
 from mlx_finetune.data.sources import BadLine, gather, oasst_files, openassistant
 from mlx_finetune.data.sources.openassistant import EVERYTHING, Options
 from mlx_finetune.errors import UserError
+from mlx_finetune.terminal import printable
 
 
 def test_missing_keys_mean_null(tmp_path: Path) -> None:
@@ -312,7 +313,7 @@ def _places(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("name", ["nothing.jsonl", "data/nothing.trees.jsonl.gz", "/no/such/folder", "a\0b", "a/b/c", "x" * 5000])
 def test_a_file_that_is_not_there_is_named_and_never_sought_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oasst_files, "hub_rows", lambda name: pytest.fail(f"{name} was sought on the Hub"))
-    with pytest.raises(UserError, match=re.escape(name[:40])) as error:
+    with pytest.raises(UserError, match=re.escape(printable(name[:40]))) as error:
         read_all(name)
     assert "OpenAssistant/oasst1" in error.value.hint
 

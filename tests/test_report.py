@@ -367,6 +367,6 @@ def test_a_plot_of_characters_fits_its_place_and_shows_the_extremes(plain: bool)
     for width, height in ((44, 10), (100, 20), (200, 50)):
         lines = [line.plain for line in plot_rows(train, valid, width, height, plain)]
         assert max(map(len, lines)) <= width and len(lines) == height and (not plain or "".join(lines).isascii())
-        assert lines[-2].split() == ["0", "step", "300"] and lines[1].strip() and lines[-4].strip()
+        assert lines[-2].split() == ["0", "x", "spike", "step", "300"] and lines[1].strip() and lines[-4].strip()
     only = [line.plain for line in plot_rows(train[:1], [], 40, 10, plain)]
     assert len(only) == 10 and plot_rows([], [], 40, 10) == []
