@@ -18,9 +18,8 @@ import mlx_finetune.engines.mlx  # noqa: F401  before any test imports mlx: its 
 from mlx_finetune.cli import main
 from mlx_finetune.models.gguf import find_smollm2, gguf_to_hugging_face
 
-if (
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # where this runs in the background of a shell: programs that are started would not hear it
+# In the background of a shell a Ctrl-C is ignored, also by the programs that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GPTME = Path(__file__).parents[1] / ".venv" / "gptme" / "bin" / "python"

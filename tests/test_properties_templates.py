@@ -46,7 +46,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_would_be_huge_is_refused_before_it_is_computed(what: str) -> None:
+def test_what_would_be_huge_is_refused_before_it_is_computed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MOST_STEPS", 10**5)
     with pytest.raises(TemplateError, match="may not"):
         compiled(REFUSED[what]).render()
 

@@ -22,7 +22,8 @@ from mlx_finetune.errors import UserError
 MOST = 10**6  # of a count or width that a template may ask for; templates write up to 80
 MOST_TEXT = 2**24  # characters, or items of a list, that a product makes
 MOST_JOINED = 2**26  # characters that are put together
-MOST_STEPS = 10**7  # of one rendering: passes through loops, and calls
+MOST_STEPS = 10**7  # of one rendering: passes through loops; what takes longer counts as several
+CALL, YIELD = 10, 3
 MOST_BITS = 4096  # of a number
 SECONDS, GROWTH, LOOK = 20, 2**30, 0.1  # of one thread; bytes of memory; seconds between two looks
 PERCENT = re.compile(r"%(\([^)]*\))?[-+ #0]*(\*|\d{7,}|\d*\.(\*|\d{7,}))")  # a width of millions, or one that an argument says
@@ -62,7 +63,7 @@ def counted(items: Any) -> Any:
 
 def _counting(items: Iterable[Any]) -> Iterator[Any]:
     for item in items:
-        spend(1)
+        spend(YIELD)
         yield item
 
 

@@ -19,6 +19,7 @@ from jinja2.utils import Namespace, generate_lorem_ipsum
 from jinja2.visitor import NodeTransformer
 
 from mlx_finetune.data.bounds import (
+    CALL,
     WIDE_FILTERS,
     begin,
     bounded,
@@ -106,7 +107,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        spend(1)
+        spend(CALL)
         for value in (*args, *kwargs.values()):
             check_size(value)
         if __obj in (generate_lorem_ipsum, safe_range):
