@@ -34,6 +34,8 @@ def refuse_kernels(path: Path, config: Mapping[str, Any]) -> None:
 
     It does so where the package `kernels` is installed (transformers/integrations/hub_kernels.py).
     """
-    for name in IMPLEMENTATIONS:
-        if "/" in json.dumps(config.get(name)):
+    for name, value in config.items():
+        if name in IMPLEMENTATIONS and "/" in json.dumps(value):
             raise UserError(f"{path}: {name} names code of the Hub, and such code is never run", hint=f"take {name} out of it")
+        if isinstance(value, Mapping):  # of the text model of one that sees
+            refuse_kernels(path, value)

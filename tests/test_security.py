@@ -202,6 +202,9 @@ def test_kernels_of_the_hub_are_not_fetched_because_a_config_says_so(folder: Pat
         edit(base / "config.json", attn_implementation=asked)
         with pytest.raises(UserError, match="attn_implementation"):
             check_model_folder(base)
+    edit(base / "config.json", attn_implementation=None, text_config={"experts_implementation": "somebody/kernel"})
+    with pytest.raises(UserError, match="experts_implementation"):
+        check_model_folder(base)
 
 
 ESCAPES = {
