@@ -4,6 +4,11 @@ import json
 from random import Random
 from typing import Any
 
+from hypothesis import HealthCheck, Phase, settings
+
+# Of property tests: the same cases each time, however long one takes, and none that is made smaller.
+ALIKE = settings(derandomize=True, deadline=None, database=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
+
 # What may stand in place of any JSON value; text stands for itself, so that it may be what `json.dumps` never writes.
 RAW = (
     "null",

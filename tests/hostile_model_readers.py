@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 from hostile_readers import Reader, _dataset, _text
+from small_gguf import llama_of_three_tokens, write
 from tiny_models import CHATML, tiny_tokenizer
 
 from mlx_finetune.config import RunConfig, load_config
@@ -165,27 +166,9 @@ def _read_pickle(folder: Path) -> None:
 
 
 def _gguf(folder: Path) -> None:
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(folder / "small.gguf", "llama")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_embedding_length(8)
-    writer.add_head_count(2)
-    writer.add_context_length(8)
-    writer.add_feed_forward_length(8)
-    writer.add_block_count(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_token_list(["a", "b", "ab"])
-    writer.add_token_types([1, 1, 3])
-    writer.add_token_merges(["a b"])
+    writer = llama_of_three_tokens(folder / "small.gguf", types=(1, 1, 3))
     writer.add_eos_token_id(2)
-    writer.add_tensor("token_embd.weight", np.ones((3, 8), dtype=np.float32))
-    writer.add_tensor("blk.0.attn_q.weight", np.ones((8, 8), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write(writer, {"token_embd.weight": np.ones((3, 8), np.float32), "blk.0.attn_q.weight": np.ones((8, 8), np.float32)})
 
 
 def _read_gguf(folder: Path) -> None:

@@ -196,14 +196,18 @@ def test_an_engine_that_is_not_there_is_refused_by_name() -> None:
         make_config({"engine": "jax"}, "test")
 
 
+# With the weights of seed 0 a choice of experts hangs on the last bit: torch's own gradients move by 2e-4 where weights are rounded.
+SEEDS = {"qwen3_5_moe_text": 2}
+
+
 @pytest.mark.parametrize("model_type", sorted(PROVEN.keys() - {"gpt_neox"}))
 def test_both_engines_agree_on_loss_and_gradient_for_every_proven_architecture(model_type: str, tmp_path: Path) -> None:
-    both_agree(make_tiny(model_type, tmp_path / model_type, tokenizer=False), model_type)
+    both_agree(make_tiny(model_type, tmp_path / model_type, tokenizer=False, seed=SEEDS.get(model_type, 0)), model_type)
 
 
 @pytest.mark.parametrize(("model_type", "text"), SEEING)
 def test_both_engines_train_the_text_model_of_one_that_sees_alike(model_type: str, text: str, tmp_path: Path) -> None:
-    engine = both_agree(make_seeing(model_type, text, tmp_path / model_type), text)
+    engine = both_agree(make_seeing(model_type, text, tmp_path / model_type, seed=SEEDS.get(text, 0)), text)
     assert not any("vis" in name for name in engine.targets)
 
 
@@ -215,8 +219,8 @@ def both_agree(model: Path, model_type: str) -> Engine:
         results[name] = engine.step([random_batch(1), random_batch(2)], 1e-3, seed=0)
         states[name] = engine.state()
     assert results["mlx"].loss == pytest.approx(results["torch"].loss, rel=1e-5)
-    # torch's own gradients move by 2.4e-4 and more where each weight of these is moved by float32's rounding, 6e-8 of itself
-    close = 4e-4 if model_type in ("qwen3_next", "qwen3_5_moe_text") else 1e-4
+    # torch's own norm moves by as much where each weight of this one is moved by float32's rounding, 6e-8 of itself
+    close = 4e-4 if model_type == "qwen3_next" else 1e-4
     assert results["mlx"].grad_norm == pytest.approx(results["torch"].grad_norm, rel=close)
     assert states["mlx"].keys() == states["torch"].keys()
     for name in states["mlx"]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_tokenizers import byte_level
+from small_gguf import llama_of_three_tokens, write
 from test_gguf_tokens import texts
 from test_gguf_write import YARN
 from tiny_models import make_tiny
@@ -111,27 +112,10 @@ def small_gguf(
     more: Mapping[str, int] | None = None,
 ) -> Path:
     """Metadata of a Llama with one tensor and three tokens."""
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(path, architecture)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_embedding_length(8)
-    writer.add_head_count(2)
-    writer.add_context_length(8)
-    writer.add_feed_forward_length(8)
-    writer.add_block_count(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_token_list(["a", "b", "ab"])
-    writer.add_token_types([1, 1, 1])
-    writer.add_token_merges(["a b"])
+    writer = llama_of_three_tokens(path, architecture, pre)
     for key, value in (more or {}).items():
         writer.add_uint32(key, value)
-    writer.add_tensor(tensor, np.zeros((2, 8), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write(writer, {tensor: np.zeros((2, 8), np.float32)})
     return path
 
 

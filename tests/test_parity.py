@@ -37,8 +37,8 @@ ARCHITECTURES = (
     "qwen3_moe",
     "olmoe",
 )
-# A choice of experts hangs on the last bit: where its weights are moved by float32's rounding, torch's own losses move by 4e-4.
-NEAR_A_TIE = ("mixtral", "dora")
+# With the weights of seed 0 a choice of experts hangs on the last bit: torch's own losses move by 4e-4 where weights are rounded.
+SEEDS = {("mixtral", "dora"): 1}
 OFTEN = (("gemma3_text", "lora"), ("phi3", "lora"), ("granite", "dora"), ("olmoe", "lora"), ("qwen3_moe", "dora"))
 EMBEDDINGS = {"target_modules": "q_proj,v_proj,embed_tokens"}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -113,10 +113,11 @@ def test_embeddings_that_are_the_head_too_are_trained_alike(name: str, tmp_path:
 
 @pytest.mark.parametrize(
     ("model_type", "kind"),
-    mostly_long([(one, kind) for one in ARCHITECTURES for kind in ("lora", "dora") if (one, kind) != NEAR_A_TIE], *OFTEN),
+    mostly_long([(one, kind) for one in ARCHITECTURES for kind in ("lora", "dora")], *OFTEN),
 )
 def test_every_kind_of_architecture_is_trained_alike(model_type: str, kind: str, tmp_path: Path) -> None:
-    check_parity(make_tiny(model_type, tmp_path / "model", tokenizer=False), {"fine_tune_type": kind})
+    seed = SEEDS.get((model_type, kind), 0)
+    check_parity(make_tiny(model_type, tmp_path / "model", tokenizer=False, seed=seed), {"fine_tune_type": kind})
 
 
 @pytest.mark.parametrize("model_type", ["gemma3_text", "granite", "qwen3"])

@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from hostile import damaged
+from hostile import ALIKE, damaged
 from hostile_model_readers import CONFIG, PEFT
 from hostile_model_readers import READERS as OF_MODELS
 from hostile_readers import READERS as OF_DATA
 from hostile_readers import Reader, check_message, fresh
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_finetune.config import load_config, make_config, save_config
@@ -22,14 +22,7 @@ from mlx_finetune.reading import plain_yaml
 READERS = OF_DATA | OF_MODELS
 EACH = [pytest.param(name, marks=pytest.mark.long if reader.slow else ()) for name, reader in READERS.items()]
 SECONDS = 10  # for one file; most take some milliseconds
-ALWAYS = settings(
-    max_examples=6,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    phases=(Phase.generate,),
-    suppress_health_check=list(HealthCheck),
-)
+ALWAYS = settings(ALIKE, max_examples=6)
 
 
 def check_damage(reader: Reader, folder: Path, examples: int, mutation: st.SearchStrategy[int]) -> None:

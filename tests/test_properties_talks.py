@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from chats import LLAMA3, PIECES, conversation_of, template_of
 from harmless_texts import harmless_texts
-from hypothesis import HealthCheck, Phase, given, settings
+from hostile import ALIKE
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from secret_texts import FORMS, Chance, secret_samples
 from test_exact import QWEN3
@@ -17,14 +18,7 @@ from mlx_finetune.data.examples import make_examples
 from mlx_finetune.data.redact import Ledger, Rules, redact_text
 from mlx_finetune.data.template import ChatTemplate
 
-FEW = settings(
-    max_examples=40,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    phases=(Phase.generate,),
-    suppress_health_check=list(HealthCheck),
-)
+FEW = settings(ALIKE, max_examples=40)
 COUNTS = [40, pytest.param(400, marks=pytest.mark.long)]
 KIM = Rules.for_person(Path("/home/kim"), "kim", emails=True)
 SAMPLES = tuple(sample.text for sample in secret_samples(5))

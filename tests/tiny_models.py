@@ -191,7 +191,7 @@ EYES: Mapping[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidd
 QWEN_EYES: Mapping[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "out_hidden_size": 64}
 
 
-def make_seeing(model_type: str, text: str, folder: Path, tokenizer: bool = False) -> Path:
+def make_seeing(model_type: str, text: str, folder: Path, tokenizer: bool = False, seed: int = 0) -> Path:
     """As `make_tiny`: a model that sees, with `text` as its text model."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
@@ -204,9 +204,9 @@ def make_seeing(model_type: str, text: str, folder: Path, tokenizer: bool = Fals
     }.get(model_type, QWEN_EYES)
     others = {"audio_config": None} if model_type == "gemma4" else {}
     config = CONFIG_MAPPING[model_type](text_config=settings, vision_config=dict(eyes), **others)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    _randomise(model, 0)
+    _randomise(model, seed)
     model.save_pretrained(folder)
     if tokenizer:
         tiny_tokenizer().save_pretrained(folder)
