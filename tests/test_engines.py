@@ -196,7 +196,7 @@ def test_an_engine_that_is_not_there_is_refused_by_name() -> None:
         make_config({"engine": "jax"}, "test")
 
 
-# With the weights of seed 0 a choice of experts hangs on the last bit: torch's own gradients move by 2e-4 where weights are rounded.
+# With the weights of seed 0 a choice of experts hangs on the last bit: torch's own gradients move by 2e-4 where they are rounded.
 SEEDS = {"qwen3_5_moe_text": 2}
 
 
