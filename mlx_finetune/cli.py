@@ -229,7 +229,7 @@ def ended_by_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is end:
+        if signal.getsignal(signal.SIGTERM) in (end, signal.SIG_IGN):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

@@ -60,6 +60,25 @@ def test_a_run_asked_to_end_still_ends_between_two_steps_and_the_command_line_en
     assert ended.value.code == 143
 
 
+@pytest.mark.parametrize(("processes", "after"), [("1", signal.SIG_DFL), ("2", signal.SIG_IGN)])
+def test_sigterm_is_heard_after_a_run_that_ended_by_itself_but_by_a_launcher_s_processes(
+    processes: str, after: signal.Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    try:
+        with interruptible() as interrupt:
+            interrupt.ending = True
+        assert signal.getsignal(signal.SIGTERM) is after
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_a_command_line_that_sigterm_ended_leaves_the_signal_as_it_was() -> None:
+    with pytest.raises(SystemExit), ended_by_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_processes_of_a_launcher_hear_sigterm_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     before = signal.getsignal(signal.SIGTERM)

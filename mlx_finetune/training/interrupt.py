@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from mlx_finetune.launched import launched
+
 GRACE = 2.0  # seconds in which a second Ctrl-C may end what is being done in order; an engine in its own code does not hear it
 LAST_WORDS = b"\ninterrupted at once\n"
 
@@ -44,7 +46,8 @@ def interruptible() -> Iterator[Interrupt]:
             yield interrupt
         finally:
             for number, handler in before.items():
-                signal.signal(number, signal.SIG_IGN if interrupt.ending and number == signal.SIGTERM else handler)
+                deaf = number == signal.SIGTERM and interrupt.ending and launched()
+                signal.signal(number, signal.SIG_IGN if deaf else handler)
 
 
 @contextmanager
