@@ -89,11 +89,11 @@ def trained_run(plan: "Plan", command: str) -> Done:
     try:
         with training_progress() as advance:
             trained, engine = execute(plan, advance)
+        if engine.ranks.rank == 0:
+            _draw(plan.run)
     except KeyboardInterrupt:
         _say_how_to_go_on(plan.run, command)
         raise
-    if engine.ranks.rank == 0:
-        _draw(plan.run)
     _say_why_it_ended(trained, config, command)
     rate = trained.tokens_learned / trained.seconds if trained.seconds else 0.0
     name, memory = engine.name, engine.peak_memory()

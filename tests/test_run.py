@@ -364,6 +364,18 @@ def test_control_c_ends_it_with_the_command_that_goes_on(engine_name: str, tiny_
     assert (tmp_path / "log").read_text().strip().endswith(f"next: mlx-finetune run {config}")
 
 
+def test_control_c_in_the_last_step_ends_the_road_behind_the_training(tiny_llama: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_llama, engine="mlx", steps=1, eval_every=1, sample_prompts=2, sample_tokens=200)
+    process, metrics = start(config, tmp_path), tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and '"train"' in metrics.read_text()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    ended = f"interrupted: train is done, and saved\nnext: mlx-finetune run {config}"
+    assert (tmp_path / "log").read_text().strip().endswith(ended)
+    assert not (tmp_path / "run/evaluation.json").exists() and not (tmp_path / "tuned").exists()
+
+
 @pytest.mark.long
 def test_a_road_with_torch_is_gone_to_its_end_too(tiny_llama: Path, tmp_path: Path, cli: Cli) -> None:
     config = write_config(tmp_path, tiny_llama, engine="torch", hand_back={"export": ["peft", "gguf", "ollama"]})

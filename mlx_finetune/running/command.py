@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from mlx_finetune.config import parse_assignments
 from mlx_finetune.errors import UserError
 from mlx_finetune.launched import launched
@@ -80,7 +82,11 @@ def run_command(options: RoadOptions) -> None:
         bring_back(road.folder / FILE)
         work = Work(road, State.open(road.folder), options.command, options.newest)
         settle(work, first_run(work))
-        _go(stages_of(work, options.until), work, options)
+        try:
+            _go(stages_of(work, options.until), work, options)
+        except KeyboardInterrupt:  # between two stages, or while one looks
+            say(f"next: {options.command}")
+            raise
 
 
 def stages_of(work: Work, until: str) -> list[Stage]:
@@ -129,6 +135,10 @@ def _go(stages: Sequence[Stage], work: Work, options: RoadOptions) -> None:
         if verdict.acts:
             say(f"\n{number}/{len(stages)} {stage.name}: {verdict.why}")
             _do(one, options)
+            if one.result.pop("asked_to_end", False) and stage is not stages[-1]:
+                say(f"interrupted: {stage.name} is done, and saved")
+                say(f"next: {options.command}")
+                raise typer.Exit(130)
         elif verdict.action == "skip":
             stage.adopt()
         passed.append(one)
@@ -143,10 +153,12 @@ def _do(one: Passed, options: RoadOptions) -> None:
     began = time.perf_counter()
     try:
         done = one.stage.do()
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as error:
         if one.stage.name != "train":  # which says so itself
             say(f"{one.stage.name} was broken off; all before it stays")
             say(f"next: {options.command}")
+        if isinstance(error, KeyboardInterrupt):
+            raise typer.Exit(130) from error
         raise
     one.seconds, one.result = time.perf_counter() - began, dict(done.result)
     if not options.as_json:

@@ -41,6 +41,7 @@ class Trained:
     shortage: str | None = None  # of memory: why it was interrupted
     stopped_early: str | None = None  # why, where patience was at its end before the steps were; then it is not interrupted
     not_applied: int = 0  # steps whose loss or gradient was not finite
+    asked_to_end: bool = False  # a Ctrl-C came, also where it came too late to end anything
 
 
 def total_steps(dataset: Dataset, config: RunConfig) -> int:
@@ -76,7 +77,7 @@ def train(
             interrupt.ending = isinstance(error, PeerGone)
             loop.save_unfinished()
             raise
-    return loop.trained()
+    return loop.trained(interrupt.asked)
 
 
 class NotFinite(UserError):
@@ -201,12 +202,12 @@ class _Loop:
         if self.first and late and self.engine.whole:
             save_checkpoint(self.run, self.engine, self.done, self.config, self.origin)
 
-    def trained(self) -> Trained:
-        """How far it came."""
+    def trained(self, asked: bool) -> Trained:
+        """How far it came; `asked`: by Ctrl-C, which in the last step finds nothing left to end."""
         interrupted = self.done < self.steps and self.over is None
         counts = self.learned, self.seen, self.computed
         shortage = self.shortage if interrupted else None
-        return Trained(self.done, self.steps, interrupted, *counts, self.seconds, shortage, self.over, self.not_applied)
+        return Trained(self.done, self.steps, interrupted, *counts, self.seconds, shortage, self.over, self.not_applied, asked)
 
     def _is_due(self) -> bool:
         return self.done % self.config.eval_every == 0 or self.done == self.steps
