@@ -2,13 +2,8 @@
 
 import errno
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -23,12 +18,13 @@ from mlx_finetune.cli_run import run
 from mlx_finetune.cli_serve import chat, serve
 from mlx_finetune.cli_start import doctor, init
 from mlx_finetune.config import FIELDS, RunConfig, default
-from mlx_finetune.errors import LONGEST, UserError
-from mlx_finetune.launched import launched, rank_of
+from mlx_finetune.ending import Verbs, ended_by_sigterm, heard_everywhere
+from mlx_finetune.errors import LESS, LONGEST, UserError, no_memory
+from mlx_finetune.launched import rank_of
 from mlx_finetune.nearest import hint_of
 from mlx_finetune.terminal import one_line, show_every_sign
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 OF_PLACES = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
 COMPLETING = "_MLX_FINETUNE_COMPLETE"  # set where a shell asks what to offer
@@ -210,29 +206,6 @@ def demo(
     run_demo(out, engine, as_json)
 
 
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """While inside, SIGTERM raises SystemExit, as Python does for Ctrl-C, so that what is half-written is removed.
-
-    A launcher's processes go on as they are: one that waits for another in the engine's own code would not hear it.
-    """
-    mine = threading.current_thread() is threading.main_thread() and not launched()
-    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-
-    def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one would break off the removing
-        sys.exit(128 + number)
-
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGTERM) in (end, signal.SIG_IGN):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb. Exit status 0: done; 2: a mistake of the user, in one line and a hint; 130: interrupted; 143: asked to end."""
     show_every_sign()
@@ -241,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         add_completions(app)
     try:
-        with ended_by_sigterm():
+        with ended_by_sigterm(), heard_everywhere():
             status: Any = app(args=arguments, prog_name="mlx-finetune", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
     except UserError as error:
@@ -253,11 +226,17 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(2)
         _fail(message.rstrip("."), f"{context.command_path if context else 'mlx-finetune'} --help")
     except OSError as error:
+        if no_memory(error):
+            _fail(f"there is no memory left: {error.strerror}", LESS)
         if error.errno in OF_PLACES and error.filename:
             _fail(f"{error.filename!s}: {error.strerror}", "name another place")
         if error.errno not in FULL:
             raise
         _fail(f"{error.filename or 'disk'}: {error.strerror}", "make room, or choose another --out; nothing half-written was kept")
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not no_memory(error):
+            raise
+        _fail(f"there is no memory left: {error.__cause__ or error}".rstrip(": "), LESS)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -91,9 +91,9 @@ def trained_run(plan: "Plan", command: str) -> Done:
             trained, engine = execute(plan, advance)
         if engine.ranks.rank == 0:
             _draw(plan.run)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         _say_how_to_go_on(plan.run, command)
-        raise
+        raise typer.Exit(130) from error
     _say_why_it_ended(trained, config, command)
     rate = trained.tokens_learned / trained.seconds if trained.seconds else 0.0
     name, memory = engine.name, engine.peak_memory()

@@ -1,9 +1,11 @@
 """The one error of a user: what is wrong and where, and what to do next."""
 
+import errno
 import re
 
 LONGEST = 480  # characters of a message
-SHORTAGE = re.compile(r"out of memory|insufficient memory|allocate|bad_alloc|alloc_failed", re.IGNORECASE)
+SHORTAGE = re.compile(r"out of memory|insufficient memory|allocate|bad_alloc|alloc_failed|map segment", re.IGNORECASE)
+LESS = "close other programs, or choose a smaller model: mlx-finetune plan says what a run needs"
 # What code of others raises where it computes with a setting that it did not look at; huggingface_hub has one more of its own.
 REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -28,5 +30,9 @@ def _cut(text: str) -> str:
 
 
 def no_memory(error: BaseException) -> bool:
-    """Whether this is how MLX, torch, numpy or Python say that there is no memory: no fault of what was being read."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and SHORTAGE.search(str(error)) is not None)
+    """Whether this is how MLX, torch, numpy, Python or the loader of libraries say that there is no memory."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | ImportError) and SHORTAGE.search(str(error)) is not None
+    )

@@ -18,7 +18,7 @@ from conftest import Answer
 from killed_runs import finish, log, make_data, measures, same, settings, start, steps_done, writes
 from tiny_models import make_tiny
 
-from mlx_finetune.cli import ended_by_sigterm
+from mlx_finetune.ending import ended_by_sigterm, heard_everywhere
 from mlx_finetune.errors import UserError
 from mlx_finetune.evaluation.compare import find_checkpoint
 from mlx_finetune.export.convert import How, convert
@@ -58,6 +58,59 @@ def test_a_run_asked_to_end_still_ends_between_two_steps_and_the_command_line_en
             assert interrupt.asked
         os.kill(os.getpid(), signal.SIGTERM)
     assert ended.value.code == 143
+
+
+PRESSED = """
+import os, signal, sys
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Press())
+from mlx_finetune.__main__ import main
+main({arguments!r})
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [("mlx_finetune.cli_serve", "nothing was begun"), ("mlx_finetune.data.prepare", "nothing half-written is left")],
+)
+def test_ctrl_c_while_libraries_are_loaded_is_one_line(module: str, said: str, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    arguments = ["prepare", str(tmp_path / "chats.jsonl"), "--model", str(tiny_llama), "--out", str(tmp_path / "data")]
+    program = PRESSED.format(module=module, arguments=arguments)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (130, f"interrupted: {said}"), done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "data").exists()
+
+
+class Removed:
+    """Its removing is where the Ctrl-C falls."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+        sum(range(10))
+
+
+def test_ctrl_c_while_an_object_is_removed_is_heard_behind_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), heard_everywhere():
+        one = Removed()
+        del one
+        time.sleep(0.1)
+        raise AssertionError("not heard")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS does not bound the memory of a process")
+def test_no_memory_for_the_libraries_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (400 << 20,) * 2); "  # less than torch's library has
+    program = limit + "from mlx_finetune.__main__ import main; main()"
+    arguments = ["prepare", str(tmp_path / "chats.jsonl"), "--model", str(tiny_llama), "--out", str(tmp_path / "data")]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "error: there is no memory" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("hint: close other programs")
 
 
 @pytest.mark.parametrize(("processes", "after"), [("1", signal.SIG_DFL), ("2", signal.SIG_IGN)])

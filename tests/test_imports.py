@@ -26,7 +26,7 @@ LAYERS = (
     ),
     (
         "__main__",
-        *"completion cli cli_collect cli_convert cli_evaluate cli_export cli_report cli_run cli_serve cli_start".split(),
+        *"completion ending cli cli_collect cli_convert cli_evaluate cli_export cli_report cli_run cli_serve cli_start".split(),
     ),
 )
 MODULES = sorted(path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py"))
