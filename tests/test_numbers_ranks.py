@@ -1,6 +1,7 @@
 """Several processes agree on what is not applied, and end together."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -34,5 +35,6 @@ def test_two_processes_stop_together_with_one_line_each(engine: str, broken: Pat
     process = start(command(settings(broken, data, tmp_path / "run", engine, gradient_accumulation=99)), engine, True)
     _, err = finished(process)
     assert process.returncode or engine == "mlx"  # mlx.launch gives 0 whatever became of its processes
-    assert err.count("error: steps 1 to 3 were not applied") >= 1 and "Traceback" not in err
+    assert err.count("error: steps 1 to 3 were not applied") >= 1
+    assert not re.search(r'File ".*/mlx_finetune/', err)  # torchrun itself ends with a traceback, of its own
     assert (tmp_path / "run" / "latest").resolve().name == "step-000003"

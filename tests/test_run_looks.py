@@ -219,7 +219,7 @@ def test_a_moved_road_goes_on_from_the_adapter_in_it(tmp_path: Path, tiny_llama:
 
 @pytest.mark.long
 def test_the_record_of_a_run_that_went_on_is_of_what_is_there(tmp_path: Path, tiny_llama: Path, cli: Cli) -> None:
-    config = write_config(tmp_path, tiny_llama, engine="mlx", steps=12, learning_rate=1.0, eval_every=1)
+    config = write_config(tmp_path, tiny_llama, engine="mlx", steps=12, learning_rate=50.0, eval_every=1)  # the loss goes up
     told = "--set=patience=1"
     assert did(cli, config, "train", told)[-1] == "train"
     first = State.open(tmp_path).record("train")

@@ -69,7 +69,7 @@ def values_of(row: Row) -> dict[str, float]:
 def identity(run: Path) -> str:
     """By which trackers know the run again, made at its first start; raises UserError where the file is damaged."""
     path = run / IDENTITY
-    if not path.is_file():
+    if not os.path.lexists(path):
         write_json(path, {"id": secrets.token_hex(6)})
     found = read_json(path)
     if not isinstance(found, dict) or not isinstance(found.get("id"), str):
