@@ -18,6 +18,7 @@ from mlx_finetune.models.hub import HUB_ID, check_model_folder
 from mlx_finetune.nearest import did_you_mean
 from mlx_finetune.road import HandBack
 from mlx_finetune.terminal import Done, finish, printable, progress, say, table
+from mlx_finetune.training.manifest import made_from
 
 ADAPTERS, MODELS = ("peft", "mlx-lm"), ("gguf", "ollama")
 QUANTISATION: str = HandBack.default("quantisation")  # where none is named
@@ -137,7 +138,7 @@ def _export_gguf_adapter(options: ExportOptions) -> Done:
     with atomic_folder(options.out) as folder:
         name = f"{facts.base.rpartition('/')[2]}-lora.gguf"
         write_gguf_adapter(checkpoint, opened.into, folder / name)
-        write_card(folder, facts, {"verified": {}, "versions": versions(RAN)}, "gguf adapter")
+        write_card(folder, facts, {"made_from": made_from(checkpoint), "verified": {}, "versions": versions(RAN)}, "gguf adapter")
     say("what llama.cpp makes of it was not compared with the engine that trained it")
     following = f"llama-server -m BASE.gguf --lora {options.out / name}"
     return Done({"file": str(options.out / name), "out": str(options.out)}, lambda: None, options.out, following)

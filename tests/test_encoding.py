@@ -47,11 +47,37 @@ def with_merges(folder: Path, jinja: str, *merges: tuple[str, str]) -> ChatTempl
     return ChatTemplate.load(folder)
 
 
-def test_a_last_turn_that_the_template_leaves_open_gets_its_end_in_place_of_what_is_written_behind_it(tmp_path: Path) -> None:
+def test_a_last_turn_that_the_template_leaves_open_ends_as_the_turns_before_it(tmp_path: Path) -> None:
     template = ChatTemplate.load(model_folder(tmp_path, BY_NAMES, ROLES, ("<|user|>",)))
-    encoded = template.encode(chat("one", "two", "three", "four"))
-    assert text_of(template, encoded) == "<|user|>one\n<|assistant|>two\n<|user|>three\n<|assistant|>four<|user|>"
-    assert learned(template, encoded) == "two\n<|user|>four<|user|>" and encoded.turns == (1, 3) and encoded.served == 2
+    messages = chat("one", "two", "three", "four")
+    encoded = template.encode(messages)
+    assert text_of(template, encoded) == "<|user|>one\n<|assistant|>two\n<|user|>three\n<|assistant|>four\n<|user|>"
+    assert learned(template, encoded) == "two\n<|user|>four\n<|user|>" and encoded.turns == (1, 3) and encoded.served == 2
+    assert learned(template, template.encode_turn(messages)) == "four\n<|user|>"
+    assert learned(template, template.encode_turn(messages[:2])) == "two\n<|user|>"
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "\n<|im_end|>", "<|endoftext|><|im_end|>", "<|endoftext|> <|im_end|>"])
+def test_a_last_turn_left_open_gets_all_that_stands_behind_an_inner_one_up_to_its_end(tmp_path: Path, end: str) -> None:
+    """What the template writes behind the last turn is not what it writes behind the others."""
+    for name, last in (("nothing", ""), ("a line break", "\n"), ("blanks", " \n ")):
+        open_last = f"({last!r} if loop.last and message['role'] == 'assistant' else {end + chr(10)!r})"
+        template = template_of(tmp_path / name, CHATML.replace("'<|im_end|>' + '\n'", open_last))
+        messages = chat("one", "two", "three", "four")
+        assert learned(template, template.encode(messages)) == f"two{end}four{end}"
+        assert learned(template, template.encode_turn(messages)) == f"four{end}"
+
+
+@pytest.mark.parametrize("last", ["", "\n", "\n\n"])
+def test_a_last_turn_of_calls_left_open_ends_as_one_that_is_answered(tmp_path: Path, last: str) -> None:
+    end = f"({last!r} if loop.last and m.role == 'assistant' else '\n<|im_end|>\n')"
+    jinja = QWEN.replace("{% endfor %}{{ '<|im_end|>\n' }}", f"{{% endfor %}}{{{{ {end} }}}}")
+    template = template_of(tmp_path, jinja.replace("m.content + '<|im_end|>\n'", f"m.content + {end}"))
+    messages = [*chat("go"), calling(call("c", "f", command="ls"))]
+    through = [*messages, Message("tool", "R", tool_call_id="c")]
+    first, again = template.encode(through), learned(template, template.encode(messages))
+    assert learned(template, first).endswith("</tool_call>\n<|im_end|>")
+    assert again == learned(template, first) == learned(template, template.encode_turn(messages))
 
 
 def test_turns_that_end_in_different_ways_are_learned_only_if_a_server_stops_at_them(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_an_engine_that_trained_with_another_scale_is_not_believed(run, handed, 
 def test_verification_json_says_what_was_found_and_nothing_of_the_machine(handed, run):
     folder, found = handed
     report = json.loads((folder / "verification.json").read_text())
-    assert report["version"] == 1 and {"mlx", "mlx-lm", "torch", "transformers", "peft", "mlx-finetune"} <= set(report["versions"])
+    assert report["version"] == 2 and {"mlx", "mlx-lm", "torch", "transformers", "peft", "mlx-finetune"} <= set(report["versions"])
     verified = report["verified"]
     assert verified["passed"] and verified["engine"]["name"] == "mlx"
     assert (verified["missing"], verified["unexpected"]) == ([], [])

@@ -23,25 +23,38 @@ ASKED = (Message("user", "U"), Message("assistant", "A"))
 
 @dataclass(frozen=True)
 class Turn:
-    """A learned turn: characters `start` to `end`, where the control token `ending` begins."""
+    """A learned turn: characters `start` to `end`, where the control token `ending` begins.
+
+    `missing`: the last of the text to `ending`, where the template leaves it out behind the last turn of all.
+    """
 
     start: int
     end: int
     ending: str
+    missing: str = ""
 
     @property
     def span(self) -> Span:
         """All that is learned of it."""
         return Span(self.start, self.end + len(self.ending))
 
+    def closed(self, text: str) -> str:
+        """The rendered chat, with what is missing behind its last turn in place of the blanks that may stand there."""
+        return text[: self.span.end - len(self.missing)] + self.missing if self.missing else text
+
 
 @dataclass(frozen=True)
 class Ends:
-    """The control tokens at which turns end, longest first. `missing`: what is to stand behind the last turn of all."""
+    """The control tokens at which turns end, longest first.
+
+    `missing` is that of the last turn of all, where the template leaves it open and ends it only once the other side has its turn;
+    `before` is what stands between content and it then. A model cannot know which turn is the last: it is to end each one alike.
+    """
 
     tokens: tuple[str, ...]
     stops: bool  # whether a server stops at them
-    missing: str = ""  # where the template leaves the last turn open, and ends it only once the other side has its turn
+    missing: str = ""
+    before: str = ""
 
     def at(self, text: str, specials: Sequence[str], end: int) -> tuple[int, str] | None:
         """The first of them behind the content that ends at `end`, with nothing but blanks and control tokens between."""
@@ -63,21 +76,23 @@ def ends_of(template: "ChatTemplate") -> Ends:
         Refused: no control token follows a turn, or only one that begins the next turn and at which no server stops.
     """
     specials, stops = template.special_texts, template.stop_texts
-    last, inner = (_tokens_behind_answer(template, messages) for messages in (ASKED, (*ASKED, ASKED[0])))
-    if any(special in stops for special in last):
+    last, inner = (_behind_answer(template, messages) for messages in (ASKED, (*ASKED, ASKED[0])))
+    if any(special in stops for _, special in last):
         return Ends(stops, stops=True)
     if last:
-        return Ends(tuple(s for s in specials if s == last[0] or s in stops), stops=False)
-    missing = next((special for special in inner if special in stops), "")
-    if not missing:
-        raise Refused(NO_END)
-    return Ends(stops, True, missing)
+        return Ends(tuple(s for s in specials if s == last[0][1] or s in stops), stops=False)
+    for before, special in inner:
+        if special in stops:
+            return Ends(stops, True, special, before)
+    raise Refused(NO_END)
 
 
-def _tokens_behind_answer(template: "ChatTemplate", messages: Sequence[Message]) -> list[str]:
+def _behind_answer(template: "ChatTemplate", messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """The control tokens behind the answer, each with all that stands between the two."""
     text, spans = locate(template.render, messages)
     assert spans[1]
-    return [special for _, special in _behind(text, template.special_texts, spans[1].end)]
+    end = spans[1].end
+    return [(text[end:place], special) for place, special in _behind(text, template.special_texts, end)]
 
 
 def _behind(text: str, specials: Sequence[str], end: int) -> list[tuple[int, str]]:
@@ -100,12 +115,11 @@ def turn_at(template: "ChatTemplate", text: str, span: Span) -> Turn:
         Refused: none does.
     """
     ends = template.ends
-    found = ends.at(text, template.special_texts, span.end)
-    if found is None and ends.missing and not text[span.end :].strip():
-        found = span.end, ends.missing
-    if found is None:
-        raise Refused(NO_END)
-    return Turn(span.start, *found)
+    if found := ends.at(text, template.special_texts, span.end):
+        return Turn(span.start, *found)
+    if ends.missing and not text[span.end :].strip():
+        return Turn(span.start, span.end + len(ends.before), ends.missing, ends.before + ends.missing)
+    raise Refused(NO_END)
 
 
 def turn_with_calls(
@@ -121,14 +135,17 @@ def turn_with_calls(
     # Not the end of `through` itself: some templates (Qwen3) write the last turn of all in another way than this one.
     begin = span.end if span else start
     last = template.ends.first(through, begin if through.startswith(text[:begin]) else start)
-    end = text.find(last[1], begin) if last else -1
+    if last is None:
+        raise Refused(NO_END)
+    end, missing = text.find(last[1], begin), ""
     if end < 0 and template.ends.missing and index == len(messages) - 1:
-        end = len(text.rstrip())
-    if last is None or end < 0:
+        before = through[len(through[: last[0]].rstrip()) : last[0]]
+        end, missing = len(text.rstrip()) + len(before), before + last[1]
+    if end < 0:
         raise Refused(NO_END)
     written = text[start:end] if not span else text[start : span.start] + text[span.end : end]
     check_written(messages[index].tool_calls, written)
-    return Turn(start, end, last[1])
+    return Turn(start, end, last[1], missing)
 
 
 def _through_calls(template: "ChatTemplate", messages: Sequence[Message], tools: Tools) -> str:
@@ -176,6 +193,7 @@ def emission(template: "ChatTemplate", messages: Sequence[Message], prompt: str,
     if span is None:
         return _rewritten(template, core, thought, text, len(base) if follows else -1)
     turn, start = turn_at(template, text, span), span.end - len(core)
+    text = turn.closed(text)
     lead, tail = text[len(base) : start], text[span.end : turn.end]
     if not follows:
         if _header(template, prompt) != _header(template, text[: span.start]):
@@ -200,6 +218,7 @@ def _rewritten(template: "ChatTemplate", core: str, thought: bool, text: str, st
     place = text.rfind(after)
     if after and place >= 0 and not template.names_control_token(core):
         turn = turn_at(template, text, Span(place, place + len(after)))
+        text = turn.closed(text)
         written = text[start : turn.end] if start >= 0 else ""
         if written and "".join(written.split()) == "".join(core.split()):
             return Emission("", written, "", turn.ending)

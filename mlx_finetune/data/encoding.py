@@ -76,8 +76,7 @@ def encode(template: "ChatTemplate", messages: Sequence[Message], tools: Tools =
     _check_no_control_token(template, messages, tools)
     learned = _learned(template, messages, tools, text, spans)
     for turn in learned.values():
-        if not text.startswith(turn.ending, turn.end):
-            text = text[: turn.end] + turn.ending  # the template leaves the last turn open
+        text = turn.closed(text)
     tokens = _tokenize(
         template, text, [span for span in spans if span and template.names_control_token(text[span.start : span.end])]
     )
@@ -113,14 +112,14 @@ def encode_turn(template: "ChatTemplate", messages: Sequence[Message], tools: To
     _check_no_control_token(template, messages, tools)
     prompt, spans = locate(lambda each: template.render(each, True, tools), before, lenient=True)
     emitted = emission(template, messages, prompt, tools)
-    tokens, start = _joined(template, prompt, emitted)
-    weights = np.zeros(len(tokens.ids), np.float32)
-    weights[tokens.starts >= start] = turn.weight
-    written = prompt + emitted.written
-    placeholders = _hide_secrets(tokens, weights, written, start, len(written))
-    if not start:
+    tokens, fed = _joined(template, prompt, emitted)
+    if not fed:
         raise Refused("nothing stands before the first turn")
-    whose = [*spans, Span(start, len(prompt + emitted.written + emitted.ending))]
+    weights = np.zeros(len(tokens.ids), np.float32)
+    weights[fed:] = turn.weight
+    written = prompt + emitted.written
+    placeholders = _hide_secrets(tokens, weights, written, len(prompt), len(written))
+    whose = [*spans, Span(len(prompt), len(written + emitted.ending))]
     by_role = tokens_by_role([message.role for message in messages], whose, tokens.starts, tokens.ends)
     return Encoded(tokens.ids, weights, (len(before),), (True,), (False,), placeholders, by_role)
 
@@ -136,22 +135,21 @@ def _hide_secrets(tokens: "_Tokens", weights: np.ndarray, text: str, start: int,
 
 
 def _joined(template: "ChatTemplate", prompt: str, emitted: Emission) -> tuple["_Tokens", int]:
-    """The tokens that a server feeds, those of the turn and its end, and the character at which the turn starts."""
+    """The tokens that a server feeds, those of the turn and its end, and how many the first are."""
     text = emitted.written + emitted.ending
-    fed, *places = template.segments.encode(prompt)
+    fed = template.segments.encode(prompt)
     named = template.names_control_token(emitted.core)
     if not named:
         whole = _tokenize(template, prompt + text, [])
-        if np.array_equal(whole.ids[: len(fed)], fed) and (whole.starts[len(fed) :] >= len(prompt)).all():
-            return whole, len(prompt)
+        if np.array_equal(whole.ids[: len(fed[0])], fed[0]) and (whole.starts[len(fed[0]) :] >= len(prompt)).all():
+            return whole, len(fed[0])
     if not template.pieces_join:
         raise Refused("a token straddles the edge of a turn")
     core = Span(len(emitted.lead), len(emitted.lead) + len(emitted.core))
     turn = _tokenize(template, text, [core] if named else [])
-    own, *own_places = moved((turn.ids, turn.starts, turn.ends), len(prompt))
-    before = np.minimum(places[0], len(prompt) - 1), places[1]  # whatever a tokenizer says, none of them is of the turn
-    starts, ends = (np.concatenate(each) for each in zip(before, own_places, strict=True))
-    return _Tokens(np.concatenate([fed, own]), starts, ends, ()), len(prompt)
+    own = moved((turn.ids, turn.starts, turn.ends), len(prompt))
+    ids, starts, ends = (np.concatenate(each) for each in zip(fed, own, strict=True))
+    return _Tokens(ids, starts, ends, ()), len(fed[0])
 
 
 def _learned(

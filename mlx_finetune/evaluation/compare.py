@@ -1,6 +1,6 @@
 """Base against tuned on the same held-out batches, by one engine: the base is the model with its adapter at zero."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,13 +21,14 @@ from mlx_finetune.evaluation.losses import Row, Tokens, held_out, measure, rows_
 from mlx_finetune.evaluation.token_kinds import told_examples
 from mlx_finetune.evaluation.wanted import LOSSES, Wanted
 from mlx_finetune.files import read_json, write_json
+from mlx_finetune.installed import PACKAGES, versions
 from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.weights import fingerprint
 from mlx_finetune.nearest import did_you_mean
 from mlx_finetune.training.checkpoint import Origin, check_origin, resume
 from mlx_finetune.training.checks import check_mlx, check_names, check_settings
 from mlx_finetune.training.held_out import HeldOut
-from mlx_finetune.training.manifest import check_whole, read_progress
+from mlx_finetune.training.manifest import check_whole, is_of, made_from, read_progress
 from mlx_finetune.training.memory_watch import loading
 
 WHERE = {"valid": "", "test": " for a test"}
@@ -58,6 +59,8 @@ class Comparison:
     bootstrap: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] | None = None
     gptme_eval: dict[str, Any] | None = None
+    made_from: dict[str, str] = field(default_factory=dict)  # see training/manifest.py
+    versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -126,12 +129,12 @@ def _note(config: RunConfig, engine: str) -> str:
     return f"both on the base as it is stored; training had it in {config.quantization}"
 
 
-def _before(path: Path, checkpoint: str) -> dict[str, Any] | None:
+def _before(path: Path, made: Mapping[str, str]) -> dict[str, Any] | None:
     """What gptme-eval said of the same checkpoint in an earlier evaluation: it took long; raises UserError where it is damaged."""
     found = read_json(path) if path.is_file() else {}
     if not isinstance(found, dict) or not isinstance(kept := found.get("gptme_eval"), dict | None):
         raise UserError(f"{path}: not what evaluate writes", hint="remove it: evaluate writes it anew")
-    return kept if found.get("checkpoint") == checkpoint else None
+    return kept if is_of(found, made) else None
 
 
 def compare(
@@ -143,7 +146,8 @@ def compare(
         UserError: the run has no such checkpoint, or nothing was held out.
     """
     config, model, folder = open_run(run, checkpoint, engine)
-    of_gptme = _before(run / "evaluation.json", folder.name)
+    made = made_from(folder)
+    of_gptme = _before(run / "evaluation.json", made)
     material = Material.of(Dataset.open(Path(config.data)), model, config.batch_size, wanted)
     opened = open_tuned(config, model, material.dataset, folder)
     tuned, state = material.measure(opened, "tuned", progress), opened.state()
@@ -153,7 +157,7 @@ def compare(
     opened.load_state(state, step)
     comparison = replace(material.compared(base, tuned), checkpoint=folder.name, step=step, engine=opened.name)
     note = "; ".join(filter(None, (_note(config, opened.name), comparison.note)))
-    comparison = replace(comparison, note=note, gptme_eval=of_gptme)
+    comparison = replace(comparison, note=note, gptme_eval=of_gptme, made_from=made, versions=versions(PACKAGES))
     write_json(run / "evaluation.json", comparison.to_json())
     return comparison, opened
 
@@ -176,7 +180,8 @@ def measure_model(
     with loading(model):
         opened = open_engine(for_a_look(config, name), model, adapted=False)
     base = material.measure(opened, "model", progress)
-    return replace(material.compared(base, None), engine=opened.name)
+    made = {"model": fingerprint(model), "data": material.dataset.id}
+    return replace(material.compared(base, None), engine=opened.name, made_from=made, versions=versions(PACKAGES))
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from mlx_finetune.export.rows import HEAD_WEIGHT
 from mlx_finetune.files import atomic_folder, read_json, write_json
 from mlx_finetune.models.mlx_config import is_tied, text_config
 from mlx_finetune.models.weights import TensorLocation, file_headers, read_float32, tensor_headers
+from mlx_finetune.training.manifest import made_from
 
 Format = Literal["peft", "mlx-lm"]
 FORMATS: tuple[Format, ...] = ("peft", "mlx-lm")
@@ -81,7 +82,7 @@ def export_adapter(
         if template:
             write_template(folder, template)
         opened = check_readers(model, checkpoint, folder, formats)
-        report = write_report(folder, asdict(opened))
+        report = write_report(folder, asdict(opened), made_from(checkpoint))
         if facts is not None:
             write_card(folder, facts, report, "adapter")
         size = sum(path.stat().st_size for path in folder.iterdir())

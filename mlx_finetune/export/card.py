@@ -25,6 +25,13 @@ WHAT: Mapping[Kind, str] = {
     "gguf": "fine-tuned, as GGUF,",
     "gguf adapter": "with an adapter as GGUF, to be loaded beside a GGUF of it,",
 }
+MADE_FROM = {
+    "checkpoint": "checkpoint",
+    "sha256": "checkpoint, SHA-256 of its manifest",
+    "data": "prepared data, by content",
+    "model": "base model, by content",
+    "adapter": "adapter that it began with, by content",
+}
 CARRIED = ("license", "license_name", "license_link", "language")  # of the base's card
 SHARE_ALIKE = re.compile(r"cc-by(?:-nc)?-sa|a?gpl|lgpl|odbl|osl|mpl|eupl|cecill", re.IGNORECASE)
 PUBLIC_DATA = {"openassistant": "[OpenAssistant](https://huggingface.co/OpenAssistant)"}
@@ -43,7 +50,8 @@ def card(facts: Facts, report: Mapping[str, Any], kind: Kind = "model") -> str:
     of_base, below = split_card(facts.base_card)
     formats = {*report["verified"].get("readers", ()), *report["verified"].get("not_asked", ())}  # of an adapter
     sections = [_about(facts, kind), _data(facts), _method(facts), _results(facts), _serving(facts, kind, formats)]
-    sections += [_verification(report["verified"], kind), _licence(facts, of_base), _versions(facts, report["versions"])]
+    sections += [_verification(report["verified"], kind), _licence(facts, of_base), _made_from(report.get("made_from", {}))]
+    sections.append(_versions(facts, report["versions"]))
     text = front_matter(facts, of_base, kind, formats) + "\n" + "\n\n".join(filter(None, sections)) + "\n"
     return text + (
         f"\n---\n\nThe card of the base model, {_code(facts.base)}:\n\n{below[:MOST].strip()}\n" if below.strip() else ""
@@ -208,7 +216,7 @@ def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
             found |= _flat(value, f"{name}: ")
         elif isinstance(value, list):
             found[name] = ", ".join(map(str, value)) or "none"
-        elif value is not None:
+        elif value not in (None, ""):
             found[name] = value
     return found
 
@@ -229,6 +237,12 @@ def _licence(facts: Facts, of_base: Mapping[str, Any]) -> str:
     if "gptme" in facts.sources:
         lines.append("The gptme conversations are private and no part of this; a model can repeat what it was trained on.")
     return "## Licence\n\n" + " ".join(lines)
+
+
+def _made_from(made: Mapping[str, str]) -> str:
+    """By content: who has the same data and base can tell that they are the same."""
+    rows = [(MADE_FROM[key], _code(value)) for key, value in made.items() if key in MADE_FROM]
+    return f"## Made from\n\n{_table(('what', 'is'), rows)}" if rows else ""
 
 
 def _versions(facts: Facts, now: Mapping[str, str]) -> str:

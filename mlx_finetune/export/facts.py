@@ -13,7 +13,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.files import DAMAGED, read_json
 from mlx_finetune.models.hub import HUB_ID
 from mlx_finetune.models.origin import read_origin
-from mlx_finetune.training.manifest import read_progress
+from mlx_finetune.training.manifest import is_of, made_from, read_progress
 from mlx_finetune.training.metrics import read_metrics
 
 CACHED = re.compile(r"models--([A-Za-z0-9][\w.-]*)--([A-Za-z0-9][\w.-]*)/snapshots/")  # as the Hub's cache names folders
@@ -114,7 +114,7 @@ def read_facts(run: Path, checkpoint: Path, model: Path, config: RunConfig, base
         step=int(progress["step"]),
         engine=str(progress.get("engine", config.engine)),
         trained_with={str(key): str(value) for key, value in (progress.get("versions") or {}).items()},
-        held_out=_held_out(run, checkpoint.name, int(progress["step"])),
+        held_out=_held_out(run, made_from(checkpoint), int(progress["step"])),
         role_policy=str((info.get("role_policy") or {}).get("what", "")),
     )
 
@@ -154,11 +154,11 @@ def _targets(checkpoint: Path) -> list[str]:
     return sorted({module.rpartition(".")[2] for module in modules})
 
 
-def _held_out(run: Path, checkpoint: str, step: int) -> HeldOut | None:
+def _held_out(run: Path, made: Mapping[str, str], step: int) -> HeldOut | None:
     """Of `evaluate` where it looked at this checkpoint, else of the run's own looks before the first step and at this one."""
     path = run / "evaluation.json"
     found = read_json(path) if path.is_file() else {}
-    if isinstance(found, Mapping) and found.get("checkpoint") == checkpoint:
+    if isinstance(found, Mapping) and is_of(found, made):
         try:
             losses = _losses(found["base"], found["tuned"], found["tuned"].get("tokens"))
             return replace(losses, compared=tuple(_compared(found)), split=str(found.get("split", "valid")))

@@ -9,11 +9,12 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.export.adapter import Adapter, Pair, read_adapter
 from mlx_finetune.export.changes import base_weights, is_full
 from mlx_finetune.export.gguf_kinds import storage
-from mlx_finetune.export.gguf_metadata import read_config
+from mlx_finetune.export.gguf_metadata import read_config, write_made_from
 from mlx_finetune.export.gguf_write import GGUFSummary, Tensor, announce, finish, heads_of, need_gguf, new_file
 from mlx_finetune.files import refuse_existing
 from mlx_finetune.models.gguf_names import Naming, gguf_name
 from mlx_finetune.models.weights import read_float32
+from mlx_finetune.training.manifest import made_from
 
 FUSE = "fuse it, and export the fused model"
 
@@ -50,6 +51,7 @@ def write_gguf_adapter(checkpoint: Path, model: Path, out: Path) -> GGUFSummary:
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, _alpha(adapter))
         writer.add_name(checkpoint.resolve().name)
+        write_made_from(writer, made_from(checkpoint))
         writer.add_file_type(int(LlamaFileType.ALL_F32))
         announce(writer, tensors)
         finish(writer, path, tensors)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from mlx_finetune.errors import REFUSALS, UserError
+from mlx_finetune.export.card import MADE_FROM
+from mlx_finetune.export.report import FILE as REPORT
 from mlx_finetune.files import read_json
 from mlx_finetune.models.gguf_names import NAMINGS, Naming
 
@@ -222,3 +224,12 @@ def write_card(writer: Any, model: Path, like_phi3: bool) -> None:
         card.name = PHI3.sub("Phi 3", name)
     card.size_label = card.size_label or gguf.size_label(total, shared, expert, experts)
     card.set_gguf_meta_model(writer)
+    report = read_json(model / REPORT) if (model / REPORT).is_file() else {}
+    write_made_from(writer, report.get("made_from") if isinstance(report, dict) else None)
+
+
+def write_made_from(writer: Any, made: Any) -> None:
+    """As keys of our own, `mlx-finetune.checkpoint` and so on; `made`: of verification.json, or None."""
+    for key, value in made.items() if isinstance(made, dict) else ():
+        if key in MADE_FROM and isinstance(value, str):
+            writer.add_string(f"mlx-finetune.{key}", value)

@@ -7,17 +7,18 @@ from typing import Any
 from mlx_finetune.files import write_json
 from mlx_finetune.installed import PACKAGES, versions
 
-FILE, VERSION = "verification.json", 1
+FILE, VERSION = "verification.json", 2
 RAN = (*PACKAGES, "peft")
 
 
-def write_report(folder: Path, verified: Mapping[str, Any]) -> dict[str, Any]:
+def write_report(folder: Path, verified: Mapping[str, Any], made: Mapping[str, str]) -> dict[str, Any]:
     """Writes verification.json and gives it back.
 
-    version: of these keys. verified: what `Verified` (verify.py) or `Opened` (adapter_folder.py) says, by its field names.
+    version: of these keys. made_from: see `training/manifest.py`. verified: what `Verified` (verify.py) or `Opened`
+    (adapter_folder.py) says, by its field names.
     versions: of the packages that were asked, by name.
     """
-    report = {"version": VERSION, "verified": dict(verified), "versions": versions(RAN)}
+    report = {"version": VERSION, "made_from": dict(made), "verified": dict(verified), "versions": versions(RAN)}
     write_json(folder / FILE, report)
     return report
 

@@ -44,6 +44,7 @@ from mlx_finetune.export.verified import Backend, InEngine, Verified
 from mlx_finetune.export.verify_weights import verify_weights
 from mlx_finetune.files import atomic_folder
 from mlx_finetune.terminal import say
+from mlx_finetune.training.manifest import made_from
 
 __all__ = ["PROBE_TEXTS", "InEngine", "VerificationError", "Verified", "fuse_and_verify", "verify"]
 
@@ -97,7 +98,7 @@ def fuse_and_verify(
             raise UserError(f"{checkpoint}: {what}; {out} was not written", hint="train longer, or with a higher learning_rate")
         if not verified.passed:
             raise VerificationError(f"{out} was not written: the fused model is not base + what was trained: {verified}")
-        report = write_report(folder, asdict(verified))
+        report = write_report(folder, asdict(verified), made_from(checkpoint))
         if facts is not None:
             write_card(folder, facts, report)
     return fused, verified

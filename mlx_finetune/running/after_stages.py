@@ -13,7 +13,7 @@ from mlx_finetune.running.stage import Made, MadeInRun, Work
 from mlx_finetune.running.train_stage import made_of
 from mlx_finetune.terminal import Done
 from mlx_finetune.training.checkpoint import TEMPLATE
-from mlx_finetune.training.manifest import MANIFEST, sha256
+from mlx_finetune.training.manifest import made_from, sha256
 
 OF_REPORT = ("metrics.jsonl", "samples.jsonl", "evaluation.json", "config.yaml")  # files of a run that its page shows
 
@@ -21,9 +21,7 @@ OF_REPORT = ("metrics.jsonl", "samples.jsonl", "evaluation.json", "config.yaml")
 def checkpoint_of(work: Work) -> dict[str, Any]:
     """What is handed back of the run: its name and what tells its bytes from others."""
     folder = find_checkpoint(work.found["train"], work.road.hand_back.checkpoint)
-    manifest = folder / MANIFEST
-    whole = sha256(manifest) if manifest.is_file() else sha256(folder / "progress.json")
-    return {"checkpoint": f"{work.found['train'].name}/{folder.name} {whole[:16]}"}
+    return {"checkpoint": f"{work.found['train'].name}/{folder.name} {made_from(folder)['sha256'][:16]}"}
 
 
 class EvaluateStage(MadeInRun):

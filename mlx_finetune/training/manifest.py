@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,28 @@ def read_progress(folder: Path) -> dict[str, Any]:
     if named and int(named[1]) != progress["step"]:
         raise UserError(f"{folder}: holds the checkpoint of step {progress['step']}", hint="give the folder its own name back")
     return progress
+
+
+def made_from(checkpoint: Path) -> dict[str, str]:
+    """What tells a checkpoint, or an adapter from elsewhere, from any other: contents by their hashes, no place on a machine.
+
+    checkpoint: the folder's name; sha256: of its manifest, which has that of each file, or of the file that holds its weights.
+    data, model, adapter: what the run learned from, by content, and the adapter that it began with.
+    """
+    name = checkpoint.resolve().name
+    if not (checkpoint / PROGRESS).is_file():
+        files = sorted(path for path in checkpoint.glob("*.safetensors") if path.name != MOMENTS)
+        return {"adapter": sha256(files[0])} if files else {}
+    whole, progress = checkpoint / MANIFEST, read_progress(checkpoint)
+    found = {"checkpoint": name, "sha256": sha256(whole if whole.is_file() else checkpoint / PROGRESS)}
+    return found | {key: str(progress[key]) for key in ("data", "model", "adapter") if progress.get(key)}
+
+
+def is_of(evaluation: Mapping[str, Any], made: Mapping[str, str]) -> bool:
+    """Whether an evaluation.json is of this checkpoint: by its name, and where it says so by its content."""
+    told = evaluation.get("made_from")
+    same = not isinstance(told, dict) or not told or told.get("sha256") == made.get("sha256")
+    return same and evaluation.get("checkpoint") == made.get("checkpoint")
 
 
 def check_whole(folder: Path, moments: bool = True) -> dict[str, Any]:
