@@ -235,6 +235,19 @@ def test_who_comes_when_it_is_full_is_sent_away_at_once(run: Path) -> None:
         assert first[0].recv(100).startswith(b"HTTP/1.1 200")
 
 
+def test_who_takes_nothing_of_its_answers_is_let_go_of(run: Path) -> None:
+    ask = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100
+    with running(run, taken_within=1, most=1) as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.settimeout(5)
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):  # once all buffers between the two are full, and time is over
+            for _ in range(100_000):
+                connection.sendall(ask)
+        health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        assert server.raw(health).startswith(b"HTTP/1.1 200")  # the only place is free again
+
+
 def test_who_opens_many_connections_does_not_keep_others_out(server: Running, right: str) -> None:
     held = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(3 * MOST)]
     try:

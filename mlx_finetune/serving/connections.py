@@ -7,16 +7,20 @@ if TYPE_CHECKING:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_WITHIN = 20.0  # seconds for the first line and the headers of a request, from the connection or the answer before on
+TAKEN_WITHIN = 60.0  # seconds in which a client takes some of an answer that waits for it
 MOST_CONNECTIONS = 256  # at once; others are closed as they come
 
 
-def protocol_class(head_within: float = HEAD_WITHIN, most: int = MOST_CONNECTIONS) -> "type[H11Protocol]":
+def protocol_class(
+    head_within: float = HEAD_WITHIN, most: int = MOST_CONNECTIONS, taken_within: float = TAKEN_WITHIN
+) -> "type[H11Protocol]":
     """uvicorn's protocol with these bounds. Imported here: uvicorn is an extra."""
     import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Bounded(H11Protocol):
         _hurry: asyncio.TimerHandle | None = None
+        _stalled: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -27,7 +31,27 @@ def protocol_class(head_within: float = HEAD_WITHIN, most: int = MOST_CONNECTION
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
+            self._taken()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            """The client takes nothing, and the buffers are full."""
+            super().pause_writing()
+            self._stalled = self._stalled or self.loop.call_later(taken_within, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._taken()
+
+        def _taken(self) -> None:
+            if self._stalled is not None:
+                self._stalled.cancel()
+                self._stalled = None
+
+        def _close(self) -> None:
+            """Once what waits is taken, or after some time without it."""
+            self.transport.close()
+            self._stalled = self._stalled or self.loop.call_later(taken_within, self.transport.abort)
 
         def handle_events(self) -> None:
             try:
@@ -51,7 +75,7 @@ def protocol_class(head_within: float = HEAD_WITHIN, most: int = MOST_CONNECTION
             if self.cycle is not None and not self.cycle.response_complete:
                 self._stop_waiting()
             elif self._hurry is None and not self.transport.is_closing():
-                self._hurry = self.loop.call_later(head_within, self.transport.close)
+                self._hurry = self.loop.call_later(head_within, self._close)
 
         def _stop_waiting(self) -> None:
             if self._hurry is not None:
