@@ -91,6 +91,15 @@ def test_what_a_crash_left_is_mended_and_what_was_kept_for_another_model_is_not_
     data.write_bytes(data.read_bytes()[:-1000])
     check_alike(plain, first_step(models["llama"], batches(family()), **kept))
     assert whole < len(computed) <= 2 * whole
+    before = len(computed)
+    content = bytearray(data.read_bytes())
+    content[2000:6096] = bytes(4096)  # as a power cut leaves a page that never came to the disk
+    data.write_bytes(content)
+    check_alike(plain, first_step(models["llama"], batches(family()), **kept))
+    assert len(computed) > before
+    before = len(computed)
+    check_alike(plain, first_step(models["llama"], batches(family()), **kept))
+    assert len(computed) == before
     other = make_tiny("llama", tmp_path / "other", tokenizer=False, seed=9)
     before = len(computed)
     check_alike(first_step(other, batches(family()), **LAST), first_step(other, batches(family()), **kept))

@@ -25,11 +25,14 @@ STORED: dict[mx.Dtype, np.dtype[Any]] = {
 }
 
 
+FORMAT = 2  # of the index
+
+
 class Trunk:
     """The frozen layers below, and a file of what they make of each row of tokens.
 
-    Rows stand in `states.bin` one after the other; a line of `index.jsonl`, written behind them, says where. What a crash cut
-    off is written again.
+    Rows stand in `states.bin` one after the other; a line of `index.jsonl`, written behind them, says where, and their digest.
+    What a crash or a power cut has left otherwise is written again.
     """
 
     def __init__(self, parts: Parts, folder: Path, key: dict[str, Any]) -> None:
@@ -44,15 +47,16 @@ class Trunk:
         if not self._below:
             raise UserError("cache_trunk: every layer learns, so nothing can be kept", hint="set num_layers, or leave it out")
         self._data, self._index, self._key = folder / "states.bin", folder / "index.jsonl", folder / "key.json"
-        self._what = json.loads(json.dumps(key | {"layers": self._below}))
-        self._places: dict[str, tuple[int, int]] | None = None  # of a row: its first token in the file, and how many it has
+        self._what = json.loads(json.dumps(key | {"layers": self._below, "format": FORMAT}))
+        # Of a row: its first token in the file, how many it has, and the digest of an earlier run that was not compared yet.
+        self._places: dict[str, tuple[int, int, str]] | None = None
         self._width, self._dtype = 0, mx.float32
 
     def states(self, model: Any, inputs: mx.array, layouts: Any, rows: tuple[Placed, ...]) -> mx.array:
         """[B, T, D] for `inputs` [B, T]: from the file where all of its rows are there, else computed and written."""
         places = self._places = self._opened() if self._places is None else self._places
         names = [_name(row.inputs) for row in rows]
-        if not all(name in places for name in names):
+        if not all([name in places and self._sound(places, name) for name in names]):  # each of them is looked at
             states = self._compute(model, inputs, layouts)
             flat = states.reshape(-1, states.shape[-1])
             for name, row in zip(names, rows, strict=True):
@@ -61,10 +65,22 @@ class Trunk:
             return states
         found = np.zeros((inputs.size, self._width), STORED[self._dtype])
         for name, row in zip(names, rows, strict=True):
-            first, count = places[name]
-            found[row.where] = np.memmap(self._data, found.dtype, "r", first * self._width * found.itemsize, (count, self._width))
+            found[row.where] = self._read(*places[name][:2])
         states = mx.array(found)
         return (states.view(mx.bfloat16) if self._dtype == mx.bfloat16 else states).reshape(*inputs.shape, self._width)
+
+    def _read(self, first: int, count: int) -> np.ndarray:
+        kind = STORED[self._dtype]
+        return np.memmap(self._data, kind, "r", first * self._width * kind.itemsize, (count, self._width))
+
+    def _sound(self, places: dict[str, tuple[int, int, str]], name: str) -> bool:
+        """Whether the file holds what was written; else it is taken out of `places`. Compared once a run."""
+        first, count, digest = places[name]
+        if digest and _digest(self._read(first, count)) != digest:
+            del places[name]
+            return False
+        places[name] = first, count, ""
+        return True
 
     @contextmanager
     def given(self, states: mx.array) -> Iterator[None]:
@@ -92,7 +108,7 @@ class Trunk:
         self._dtype, self._width = met[0].dtype, met[0].shape[-1]
         return met[0]
 
-    def _write(self, name: str, states: mx.array) -> tuple[int, int]:
+    def _write(self, name: str, states: mx.array) -> tuple[int, int, str]:
         array = np.array(states.view(mx.uint16) if self._dtype == mx.bfloat16 else states)
         first = self._data.stat().st_size // (self._width * array.itemsize) if self._data.exists() else 0
         try:
@@ -100,33 +116,36 @@ class Trunk:
                 file.seek(first * self._width * array.itemsize)
                 file.write(array.tobytes())
             with self._index.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps([name, first, *array.shape, KINDS[self._dtype]]) + "\n")
+                lines.write(json.dumps([name, first, *array.shape, KINDS[self._dtype], _digest(array)]) + "\n")
         except OSError as error:
             hint = "make room, or leave cache_trunk out; the last checkpoint is kept: --resume goes on"
             raise UserError(f"{self._data}: {error.strerror}", hint=hint) from error
-        return first, len(array)
+        return first, len(array), ""
 
-    def _opened(self) -> dict[str, tuple[int, int]]:
+    def _opened(self) -> dict[str, tuple[int, int, str]]:
         if self._key.exists() and read_json(self._key) == self._what:
-            return self._known()
+            places = self._known()
+            with self._index.open("a", encoding="utf-8") as lines:
+                lines.write("\n")  # behind a line that was cut off
+            return places
         self._data.parent.mkdir(parents=True, exist_ok=True)
         for path in (self._index, self._data):
             path.unlink(missing_ok=True)
         write_json(self._key, self._what)
         return {}
 
-    def _known(self) -> dict[str, tuple[int, int]]:
-        """What an earlier run left that is whole."""
-        places: dict[str, tuple[int, int]] = {}
+    def _known(self) -> dict[str, tuple[int, int, str]]:
+        """What an earlier run left that is not cut off."""
+        places: dict[str, tuple[int, int, str]] = {}
         size = self._data.stat().st_size if self._data.exists() else 0
         for line in self._index.read_text(encoding="utf-8").splitlines() if self._index.exists() else ():
             try:
-                name, first, count, self._width, kind = json.loads(line)
+                name, first, count, self._width, kind, digest = json.loads(line)
             except ValueError:
-                break  # a crash fell into it
+                continue  # a crash fell into it
             self._dtype = next(dtype for dtype, named in KINDS.items() if named == kind)
             if (first + count) * self._width * STORED[self._dtype].itemsize <= size:
-                places[name] = first, count
+                places[name] = first, count, digest
         return places
 
 
@@ -141,6 +160,10 @@ class _Instead:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
+
+
+def _digest(states: np.ndarray) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(states).data, digest_size=16).hexdigest()
 
 
 def _name(inputs: np.ndarray) -> str:
