@@ -21,14 +21,16 @@ DAMAGED = "bring the file back, or make its folder again"
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[str]]:
+def atomic_file(path: Path, private: bool = False) -> Iterator[IO[str]]:
     """A UTF-8 text file that takes its name only when it is whole and on the disk; on an error the old file stays.
+
+    `private`: nobody else on this machine may read it, whatever the umask.
 
     Raises:
         UserError: nothing can be written there.
         OSError: there is no room for it; it names the file.
     """
-    with _atomic(path, "w", encoding="utf-8", newline="\n") as file:
+    with _atomic(path, "w", private, encoding="utf-8", newline="\n") as file:
         yield file
 
 
@@ -39,7 +41,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _atomic(path: Path, mode: str, **how: Any) -> Iterator[IO[Any]]:
+def _atomic(path: Path, mode: str, private: bool = False, **how: Any) -> Iterator[IO[Any]]:
     with _place_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=half_made(path))
@@ -49,7 +51,7 @@ def _atomic(path: Path, mode: str, **how: Any) -> Iterator[IO[Any]]:
             yield file
             file.flush()
             _to_disk(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o600 if private else 0o666 & ~_umask())
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
@@ -61,10 +63,11 @@ def _atomic(path: Path, mode: str, **how: Any) -> Iterator[IO[Any]]:
 
 
 @contextmanager
-def atomic_folder(path: Path, replace_old: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, replace_old: bool = False, private: bool = False) -> Iterator[Path]:
     """A folder that takes its name only when the block ends without an error.
 
-    With `replace_old` the folder that has the name gives way at the very end; until then it stays as it is.
+    With `replace_old` the folder that has the name gives way at the very end; until then it stays as it is, and hands on who may
+    enter. `private`: a new one is for nobody else on this machine, whatever the umask.
 
     Raises:
         UserError: `path` exists, for nothing is overwritten unasked, or nothing can be written there.
@@ -76,7 +79,11 @@ def atomic_folder(path: Path, replace_old: bool = False) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=half_made(path)))
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        for file in temporary.iterdir():  # safetensors writes for oneself alone
+            if file.is_file() and not file.is_symlink():
+                file.chmod(0o666 & ~_umask())
+        old = replace_old and path.is_dir()
+        temporary.chmod(path.stat().st_mode & 0o777 if old else 0o700 if private else 0o777 & ~_umask())
         sync_folder(temporary)
         if replace_old:
             _swap(temporary, path)

@@ -27,7 +27,7 @@ SHARE = 80  # width of the bar of a learned share
 
 def write_page(path: Path, statistics: Mapping[str, Any], shown: Sequence[ShownExample], lengths: np.ndarray) -> None:
     """Writes the page, whole or not at all. `lengths`: int [N], tokens of every example of the split, shown or not."""
-    with atomic_file(path) as file:
+    with atomic_file(path, private=True) as file:
         file.writelines(page(statistics, shown, lengths))
 
 

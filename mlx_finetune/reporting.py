@@ -65,7 +65,7 @@ def write_report(run: Path, out: Path) -> OfRun:
     check_matplotlib()
     found = of_run(run)
     articles, missing = learned_examples(found)
-    with atomic_file(out) as file:
+    with atomic_file(out, private=True) as file:
         file.writelines(page(found, articles, missing))
     return found
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,4 +123,5 @@ def test_the_prepared_data_says_of_which_conversations_and_model_it_is(made: Mad
     told = "prepare", made.run.parent / "gptme.jsonl", "--model", model, "--max-length", "256"
     assert cli(*told, "--out", tmp_path / "out")[0] == 0
     found = read_json(tmp_path / "out" / "dataset.json")
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out", made.run)] == [0o700, 0o700]  # for nobody else
     assert found["model_fingerprint"] == made.model and found["conversations"] and found["id"]

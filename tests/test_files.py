@@ -121,3 +121,22 @@ def test_what_is_not_json_is_named(tmp_path: Path, content: bytes | None, reason
 def test_a_folder_in_place_of_a_json_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="directory"):
         read_json(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_what_is_private_is_so_whatever_the_umask_and_stays_as_a_person_opened_it(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        for replaces, opened in ((False, 0o700), (True, 0o750)):
+            with atomic_folder(tmp_path / "out", replace_old=replaces, private=True) as folder:
+                (folder / "a").touch(0o600)
+            assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == opened
+            (tmp_path / "out").chmod(0o750)
+        with atomic_folder(tmp_path / "shared") as folder:
+            (folder / "a").touch(0o600)
+        with atomic_file(tmp_path / "page", private=True) as file:
+            file.write("a")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "page").stat().st_mode) == 0o600
+    assert [stat.S_IMODE((tmp_path / "shared" / name).stat().st_mode) for name in ("", "a")] == [0o755, 0o644]

@@ -81,7 +81,7 @@ def collect(
     if earlier and not update:
         _refuse_without_update(out, earlier)
     known = {unit.key: unit for unit in read_index(out)} if earlier and not set(earlier.changed) - {"rendered_with"} else {}
-    with atomic_folder(out, replace_old=bool(earlier)) as folder, ThreadPoolExecutor(1) as disk:
+    with atomic_folder(out, replace_old=bool(earlier), private=True) as folder, ThreadPoolExecutor(1) as disk:
         (folder / SPOOL).mkdir()
         reader = _Reader(Work(settings, secrets.token_bytes(32), str(folder / SPOOL)), known)
         skipped = [replace(one, id=without_secrets(one.id, settings.redaction)) for one in skipped]

@@ -101,7 +101,7 @@ def prepare(
     found, again = once([entry for path in files for entry in entries(path)])
     members = split(found, config)
     members = replace(members, left_out=members.left_out + Counter({AGAIN: again}))
-    with atomic_folder(out, replace_old=earlier is not None) as folder:
+    with atomic_folder(out, replace_old=earlier is not None, private=True) as folder:
         with ExitStack() as opened:
             work = _Work(template, config, members, advance)
             opened.callback(work.made.close)

@@ -28,7 +28,7 @@ def for_one_run(run: Path, resumed: bool) -> Iterator[None]:
         UserError: another process trains there, a new run would not be the first in the folder, or it cannot be made.
     """
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        run.mkdir(0o700, parents=True, exist_ok=True)  # answers to a person's prompts lie there
     except FileExistsError as error:
         raise UserError(f"{run} exists already", hint=EXISTS) from error
     except OSError as error:
