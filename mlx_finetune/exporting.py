@@ -17,7 +17,7 @@ from mlx_finetune.installed import versions
 from mlx_finetune.models.hub import HUB_ID, check_model_folder
 from mlx_finetune.nearest import did_you_mean
 from mlx_finetune.road import HandBack
-from mlx_finetune.terminal import Done, finish, printable, progress, say, table
+from mlx_finetune.terminal import Done, finish, printable, progress, say, table, waiting
 from mlx_finetune.training.manifest import made_from
 
 ADAPTERS, MODELS = ("peft", "mlx-lm"), ("gguf", "ollama")
@@ -108,8 +108,9 @@ def _export_adapter(options: ExportOptions) -> Done:
     trained, facts = _open(options)
     checkpoint = trained.checkpoint
     (to,) = (name for name in FORMATS if name == options.to)
-    say(f"writing the adapter of {checkpoint} for {to} into {options.out}, and comparing it with the engine that trained it")
-    made, opened = export_adapter(trained.into, checkpoint, options.out, to, trained.template, facts)
+    say(f"writing the adapter of {checkpoint} for {to} into {options.out}")
+    with waiting("comparing it with the engine that trained it"):
+        made, opened = export_adapter(trained.into, checkpoint, options.out, to, trained.template, facts)
     for remark in made.remarks:
         say(remark)
     if not facts.on_hub:

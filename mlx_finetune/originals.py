@@ -7,7 +7,7 @@ from mlx_finetune.files import read_json
 from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.origin import original_folder, read_origin
 from mlx_finetune.models.weights import fingerprint
-from mlx_finetune.terminal import say
+from mlx_finetune.terminal import waiting
 
 
 def is_quantised(model: Path) -> bool:
@@ -45,8 +45,8 @@ def _is_packed_from(model: Path, original: Path) -> bool:
     """Whether each packed weight lies within a step of its quantisation from the original's."""
     from mlx_finetune.engines.mlx.stored import farthest_weight
 
-    say(f"comparing the quantised weights of {model} with those of {original}")
-    return farthest_weight(original, model) <= 1
+    with waiting(f"comparing the quantised weights of {model} with those of {original}"):
+        return farthest_weight(original, model) <= 1
 
 
 def was_awq(model: Path) -> bool:

@@ -137,19 +137,19 @@ def _hide_secrets(tokens: "_Tokens", weights: np.ndarray, text: str, start: int,
 def _joined(template: "ChatTemplate", prompt: str, emitted: Emission) -> tuple["_Tokens", int]:
     """The tokens that a server feeds, those of the turn and its end, and how many the first are."""
     text = emitted.written + emitted.ending
-    fed = template.segments.encode(prompt)
+    fed, *places = template.segments.encode(prompt)
     named = template.names_control_token(emitted.core)
     if not named:
         whole = _tokenize(template, prompt + text, [])
-        if np.array_equal(whole.ids[: len(fed[0])], fed[0]) and (whole.starts[len(fed[0]) :] >= len(prompt)).all():
-            return whole, len(fed[0])
+        if np.array_equal(whole.ids[: len(fed)], fed) and (whole.starts[len(fed) :] >= len(prompt)).all():
+            return whole, len(fed)
     if not template.pieces_join:
         raise Refused("a token straddles the edge of a turn")
     core = Span(len(emitted.lead), len(emitted.lead) + len(emitted.core))
     turn = _tokenize(template, text, [core] if named else [])
     own = moved((turn.ids, turn.starts, turn.ends), len(prompt))
-    ids, starts, ends = (np.concatenate(each) for each in zip(fed, own, strict=True))
-    return _Tokens(ids, starts, ends, ()), len(fed[0])
+    ids, starts, ends = (np.concatenate(each) for each in zip((fed, *places), own, strict=True))
+    return _Tokens(ids, starts, ends, ()), len(fed)
 
 
 def _learned(

@@ -25,6 +25,7 @@ from mlx_finetune.installed import PACKAGES, versions
 from mlx_finetune.models.hub import check_model_folder, model_folder
 from mlx_finetune.models.weights import fingerprint
 from mlx_finetune.nearest import did_you_mean
+from mlx_finetune.terminal import waiting
 from mlx_finetune.training.checkpoint import Origin, check_origin, resume
 from mlx_finetune.training.checks import check_mlx, check_names, check_settings
 from mlx_finetune.training.held_out import HeldOut
@@ -116,7 +117,7 @@ def open_tuned(config: RunConfig, model: Path, dataset: Dataset, checkpoint: Pat
     if (name := choose_engine(config.engine)) == "mlx":
         check_mlx(model, dataset)
     config = for_a_look(config, name)
-    with loading(model):
+    with loading(model), waiting(f"loading {checkpoint}"):
         engine = open_engine(config, model)
         check_names(engine, model)
         resume(checkpoint, engine, config, Origin(data=dataset.id, model=fingerprint(model)))
@@ -177,7 +178,7 @@ def measure_model(
     name = choose_engine(config.engine)
     if name == "mlx":
         check_mlx(model, material.dataset)
-    with loading(model):
+    with loading(model), waiting(f"loading {model}"):
         opened = open_engine(for_a_look(config, name), model, adapted=False)
     base = material.measure(opened, "model", progress)
     made = {"model": fingerprint(model), "data": material.dataset.id}

@@ -22,7 +22,7 @@ from mlx_finetune.models.quantisation import Quantisation
 from mlx_finetune.models.quantised_sources import check_not_packed, packed_by
 from mlx_finetune.models.rewriting import rewrite
 from mlx_finetune.models.weights import tensor_headers
-from mlx_finetune.terminal import say
+from mlx_finetune.terminal import waiting
 from mlx_finetune.training.memory_watch import loading
 
 Progress = Callable[[int, int], None]
@@ -78,9 +78,9 @@ def convert(source: Source, out: Path, how: How, progress: Progress) -> Converte
         made = _write(model, config, folder, how, progress)
         if not unverified:
             original = model if source.format == "gguf" else source.path
-            say("comparing what was written with the original")
             what = Compared(original, model, folder, made.quantization is not None, how.dtype, whole=not short)
-            with loading(model, "run it in float32", "--no-verify converts without running it"):
+            doing = waiting("comparing what was written with the original")
+            with doing, loading(model, "run it in float32", "--no-verify converts without running it"):
                 verified, reference = verify_converted(what, probe)
             made = replace(made, verified=verified)
             if how.write_probe and reference:

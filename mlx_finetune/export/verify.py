@@ -43,7 +43,7 @@ from mlx_finetune.export.rows import EMBEDDINGS, Change
 from mlx_finetune.export.verified import Backend, InEngine, Verified
 from mlx_finetune.export.verify_weights import verify_weights
 from mlx_finetune.files import atomic_folder
-from mlx_finetune.terminal import say
+from mlx_finetune.terminal import waiting
 from mlx_finetune.training.manifest import made_from
 
 __all__ = ["PROBE_TEXTS", "InEngine", "VerificationError", "Verified", "fuse_and_verify", "verify"]
@@ -81,17 +81,15 @@ def fuse_and_verify(
     with atomic_folder(out) as folder:
         changes = read_changes(model, checkpoint) if changes is None else changes
         fused = fuse_into(model, checkpoint, folder, progress, changes)
-        say("comparing it with the model as it was trained")
         if template:
             write_template(folder, template)
-        if by_weights or short:
-            why = f"its weights take {short}" if short else "--by-weights"
-            verified = _by_weights(model, checkpoint, folder, template, changes, from_packed, why)
-        elif packed and from_packed:
-            with running(model):
+        with waiting("comparing it with the model as it was trained"), running(model):
+            if by_weights or short:
+                why = f"its weights take {short}" if short else "--by-weights"
+                verified = _by_weights(model, checkpoint, folder, template, changes, from_packed, why)
+            elif packed and from_packed:
                 verified = verify_packed(model, packed, checkpoint, folder, texts, template, changes)
-        else:
-            with running(model):
+            else:
                 verified = verify(model, checkpoint, folder, texts, template, packed, changes)
         if verified.outweighed:
             what = "it changes the weights by less than their stored precision rounds away"

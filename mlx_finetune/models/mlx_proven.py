@@ -84,9 +84,6 @@ PROVEN: Mapping[str, Architecture] = {
     "starcoder2": _read("gelu_pytorch_tanh", window_ignored=True),
 }
 
-# Whose sizes are not planned yet: mixtures of experts, and all that transformers reads for us.
-UNPLANNED = frozenset({"mixtral", "olmoe", "qwen3_moe"} | {name for name, one in PROVEN.items() if one.by_transformers})
-
 NESTED = ((r"^language_model\.model\.", "model.language_model."), (r"^language_model\.", ""))
 ALONE = ((r"^language_model\.", ""),)
 # Models that see, trained on text: the type of the text model where the file is silent, and transformers' names of its modules.

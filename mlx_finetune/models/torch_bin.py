@@ -15,12 +15,10 @@ from typing import IO
 import numpy as np
 
 from mlx_finetune.errors import UserError
-from mlx_finetune.files import read_json
 from mlx_finetune.models.shards import Planned, ShardWriter
 from mlx_finetune.models.torch_legacy import BLOCK, blocks, legacy_tensors
 from mlx_finetune.models.torch_pickle import DAMAGED, LONGEST, Tensor, read_tensors, shown
-from mlx_finetune.models.weights import INDEX
-from mlx_finetune.reading import is_file_name
+from mlx_finetune.models.weights import INDEX, tensor_index
 
 Progress = Callable[[int, int], None]
 
@@ -47,7 +45,7 @@ def bin_files(folder: Path) -> tuple[Path, ...]:
     Raises:
         UserError: the index is broken, names what is no file of this folder, or a file that is not there.
     """
-    names = sorted(set(_index(folder).values()))
+    names = sorted(set(tensor_index(folder / BIN_INDEX, ".bin", DAMAGED).values()))
     if not names:
         return (folder / BIN,) if (folder / BIN).is_file() else ()
     for name in names:
@@ -96,21 +94,6 @@ def bin_to_safetensors(folder: Path, out: Path, progress: Progress | None = None
                 writer.write(name, counted(checkpoint.read(tensor)))
 
 
-def _index(folder: Path) -> Mapping[str, str]:
-    """Tensor name to file name, empty where there is no index."""
-    path = folder / BIN_INDEX
-    if not path.is_file():
-        return {}
-    index = read_json(path)
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not names:
-        raise UserError(f'{path}: no "weight_map"', hint=DAMAGED)
-    for name in names.values():
-        if not is_file_name(name, ".bin"):
-            raise UserError(f"{path}: {str(name)[:80]!r} is not the name of a .bin file of this folder", hint=DAMAGED)
-    return names
-
-
 def _check_names(folder: Path, checkpoints: list[_Checkpoint]) -> None:
     """Each tensor once, and those of the index where it says."""
     where: dict[str, str] = {}
@@ -123,7 +106,7 @@ def _check_names(folder: Path, checkpoints: list[_Checkpoint]) -> None:
             if name == "__metadata__":
                 raise UserError(f"{checkpoint.file}: a tensor is called {name}, as none may in safetensors", hint=DAMAGED)
             where[name] = checkpoint.file.name
-    for name, file in _index(folder).items():
+    for name, file in tensor_index(folder / BIN_INDEX, ".bin", DAMAGED).items():
         if where.get(name) != file:
             raise UserError(f"{folder / BIN_INDEX}: tensor {shown(name)} is not in {file}", hint=DAMAGED)
 

@@ -60,7 +60,7 @@ def tensor_headers(folder: Path) -> dict[str, TensorLocation]:
     Raises:
         UserError: no safetensors; a broken or cut file; an index that names a file or a tensor that is not there.
     """
-    index = _index(folder)
+    index = tensor_index(folder / INDEX, ".safetensors", REDOWNLOAD)
     tensors: dict[str, TensorLocation] = {}
     for file in weight_files(folder):
         for name, location in file_headers(file).items():
@@ -79,7 +79,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     Raises:
         UserError: there is none, one of the index is missing, or an index and another whole model stand side by side.
     """
-    names = sorted(set(_index(folder).values()))
+    names = sorted(set(tensor_index(folder / INDEX, ".safetensors", REDOWNLOAD).values()))
     if names:
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
@@ -212,18 +212,21 @@ def are_finite(stored: np.ndarray, dtype: str) -> bool:
     return bool((stored.view(kind) & kind.type(ones) != ones).all())
 
 
-def _index(folder: Path) -> Mapping[str, str]:
-    """Tensor name to file name, empty where there is no index."""
-    path = folder / INDEX
+def tensor_index(path: Path, ending: str, hint: str) -> Mapping[str, str]:
+    """Tensor name to the name of its shard, empty where there is no index.
+
+    Raises:
+        UserError: with `hint`; it is no index, or a name is not that of a file of its folder with this ending.
+    """
     if not path.is_file():
         return {}
     index = read_json(path)
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names:
-        raise UserError(f'{path}: no "weight_map"', hint=REDOWNLOAD)
+        raise UserError(f'{path}: no "weight_map"', hint=hint)
     for name in names.values():
-        if not is_file_name(name, ".safetensors"):
-            raise UserError(f"{path}: {name!r:.80} is not the name of a safetensors file of this folder", hint=REDOWNLOAD)
+        if not is_file_name(name, ending):
+            raise UserError(f"{path}: {name!r:.80} is not the name of a {ending} file of this folder", hint=hint)
     return names
 
 
