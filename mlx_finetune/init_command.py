@@ -33,7 +33,7 @@ from mlx_finetune.planning.doctor.engines import machine_here
 from mlx_finetune.planning.machine import Machine
 from mlx_finetune.planning.memory import LEARNED_SHARE
 from mlx_finetune.planning.wording import duration, reasons
-from mlx_finetune.road import commented
+from mlx_finetune.road import commented, seen_from
 from mlx_finetune.terminal import finish, say
 
 MLX_ONLY = ("attention",)  # of the plan's settings
@@ -70,7 +70,8 @@ def init_command(options: InitOptions) -> None:
     )
     values = _values(model, machine, engine) | ({"collect": collect} if collect else {})
     back: dict[str, Any] = ({"export": list(handed)} if handed else {}) | _original(model, engine)
-    text = commented(values | ({"hand_back": back} if back else {}), _remarks(model, machine, engine, tokens))
+    values = seen_from(values | ({"hand_back": back} if back else {}), options.file.absolute().parent.resolve())
+    text = commented(values, _remarks(model, machine, engine, tokens))
     with atomic_file(options.file) as file:
         file.write(text)
     result = {"config": str(options.file), "model": values["model"], "conversations": logs.conversations, "machine": machine.name}

@@ -230,6 +230,22 @@ def placed(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
     return result
 
 
+def seen_from(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """The same with places in `base` as ./PLACE, so that the folder can be moved with what is in it; see `placed`."""
+
+    def place(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [place(one) for one in value]
+        inside = isinstance(value, str) and Path(value).is_absolute() and Path(value).is_relative_to(base)
+        return f"./{Path(value).relative_to(base).as_posix()}" if inside else value
+
+    result = {name: place(value) if name in PLACES else value for name, value in values.items()}
+    for name in SECTIONS:
+        if isinstance(told := values.get(name), Mapping):
+            result[name] = {key: place(value) if f"{name}.{key}" in PLACES else value for key, value in told.items()}
+    return result
+
+
 def commented(values: Mapping[str, Any], remarks: Sequence[str] = ()) -> str:
     """A file for `run` that says what each setting means; what is not in `values` stands there as a comment with its default.
 

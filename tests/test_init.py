@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import sys
 import time
@@ -117,6 +118,22 @@ def test_run_takes_what_init_wrote(cli: Callable[..., Answer], small_model: Path
     status, _, err = cli("run", "config.yaml", "--dry-run")
     assert status == 0, err
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_places_beside_the_file_are_seen_from_it_so_that_all_can_be_moved(
+    cli: Callable[..., Answer], small_model: Path, tmp_path: Path
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(LOGS, old / "logs")
+    shutil.copytree(small_model, old / "models" / "small")
+    status, _, said = cli("init", old / "config.yaml", "--yes", "--model", old / "models" / "small", "--logs", old / "logs")
+    assert status == 0, said
+    found = yaml.safe_load((old / "config.yaml").read_text())
+    assert (found["model"], found["collect"]["logs"]) == ("./models/small", "./logs")
+    old.rename(new)
+    road = load_road(new / "config.yaml", {})
+    assert (road.config.model, road.collect.logs) == (str(new / "models" / "small"), str(new / "logs"))
+    assert cli("run", new / "config.yaml", "--dry-run")[0] == 0
 
 
 def test_without_a_terminal_or_anything_to_learn_from_it_is_refused_with_a_hint(
