@@ -158,7 +158,7 @@ def _say_why_it_ended(trained: "Trained", config: RunConfig, command: str) -> No
 
     if trained.shortage:
         say(f"stopped for want of memory: {trained.shortage}; step {trained.step} of {trained.steps} is saved")
-        say(f"next: {less_memory(config)}")
+        say(f"next: {less_memory(config, command)}")
         raise typer.Exit(130)
     if trained.interrupted:
         say(f"interrupted: step {trained.step} of {trained.steps} is saved")

@@ -319,6 +319,27 @@ def test_a_wrong_setting_is_refused_with_the_nearest(tmp_path: Path, text: str, 
     assert message in error.value.message and hint in error.value.hint
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"export": ["gguf"], "quantisation": "q9"}, "kind 'q9' is none of"),
+        ({"base": "not an id"}, "hand_back.base = not an id: no id of the Hub"),
+    ],
+)
+def test_what_could_not_be_handed_back_is_said_before_anything_is_done(
+    changes: dict[str, Any], said: str, tmp_path: Path, tiny_llama: Path, cli: Cli
+) -> None:
+    config = write_config(tmp_path, tiny_llama, hand_back=changes)
+    status, _, err = cli("run", config)
+    assert status == 2 and said in err and not (tmp_path / "collected").exists()
+
+
+def test_a_hint_of_a_stage_is_in_the_words_of_the_file(tmp_path: Path, tiny_llama: Path, cli: Cli) -> None:
+    config = write_config(tmp_path, tiny_llama, engine="torch", attention="blocks")
+    status, _, err = cli("run", config)
+    assert status == 2 and err.splitlines()[-1] == f"hint: leave it out, or use engine: mlx (in {config})"
+
+
 @pytest.mark.long
 def test_train_takes_the_same_file_and_says_what_is_for_run(gone: Path, cli: Cli, tmp_path: Path) -> None:
     status, out, err = cli("train", gone / "config.yaml", "--data", gone / "dataset", "--out", tmp_path / "mine", "--dry-run")

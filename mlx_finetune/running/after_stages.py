@@ -4,11 +4,16 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from mlx_finetune.errors import UserError
 from mlx_finetune.evaluating import EvaluateOptions, evaluated
 from mlx_finetune.evaluation.compare import find_checkpoint
+from mlx_finetune.export.gguf_kinds import check_kind
+from mlx_finetune.export.gguf_write import need_gguf
 from mlx_finetune.exporting import MODELS, ExportOptions, exported
 from mlx_finetune.fusing import FuseOptions, fused_model
+from mlx_finetune.models.hub import HUB_ID
 from mlx_finetune.reporting import PAGE, ReportOptions, reported
+from mlx_finetune.road import Road
 from mlx_finetune.running.stage import Made, MadeInRun, Work
 from mlx_finetune.running.train_stage import made_of
 from mlx_finetune.terminal import Done
@@ -22,6 +27,20 @@ def checkpoint_of(work: Work) -> dict[str, Any]:
     """What is handed back of the run: its name and what tells its bytes from others."""
     folder = find_checkpoint(work.found["train"], work.road.hand_back.checkpoint)
     return {"checkpoint": f"{work.found['train'].name}/{folder.name} {made_from(folder)['sha256'][:16]}"}
+
+
+def check_hand_back(road: Road) -> None:
+    """What would be refused only behind the training.
+
+    Raises:
+        UserError: an export cannot be made: its quantisation, a package, or the name of its base.
+    """
+    h = road.hand_back
+    if any(to in MODELS for to in h.export):
+        need_gguf()
+        check_kind(h.quantisation)
+    if h.base and not HUB_ID.fullmatch(h.base):
+        raise UserError(f"hand_back.base = {h.base}: no id of the Hub", hint="write it as org/name, or leave it out")
 
 
 class EvaluateStage(MadeInRun):

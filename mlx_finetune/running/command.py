@@ -15,12 +15,13 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.launched import launched
 from mlx_finetune.nearest import did_you_mean
 from mlx_finetune.road import load_road
-from mlx_finetune.running.after_stages import EvaluateStage, ExportStage, FuseStage, ReportStage
+from mlx_finetune.running.after_stages import EvaluateStage, ExportStage, FuseStage, ReportStage, check_hand_back
 from mlx_finetune.running.data_stages import CollectStage, PrepareStage
 from mlx_finetune.running.moved import moved_from, settle
 from mlx_finetune.running.stage import DOES, Stage, Verdict, Work, bring_back
 from mlx_finetune.running.state import FILE, State
 from mlx_finetune.running.train_stage import TrainStage, first_run
+from mlx_finetune.running.words import in_words_of_run
 from mlx_finetune.terminal import finish, say, table
 from mlx_finetune.training.lock import locked
 
@@ -73,6 +74,7 @@ def run_command(options: RoadOptions) -> None:
     if launched():
         raise UserError("run is one process", hint=f"torchrun ... -m mlx_finetune train {options.config}; then run does the rest")
     road = load_road(options.config, parse_assignments(list(options.assignments)))
+    check_hand_back(road)
     if options.dry_run:
         work = Work(road, State.open(road.folder), options.command, options.newest)
         _dry_run(stages_of(work, options.until), options)
@@ -86,6 +88,9 @@ def run_command(options: RoadOptions) -> None:
             _go(stages_of(work, options.until), work, options)
         except KeyboardInterrupt:  # between two stages, or while one looks
             say(f"next: {options.command}")
+            raise
+        except UserError as error:
+            error.hint = in_words_of_run(error.hint, options.config, options.command)
             raise
 
 

@@ -87,9 +87,9 @@ def again(run: str) -> str:
     return f"{COMMANDS[launched()]} train --resume --out {shlex.quote(run)}"
 
 
-def less_memory(config: RunConfig) -> str:
+def less_memory(config: RunConfig, command: str = "") -> str:
     """How a run may go on with less memory: the one setting that helps most."""
-    command = again(config.out)
+    command = command or again(config.out)
     if config.grad_checkpoint != 1:
         return f"{command} --set grad_checkpoint=1"
     if config.engine == "torch" and config.quantization == "none" and config.fine_tune_type != "full" and not config.fsdp:
