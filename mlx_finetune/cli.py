@@ -21,6 +21,7 @@ from mlx_finetune.config import FIELDS, RunConfig, default
 from mlx_finetune.ending import Verbs, ended_by_sigterm, heard_everywhere
 from mlx_finetune.errors import LESS, LONGEST, UserError, no_memory
 from mlx_finetune.launched import rank_of
+from mlx_finetune.models.hub import HUB_ID
 from mlx_finetune.nearest import hint_of
 from mlx_finetune.terminal import one_line, show_every_sign
 
@@ -245,9 +246,20 @@ def main(arguments: list[str] | None = None) -> None:
 def _fail(message: str, hint: str) -> None:
     who = f"process {rank_of()}: " if rank_of() else ""
     print(f"{who}error: {one_line(message, LONGEST)}", file=sys.stderr)
-    if hint := hint_of(message, hint):
+    if hint := _model_hint(message, hint_of(message, hint)):
         print(f"hint: {one_line(hint)}", file=sys.stderr)
     sys.exit(2)
+
+
+def _model_hint(message: str, hint: str) -> str:
+    """The model that was meant, where an id of the Hub could not be had."""
+    name, _, wrong = message.partition(": ")
+    if "the Hub" not in wrong or not HUB_ID.fullmatch(name):
+        return hint
+    from mlx_finetune.planning.candidates import near_model
+
+    near = near_model(name)
+    return f"did you mean {near}? Otherwise: {hint}" if near and near != name else hint
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ MISTAKES = (
     ("inspect run", RUN),
     ("inspect dataset --split trian", "did you mean train?"),
     ("evaluate rnu", "did you mean run?"),
+    ("prepare collected --model Qwen/Qwen2.5-Coder-7B-Instrukt --out o", "did you mean Qwen/Qwen2.5-Coder-7B-Instruct?"),
+    ("plan --model mlx-comunity/Qwen3-4B-Instruct-2507-4bit", "did you mean mlx-community/Qwen3-4B-Instruct-2507-4bit?"),
     ("evaluate dataset", DATASET),
     ("evaluate run --checkpoint lattest", "did you mean latest?"),
     ("evaluate run --checkpoint step-2", "did you mean step-000002?"),

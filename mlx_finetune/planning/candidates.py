@@ -7,9 +7,11 @@ gptme was not compared.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlx_finetune.config import default
+from mlx_finetune.nearest import nearest
 from mlx_finetune.planning.advice import Choice, Wanted, choose
 from mlx_finetune.planning.machine import Machine
 from mlx_finetune.planning.memory import LEARNED_SHARE
@@ -17,6 +19,7 @@ from mlx_finetune.planning.model_shape import ModelShape, shape_of
 from mlx_finetune.planning.speed import Speed, expected_speed
 
 PACKED = "mlx-community"  # has each of them quantised by MLX to 8 and 4 bits, but the smallest
+NEAR = 0.8  # of difflib's ratio: ids are long, and alike in most of their letters
 PATIENCE = 24.0  # hours; a longer first run is no default
 PASS = 1_000_000  # tokens, where nobody's logs are known
 QWEN2 = {"model_type": "qwen2", "max_position_embeddings": 32768, "torch_dtype": "bfloat16"}
@@ -69,6 +72,16 @@ def known_shapes() -> list[ModelShape]:
     """Of all rows, from small to large."""
     base: dict[str, Any] = {"tie_word_embeddings": False}
     return [shape_of(base | dict(zip(KEYS, sizes, strict=True)) | dict(other), name, ()) for name, sizes, other in ROWS]
+
+
+def near_model(name: str) -> str | None:
+    """The Hub id nearest to `name` of those that are known here: of the rows, as MLX packs them too, and in the Hub's cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    rows = [row[0] for row in ROWS]
+    packed = [f"{PACKED}/{row.partition('/')[2]}-{bits}bit" for row in rows for bits in (4, 8)]
+    cached = [path.name.removeprefix("models--").replace("--", "/", 1) for path in Path(HF_HUB_CACHE).glob("models--*--*")]
+    return nearest(name, [*rows, *packed, *cached], NEAR)
 
 
 def candidate(shape: ModelShape, machine: Machine) -> Candidate:
