@@ -1,6 +1,6 @@
 """What the demo gives on each engine, side by side, after `scripts/demo` and `scripts/demo --engine torch`:
 
-    .venv/bin/python benchmarks/demos.py demo/mlx/demo.json demo/torch/demo.json [--out benchmarks/demos.json]
+    .venv/bin/python benchmarks/demos.py demo/mlx/demo.json demo/torch/demo.json [--out benchmarks/results/demos.json]
 
 Exit status 1 where the held-out loss falls by less than 0.15 nats, or the engines end more than 0.01 apart.
 """

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import portability_runs as runs
+from short_runs import prepared
 from tables import Table, each, run
 from test_portable import BETWEEN, KINDS, PEFT
-from test_training import prepared
 from tiny_models import make_tiny
 
 START = 1e-5  # of a loss, as a share

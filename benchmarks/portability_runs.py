@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from short_runs import cut_after, losses, settings
+from short_runs import run as whole_run
 from tables import ENGINES, Figures, distance
 from test_portable import KINDS, MLX_LM, PEFT, mlx_lm_adapter, peft_adapter, tensors_of
-from test_training import cut_after, losses, settings
-from test_training import run as whole_run
 
 import mlx_finetune.engines.mlx  # noqa: F401  before MLX is imported: its fast BLAS
 from mlx_finetune.data.dataset import Dataset

@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=100, help="of conversations, once they are collected, about")
     parser.add_argument("--vary-prompts", action="store_true", help="no two system prompts are equal")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "prepare.json")
     arguments = parser.parse_args()
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     result: dict[str, Any] = {"machine": machine, "every_prompt_differs": arguments.vary_prompts}

@@ -1,6 +1,6 @@
 """How fast redaction reads text, clean and full of secrets, in one run:
 
-    .venv/bin/python benchmarks/redact.py [--megabytes 8] [--out benchmarks/redact.json]
+    .venv/bin/python benchmarks/redact.py [--megabytes 8] [--out benchmarks/results/redact.json]
 
 Conversations: the genuine logs of ../shared (or the embedded sample), with numbers varied so that none is read twice. Texts with
 secrets and harmless ones that look alike are those of the tests; of them is also said how many secrets are gone and how many

@@ -1,6 +1,6 @@
 """What becomes of random chats with every chat template that the installed trl and transformers ship, in one run:
 
-    .venv/bin/python benchmarks/templates.py [--seeds 4] [--only qwen] [--out benchmarks/templates.json]
+    .venv/bin/python benchmarks/templates.py [--seeds 4] [--only qwen] [--out benchmarks/results/templates.json]
 
 A line for each template: its role policy, and how many turns are exact (behind the very tokens that a server feeds), learned in
 another context, refused, and wrong. Shapes and contents are those of the tests, half of them full of control tokens' names.

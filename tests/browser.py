@@ -1,6 +1,5 @@
 """Chromium without a window, driven as a person would: keys, clicks, dark and light, narrow and wide."""
 
-import base64
 import fcntl
 import json
 import os
@@ -94,10 +93,6 @@ class Page:
         """From now on the window is so large and the person likes this colour scheme."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-
-    def photograph(self, path: Path) -> None:
-        """What the window shows, as PNG."""
-        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 from tiny_models import CHATML, tiny_tokenizer
 
 from mlx_finetune.data.conversation import ROLES, Conversation, Message
-from mlx_finetune.data.template import ChatTemplate, Encoded
+from mlx_finetune.data.template import ChatTemplate
 
 PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 LLAMA3 = (
@@ -111,10 +111,6 @@ def random_chat(random: np.random.Generator, beyond: float = 0.0) -> list[Messag
 
 def conversation_of(messages: Sequence[Message], group: str = "g", source: str = "gptme") -> Conversation:
     return Conversation(tuple(messages), source, group, "private")
-
-
-def learned_ids(encoded: Encoded) -> list[int]:
-    return encoded.tokens[encoded.weights > 0].tolist()
 
 
 def to_learn(messages: Sequence[Message]) -> list[tuple[int, str, float]]:

@@ -35,7 +35,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder: a Llama of one layer as files alone, with a tokenizer and a ChatML template; made without torch."""
-    from hostile_model_readers import write_model
+    from genuine_models import write_model
 
     write_model(folder := tmp_path_factory.mktemp("small") / "model")
     return folder

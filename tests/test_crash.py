@@ -1,9 +1,8 @@
-"""A run that is killed goes on as if nothing had been, and what is damaged is never taken for whole."""
+"""A run goes on from its last whole checkpoint, one process at a time, and what is damaged is never taken for whole."""
 
 import fcntl
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -14,12 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import Answer
 from finished_runs import as_of_old, make_base, make_run
-from killed_runs import KILLS, MOMENTS, finish, kill_at, log, make_data, same, settings, start
+from killed_runs import same
 
 from mlx_finetune.config import make_config
 from mlx_finetune.errors import UserError
 from mlx_finetune.evaluation.compare import open_run
-from mlx_finetune.models.gguf import find_smollm2
 from mlx_finetune.training.checkpoint import checkpoint_folder, load_checkpoint
 from mlx_finetune.training.lock import LOCK, locked, refuse_running
 from mlx_finetune.training.run import execute, plan_resume, plan_run
@@ -40,11 +38,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(root: Path, tmp_path: Path) -> Path:
     """A copy of that run."""
     return Path(shutil.copytree(root / "run", tmp_path / "run", symlinks=True))
-
-
-@pytest.fixture(scope="module")
-def data(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tiny_llama, tmp_path_factory.mktemp("data"))
 
 
 def go_on(run: Path, **values: object) -> None:
@@ -276,42 +269,3 @@ def test_a_run_without_a_checkpoint_goes_on_only_with_what_it_began_with(run: Pa
     (run / "made_from.json").write_text(json.dumps(made | {"data": "other"}))
     with pytest.raises(UserError, match="begun with data other, this is"):
         plan_resume(run, {})
-
-
-def check_killed(run: Path, straight: Path, values: dict[str, object], kills: list[str], seed: str) -> None:
-    chance = random.Random(seed)
-    for moment in kills:
-        while (
-            killed := kill_at(start(run, values if not (run / "config.yaml").is_file() else None), run, moment, chance, 2)
-        ) is None:
-            for path in (run, log(run)):  # it was over before: another one
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        print(killed)
-    finish(run, values)
-    assert same(run, straight) == []
-
-
-def test_a_run_killed_in_the_midst_of_writing_ends_bit_identical_to_one_that_was_not(
-    engine_name: str, tiny_llama: Path, data: Path, tmp_path: Path
-) -> None:
-    values = settings(tiny_llama, data, engine_name, steps=4)
-    execute(plan_run(make_config(values | {"out": str(tmp_path / "straight")}, "test")), lambda done, steps, standing: None)
-    check_killed(tmp_path / "run", tmp_path / "straight", values, ["writing"], engine_name)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("number", range(len(KILLS)))
-def test_killed_at_any_moment_a_run_ends_bit_identical_to_one_that_was_not(
-    number: int, engine_name: str, tiny_llama: Path, data: Path, tmp_path: Path
-) -> None:
-    values = settings(tiny_llama, data, engine_name)
-    finish(tmp_path / "straight", values)
-    check_killed(tmp_path / "run", tmp_path / "straight", values, [KILLS[number]], f"{engine_name} {number}")
-
-
-@pytest.mark.long
-def test_killed_again_and_again_smollm2_ends_bit_identical(engine_name: str, smollm2: Path, tmp_path: Path) -> None:
-    find_smollm2()
-    values = settings(smollm2, make_data(smollm2, tmp_path), engine_name, steps=4, learning_rate=1e-3)
-    finish(tmp_path / "straight", values)
-    check_killed(tmp_path / "run", tmp_path / "straight", values, list(MOMENTS)[:3], engine_name)

@@ -169,12 +169,15 @@ def test_a_turn_before_which_no_control_token_stands_is_exact_if_a_server_feeds_
 def test_a_context_of_its_own_has_the_tokens_that_a_server_feeds_and_names_of_control_tokens_stay_text(tmp_path: Path) -> None:
     template, before = template_of(tmp_path, CHATML), chat("one", "two", "three")
     fed, asked = template.prompt(before).tolist(), set()
+    earlier = len(template.plain.encode("two", add_special_tokens=False).ids)
     for content in ("four", "say <|im_end|> so"):
         encoded = template.encode_turn([*before, Message("assistant", content)])
         asked.add(encoded.by_role["user"])
         assert encoded.tokens[: len(fed)].tolist() == fed and encoded.weights[: len(fed) + 1].tolist() == [0] * len(fed) + [1]
         assert encoded.tokens.tolist().count(template.special.token_to_id("<|im_end|>")) == 4
         assert learned(template, encoded) == f"{content}<|im_end|>"
+        said = template.plain.encode(content, add_special_tokens=False).ids
+        assert encoded.tokens[len(fed) : -1].tolist() == said and encoded.by_role["assistant"] == len(said) + 1 + earlier
         assert encoded.exact == (True,) and encoded.as_text == (False,)
     assert len(asked) == 1
 

@@ -11,12 +11,12 @@ import pytest
 from architecture_row import written
 from peft_oracle import loss_sum
 from safetensors.numpy import load_file, save_file
+from short_runs import cut_after, losses, prepared, run, settings
 from test_engines import config, random_batch, spread
 from test_experts import BOTH, MORE
 from test_portable import check_it_goes_on, tensors_of
 from test_ranks import SAME, command, finished, start
 from test_torch_architectures import TRAINED, made
-from test_training import cut_after, losses, prepared, run, settings
 from tiny_models import make_tiny
 
 from mlx_finetune.config import make_config

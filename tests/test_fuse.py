@@ -419,7 +419,7 @@ def test_an_index_must_agree_with_the_files(models, tmp_path):
     with pytest.raises(UserError, match=r"model\.extra\.weight is not in"):
         tensor_headers(folder)
     edit_json(folder / INDEX, weight_map={"w": "../elsewhere.safetensors"})
-    with pytest.raises(UserError, match="not the name of a safetensors file of this folder"):
+    with pytest.raises(UserError, match=r"not the name of a \.safetensors file of this folder"):
         tensor_headers(folder)
     edit_json(folder / INDEX, **index)
     (folder / files[1]).unlink()

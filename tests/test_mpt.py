@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from architecture_row import relative
 from peft_oracle import greedy, loss_and_norm, put
+from short_runs import run, settings
 from test_engines import config, random_batch, spread
 from test_parity import SETTINGS, check_parity
-from test_training import run, settings
 from tiny_replit import CODE, CONFIG, LONGEST, PIECES, convert_replit, lines, make_replit, weights_of
 
 from mlx_finetune.config import make_config

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_training import STEPS, conversations, cut_after, prepared, settings, tensors
+from short_runs import STEPS, conversations, cut_after, prepared, settings, tensors
 
 from mlx_finetune.config import make_config
 from mlx_finetune.data.batches import Example

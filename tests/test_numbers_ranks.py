@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from short_runs import STEPS, settings
 from test_numbers import broken, data, rows_of  # noqa: F401
 from test_ranks import command, finished, start
-from test_training import STEPS, settings
 
 
 @pytest.mark.long

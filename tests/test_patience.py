@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from conftest import Answer
 from finished_runs import as_of_old
+from short_runs import cut_after, prepared, settings, tensors
 from test_ranks import command, finished
 from test_ranks import start as launch
-from test_training import cut_after, prepared, settings, tensors
 
 from mlx_finetune.config import make_config
 from mlx_finetune.engines.ranks import Alone

@@ -10,8 +10,8 @@ import pytest
 from finished_runs import as_of_old
 from peft_oracle import loss_sum
 from safetensors.numpy import load_file, save_file
+from short_runs import cut_after, losses, prepared, run, settings, tensors
 from test_engines import config, random_batch
-from test_training import cut_after, losses, prepared, run, settings, tensors
 
 from mlx_finetune.config import make_config
 from mlx_finetune.engines import open_engine

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+from genuine_models import CONFIG, PEFT
 from hostile import ALIKE, damaged
-from hostile_model_readers import CONFIG, PEFT
 from hostile_model_readers import READERS as OF_MODELS
 from hostile_readers import READERS as OF_DATA
 from hostile_readers import Reader, check_message, fresh
@@ -84,12 +84,12 @@ FOUND = {
     "a name elsewhere": (
         "index of shards",
         json.dumps({"weight_map": {"a": "../x.safetensors"}}).encode(),
-        "is not the name of a safetensors file",
+        "is not the name of a .safetensors file",
     ),
     "a name with a line break": (
         "index of shards",
         json.dumps({"weight_map": {"a": "x\n.safetensors"}}).encode(),
-        "is not the name of a safetensors file",
+        "is not the name of a .safetensors file",
     ),
     "settings of nothing": ("mlx-lm settings", b"null", "is no adapter of mlx-lm"),
     "a rank without end": ("peft settings", json.dumps(PEFT | {"r": 10**12}).encode(), "read"),

@@ -111,7 +111,7 @@ def test_what_is_not_installed_is_named_with_the_extra_that_brings_it(wide: Path
 def test_a_run_with_moments_in_8_bits_and_a_quantised_base_goes_on_with_mlx_in_full_precision(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    from test_training import cut_after, losses, prepared, run, settings
+    from short_runs import cut_after, losses, prepared, run, settings
 
     from mlx_finetune.training.remarks import moved
     from mlx_finetune.training.run import execute, plan_resume

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_training import cut_after, losses, prepared, settings
+from short_runs import cut_after, losses, prepared, settings
 
 from mlx_finetune.engines.ranks import Alone, agree, any_of
 from mlx_finetune.engines.work import in_step, share_of

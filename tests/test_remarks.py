@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_training import prepared
+from short_runs import prepared
 from tiny_models import make_tiny
 
 from mlx_finetune.config import RunConfig, make_config

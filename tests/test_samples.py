@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_training import STEPS, cut_after, prepared, settings, tensors
+from short_runs import STEPS, cut_after, prepared, settings, tensors
 
 from mlx_finetune.config import make_config
 from mlx_finetune.data.conversation import Conversation, Message, write_conversations

@@ -1,5 +1,6 @@
 """Rates by step, against what their definitions give by hand."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -46,3 +47,12 @@ def test_two_steps_and_one_are_runs_too() -> None:
     assert rates(2, lr_schedule="linear", warmup_ratio=0.5) == [0.5, 0.5]
     assert rates(1, lr_schedule="linear", warmup_ratio=0.0) == [0.5]
     assert rates(1, lr_schedule="wsd", warmup_ratio=0.9) == [0.5]
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine() -> None:
+    config = make_config({"learning_rate": 1.0, "warmup_ratio": 0.1}, "test")
+    rates = [learning_rate(step, 100, config) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 0.001
+    assert all(later < earlier for earlier, later in pairwise(rates[10:]))
+    assert learning_rate(0, 1, make_config({"warmup_ratio": 0.0}, "test")) == 2e-4

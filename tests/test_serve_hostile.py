@@ -24,7 +24,6 @@ from mlx_finetune.serving.served import Served
 ASK, SECRET = "quokka lantern list 1", "zebra-crossing-zwölf"
 SLOW, MOST = 1.0, 40  # of this server: seconds for a head, and connections
 BODY = json.dumps(asked("m", ASK, max_tokens=2)).encode()
-JSON = b"Content-Type: application/json\r\n"
 
 
 class Running:

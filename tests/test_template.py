@@ -214,7 +214,6 @@ def test_random_chats_are_learned_exactly_on_the_real_tokenizer(real: ChatTempla
     assert sum(len(check(real, random_chat(random)).turns) for _ in range(150)) > 150
 
 
-SYSTEM_BETWEEN = [Message("system", "be kind"), *chat("hello", "good day"), Message("system", "tool output"), *chat("so?", "fine")]
 THOUGHT = chat("hello", "<think>\nwell\n</think>\n\ngood day", "and?", "<think>\nhm\n</think>\n\nfine")
 
 

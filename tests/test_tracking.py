@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import Answer
 from finished_runs import WORDS, make_base, make_run
-from test_training import cut_after
+from short_runs import cut_after
 
 from mlx_finetune.config import RunConfig, load_config, make_config
 from mlx_finetune.errors import UserError

@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import threading
-import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +9,9 @@ import numpy as np
 import psutil
 import pytest
 from finished_runs import as_of_old
-from safetensors.numpy import load_file, save_file
+from short_runs import STEPS, cut_after, losses, prepared, run, settings, tensors
 
 from mlx_finetune.config import make_config
-from mlx_finetune.data.conversation import Conversation, Message, write_conversations
 from mlx_finetune.data.dataset import Dataset
 from mlx_finetune.data.prepare import prepare
 from mlx_finetune.data.template import ChatTemplate
@@ -23,33 +19,13 @@ from mlx_finetune.engines import open_engine
 from mlx_finetune.errors import UserError
 from mlx_finetune.evaluation.compare import compare, open_run
 from mlx_finetune.evaluation.plot import shown_apart
-from mlx_finetune.models.weights import fingerprint
 from mlx_finetune.training import loop
 from mlx_finetune.training.ahead import ahead
-from mlx_finetune.training.checkpoint import Origin, load_checkpoint, save_checkpoint
+from mlx_finetune.training.checkpoint import load_checkpoint
 from mlx_finetune.training.checkpoints import last_checkpoint
 from mlx_finetune.training.held_out import held_out_loss
-from mlx_finetune.training.memory_watch import MemoryWatch, memory_errors, watched
-from mlx_finetune.training.metrics import Metrics, read_metrics
+from mlx_finetune.training.metrics import read_metrics
 from mlx_finetune.training.run import execute, plan_resume, plan_run
-from mlx_finetune.training.schedule import learning_rate
-
-STEPS = 10
-
-
-def conversations(count: int, word: str = "ls") -> list[Conversation]:
-    """Made to differ in length and content; two of three from gptme."""
-    made = []
-    for i in range(count):
-        turns = [Message("system", "You are gptme.")]
-        for turn in range(i % 3 + 1):
-            turns += [
-                Message("user", f"list {i} {turn}"),
-                Message("assistant", f"```shell\n{word} -{'l' * (i % 5)} dir{turn}\n```"),
-            ]
-        source = "openassistant" if i % 3 == 0 else "gptme"
-        made.append(Conversation(tuple(turns), source, f"log-{word}-{i}", "MIT"))
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -57,51 +33,11 @@ def data(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepared(tiny_llama, tmp_path_factory.mktemp("data"), "ls")
 
 
-def prepared(model: Path, folder: Path, word: str) -> Path:
-    write_conversations(folder / "gptme.jsonl", conversations(15, word))
-    told = {"max_length": 512, "valid_fraction": 0.2, "validation_by": "hash", "openassistant_share": 0.6}
-    config = make_config(told, "test")
-    prepare([folder / "gptme.jsonl"], ChatTemplate.load(model), config, folder / "dataset", {})
-    return folder / "dataset"
-
-
-def settings(model: Path, data: Path, out: Path, engine: str, **values: Any) -> dict[str, Any]:
-    places = {"model": str(model), "data": str(data), "out": str(out), "engine": engine}
-    shape: dict[str, Any] = {"batch_size": 2, "gradient_accumulation": 2, "steps": STEPS, "learning_rate": 1e-2}
-    if values.get("fine_tune_type") != "full":
-        shape |= {"rank": 4, "alpha": 8}
-    return places | shape | {"eval_every": 4, "save_every": 5, "warmup_ratio": 0.2, "sample_prompts": 0} | values
-
-
-def run(values: dict[str, Any]) -> Path:
-    plan = plan_run(make_config(values, "test"))
-    execute(plan, lambda done, steps, note: None)
-    return plan.run
-
-
-def tensors(run: Path, step: int) -> dict[str, np.ndarray]:
-    folder = run / "checkpoints" / f"step-{step:06d}"
-    return load_file(folder / "adapter_model.safetensors") | load_file(folder / "optimizer.safetensors")
-
-
-def losses(run: Path, split: str) -> list[float]:
-    return [row["loss"] for row in read_metrics(run / "metrics.jsonl") if row["split"] == split]
-
-
 @pytest.fixture(scope="module")
 def straight(tiny_llama: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An uninterrupted run of each engine, with dropout, so that its seeds count too."""
     folder = tmp_path_factory.mktemp("straight")
     return {name: run(settings(tiny_llama, data, folder / name, name, dropout=0.1)) for name in ("mlx", "torch")}
-
-
-def cut_after(run: Path, step: int, copy: Path) -> Path:
-    """The run as a crash after `step` would leave it: later checkpoints gone, later metrics still there."""
-    shutil.copytree(run, copy, symlinks=True)
-    for folder in (copy / "checkpoints").iterdir():
-        if int(folder.name.removeprefix("step-")) > step:
-            shutil.rmtree(folder)
-    return copy
 
 
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
@@ -228,13 +164,6 @@ def test_a_run_whose_config_knows_fewer_settings_takes_those_of_its_data(
         plan_resume(folder, {"openassistant_share": 0.1})
 
 
-def test_what_prepare_was_told_cannot_be_asked_of_train(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
-    for name, value in (("validation_by", "time"), ("openassistant_share", 0.1), ("test_fraction", 0.5)):
-        with pytest.raises(UserError, match=f"{name} = {value}, but .* was prepared with") as error:
-            plan_run(make_config(settings(tiny_llama, data, tmp_path / "run", "torch", **{name: value}), "test"))
-        assert name in error.value.hint
-
-
 def test_resume_refuses_other_data_another_model_and_other_settings(
     straight: dict[str, Path], tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -257,15 +186,6 @@ def test_resume_refuses_other_data_another_model_and_other_settings(
         plan_resume(folder, {"rank": 8})
     with pytest.raises(UserError, match="not a run"):
         plan_resume(tmp_path / "nowhere", {})
-
-
-def test_an_existing_run_folder_is_refused_and_untouched(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="exists already") as error:
-        plan_run(make_config(settings(tiny_llama, data, tmp_path / "run", "torch"), "test"))
-    assert "--resume" in error.value.hint
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
 def test_a_torn_checkpoint_is_never_taken_for_a_whole_one(straight: dict[str, Path], tmp_path: Path) -> None:
@@ -300,37 +220,6 @@ def test_the_first_ctrl_c_saves_and_the_run_goes_on_exactly(
     assert all(np.array_equal(expected[name], resumed[name]) for name in expected)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_nothing(
-    engine_name: str, tiny_llama: Path, data: Path, tmp_path: Path
-) -> None:
-    values = settings(tiny_llama, data, tmp_path / "run", engine_name, learning_rate=1e30, warmup_ratio=0.0, max_grad_norm=1e30)
-    plan = plan_run(make_config(values, "test"))
-    with pytest.raises(UserError, match="loss") as error:
-        execute(plan, lambda done, steps, note: None)
-    assert "learning_rate" in error.value.hint
-    assert last_checkpoint(plan.run) is None
-
-
-def test_a_checkpoint_with_a_nan_is_not_written(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
-    config = make_config(settings(tiny_llama, data, tmp_path, "torch"), "test")
-    engine = open_engine(config, tiny_llama)
-    state = engine.state()
-    next(iter(state.values()))[0, 0] = np.nan
-    engine.load_state(state, 1)
-    with pytest.raises(UserError, match="not a finite number"):
-        save_checkpoint(tmp_path, engine, 1, config, Origin("d", fingerprint(tiny_llama)))
-    assert not list(tmp_path.glob("checkpoints/*"))
-
-
-def test_the_rate_warms_up_and_falls_along_a_cosine() -> None:
-    config = make_config({"learning_rate": 1.0, "warmup_ratio": 0.1}, "test")
-    rates = [learning_rate(step, 100, config) for step in range(100)]
-    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 0.001
-    assert all(later < earlier for earlier, later in pairwise(rates[10:]))
-    assert learning_rate(0, 1, make_config({"warmup_ratio": 0.0}, "test")) == 2e-4
-
-
 def test_epochs_are_counted_in_whole_data_and_steps_win_over_them(data: Path) -> None:
     dataset = Dataset.open(data)
     shape = {"batch_size": 2, "gradient_accumulation": 2}
@@ -340,29 +229,6 @@ def test_epochs_are_counted_in_whole_data_and_steps_win_over_them(data: Path) ->
     assert loop.total_steps(dataset, make_config(shape | {"epochs": 2, "steps": 3}, "test")) == 3
 
 
-def test_metrics_drop_what_a_crash_wrote_after_the_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    row = '{"step": 1, "split": "train", "loss": 2.0, "tokens": 7}\n'
-    path.write_text(f'{row}{{"step": 2, "split": "train", "loss": 1.5, "tokens": 7}}\n{{"step": 3, "spl')
-    Metrics(path, start=1)
-    assert [row["step"] for row in read_metrics(path)] == [1]
-    no_rows = ("5", '{"step": 1}', row.replace("1", '"x"', 1), row.replace("2.0", "null"), row.replace(', "tokens": 7', ""))
-    for bad, reason in (("not json", "not JSON"), *((line.strip(), "not a line of metrics") for line in no_rows)):
-        path.write_text(f"{row}{bad}\n{row}")
-        with pytest.raises(UserError, match=f"metrics.jsonl:2: {reason}"):
-            read_metrics(path)
-
-
-def test_of_two_starts_with_one_name_the_first_is_left_alone(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
-    values = settings(tiny_llama, data, tmp_path / "run", "torch", steps=2)
-    first, second = plan_run(make_config(values, "test")), plan_run(make_config(values | {"rank": 8}, "test"))
-    execute(first, lambda done, steps, note: None)
-    before = (first.run / "config.yaml").read_text()
-    with pytest.raises(UserError, match="exists already"):
-        execute(second, lambda done, steps, note: None)
-    assert (first.run / "config.yaml").read_text() == before and len(losses(first.run, "train")) == 2
-
-
 def test_best_is_mended_where_a_crash_fell_before_its_link(straight: dict[str, Path], tmp_path: Path) -> None:
     folder = cut_after(straight["torch"], STEPS, tmp_path / "run")
     right = (folder / "best").readlink()
@@ -370,17 +236,6 @@ def test_best_is_mended_where_a_crash_fell_before_its_link(straight: dict[str, P
     (folder / "best").symlink_to("checkpoints/step-000005")
     execute(plan_resume(folder, {}), lambda done, steps, note: None)
     assert (folder / "best").readlink() == right != Path("checkpoints/step-000005")
-
-
-def test_fuse_and_evaluate_refuse_a_base_that_is_not_the_one_trained_on(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(tiny_llama, model)
-    folder = run(settings(model, data, tmp_path / "run", "torch", steps=2))
-    assert open_run(folder, "best")[1] == model
-    tensors = load_file(model / "model.safetensors")
-    save_file({name: array * np.float32(1.3) for name, array in tensors.items()}, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="trained with model"):
-        open_run(folder, "best")
 
 
 def test_a_run_can_be_opened_without_its_data_and_keeps_the_engine_that_it_had(straight: dict[str, Path]) -> None:
@@ -417,58 +272,6 @@ def test_a_run_stops_with_a_saved_checkpoint_where_memory_runs_short_and_goes_on
     execute(plan_resume(plan.run, {}), lambda done, steps, note: None)
     expected, resumed = tensors(straight[engine_name], STEPS), tensors(plan.run, STEPS)
     assert all(np.array_equal(expected[name], resumed[name]) for name in expected)
-
-
-def test_what_was_swapped_before_the_run_does_not_count_and_what_is_swapped_in_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch, swap, memory = MemoryWatch(), psutil.swap_memory(), psutil.virtual_memory()
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=memory.total))
-    watch.shortage()
-    assert watch.shortage() is None
-    monkeypatch.setattr(psutil, "swap_memory", lambda: swap._replace(used=swap.used + 2 * 2**30))
-    assert watch.shortage() == "2.0 GB were swapped to the disk since the start"
-    assert MemoryWatch().shortage() is None
-
-
-def test_memory_that_was_short_in_the_midst_of_a_step_is_seen_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory, asked = psutil.virtual_memory(), threading.Event()
-
-    def falling() -> Any:
-        if threading.current_thread() is threading.main_thread():
-            return memory._replace(available=memory.total)
-        asked.set()
-        return memory._replace(available=2**20)
-
-    monkeypatch.setattr(psutil, "virtual_memory", falling)
-    with watched() as watch:
-        assert asked.wait(10)
-        time.sleep(0.05)
-        assert (watch.shortage() or "").startswith("0.0 of")
-    assert "memory" not in {thread.name for thread in threading.enumerate()}
-
-
-def test_no_memory_is_one_line_that_says_how_to_go_on_and_other_errors_pass() -> None:
-    import torch
-
-    def of_torch() -> None:
-        torch.empty(2**55)
-
-    def of_numpy() -> None:
-        np.empty(2**55)
-
-    for values, hint in (({}, "--set grad_checkpoint=1"), ({"grad_checkpoint": 1}, "close other programs")):
-        for fails in (of_torch, of_numpy):
-            with pytest.raises(UserError, match="step 3: no memory left") as error, memory_errors(3, make_config(values, "test")):
-                fails()
-            assert hint in error.value.hint and "\n" not in error.value.message
-    with pytest.raises(RuntimeError, match="other"), memory_errors(3, make_config({}, "test")):
-        raise RuntimeError("some other thing")
-
-
-def test_evaluating_leaves_no_hidden_states_behind(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
-    values = settings(tiny_llama, data, tmp_path / "run", "mlx", num_layers=2, cache_trunk=True, steps=2)
-    made = run(values)
-    compare(made, "latest")
-    assert not (made / "trunk").exists()
 
 
 def test_a_step_that_gets_no_memory_loses_nothing_of_the_steps_before(

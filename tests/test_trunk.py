@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from short_runs import prepared, run, settings
 from test_steps import batches, check_alike, family, first_step
 from tiny_models import make_tiny
 
@@ -14,6 +15,7 @@ from mlx_finetune.config import make_config
 from mlx_finetune.engines import TRUNK, open_engine
 from mlx_finetune.engines.mlx.trunk import Trunk
 from mlx_finetune.errors import UserError
+from mlx_finetune.evaluation.compare import compare
 
 LAST = {"num_layers": 2}
 
@@ -136,3 +138,11 @@ def test_the_held_out_loss_too_computes_the_layers_below_once(models: dict[str, 
     losses = [[engine.loss_sum(batch) for batch in held_out] for engine in (with_, with_, without)]
     assert losses[0] == losses[1] and len(computed) == len(held_out)
     assert np.allclose(losses[0], losses[2], rtol=1e-6)
+
+
+def test_evaluating_leaves_no_hidden_states_behind(tiny_llama: Path, tmp_path: Path) -> None:
+    data = prepared(tiny_llama, tmp_path, "ls")
+    values = settings(tiny_llama, data, tmp_path / "run", "mlx", num_layers=2, cache_trunk=True, steps=2)
+    made = run(values)
+    compare(made, "latest")
+    assert not (made / "trunk").exists()

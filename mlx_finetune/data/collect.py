@@ -92,7 +92,7 @@ def collect(
         summary = summarise(units, written.decision, written.everything, reader.distinct)
         summary |= asked | {"version": VERSION, "state": state}
         if not written.places:
-            _refuse_nothing_left(summary, out)
+            _refuse_nothing_left(summary)
         if template:
             kept = (folder / f"{source}.jsonl" for source in summary["conversations"])
             refused = write_rendered((one for path in kept for one in read_conversations(path)), template, folder)
@@ -254,7 +254,7 @@ def _tagged(written: _Written, rejected: Iterable[Rejected]) -> Iterator[Line]:
     yield from (Line((one.id,), "", one.reason) for one in rejected if one.by_tag)
 
 
-def _refuse_nothing_left(summary: Mapping[str, Any], out: Path) -> None:
+def _refuse_nothing_left(summary: Mapping[str, Any]) -> None:
     counts = [f"{reason} ({count})" for reason, count in summary["rejected"].items()]
     if (more := len(counts) - NAMED_REASONS) > 1:
         counts[NAMED_REASONS:] = [f"and {more} other reasons"]

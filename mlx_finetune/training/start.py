@@ -101,7 +101,7 @@ def _of_peft(folder: Path, found: dict[str, Any]) -> Start:
     scale = alpha / (math.sqrt(rank) if rslora else rank)
     arrays = {n: _as_wide(n, a, widest, _own_scale(n, found) / scale) for n, a in arrays.items()}
     settings = {"rank": widest, "alpha": scale * (math.sqrt(widest) if rslora else widest), "use_rslora": rslora}
-    return Start(settings | {"fine_tune_type": "dora" if found.get("use_dora") else "lora"}, _untied(folder, arrays))
+    return Start(settings | {"fine_tune_type": "dora" if found.get("use_dora") else "lora"}, _untied(arrays))
 
 
 def _own_scale(name: str, found: dict[str, Any]) -> float:
@@ -119,7 +119,7 @@ def _as_wide(name: str, array: np.ndarray, rank: int, factor: float) -> np.ndarr
     return array
 
 
-def _untied(folder: Path, arrays: Arrays) -> Arrays:
+def _untied(arrays: Arrays) -> Arrays:
     """Without what stands there for a head that is its embeddings: the embeddings say the same."""
     embedding = next((name.removesuffix(EMBEDDING_A) for name in arrays if name.endswith(EMBEDDING_A)), None)
     if embedding is None or HEAD + LORA_A not in arrays:
