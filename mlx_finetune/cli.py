@@ -228,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(message.rstrip("."), f"{context.command_path if context else 'mlx-finetune'} --help")
     except OSError as error:
         if no_memory(error):
-            _fail(f"there is no memory left: {error.strerror}", LESS)
+            _fail(f"there is no memory left: {error.strerror or error}", LESS)
         if error.errno in OF_PLACES and error.filename:
             _fail(f"{error.filename!s}: {error.strerror}", "name another place")
         if error.errno not in FULL:

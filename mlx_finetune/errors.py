@@ -31,8 +31,8 @@ def _cut(text: str) -> str:
 
 def no_memory(error: BaseException) -> bool:
     """Whether this is how MLX, torch, numpy, Python or the loader of libraries say that there is no memory."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:  # ctypes gives a library's own words alone
         return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | ImportError) and SHORTAGE.search(str(error)) is not None
+        isinstance(error, RuntimeError | ImportError | OSError) and SHORTAGE.search(str(error)) is not None
     )

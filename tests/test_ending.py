@@ -1,5 +1,6 @@
 """What a verb leaves when it is asked to end, and what it says and does not say on stderr."""
 
+import errno
 import logging
 import os
 import shlex
@@ -19,7 +20,7 @@ from killed_runs import finish, log, make_data, measures, same, settings, start,
 from tiny_models import make_tiny
 
 from mlx_finetune.ending import ended_by_sigterm, heard_everywhere
-from mlx_finetune.errors import UserError
+from mlx_finetune.errors import UserError, no_memory
 from mlx_finetune.evaluation.compare import find_checkpoint
 from mlx_finetune.export.convert import How, convert
 from mlx_finetune.models.importing import find_source
@@ -111,6 +112,11 @@ def test_no_memory_for_the_libraries_is_one_line(tiny_llama: Path, tmp_path: Pat
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "error: there is no memory" in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("hint: close other programs")
+
+
+def test_a_library_that_ctypes_found_no_memory_for_is_no_memory_and_a_file_called_so_is_not() -> None:
+    assert no_memory(OSError("libgomp.so.1: failed to map segment from shared object"))
+    assert not no_memory(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "out of memory.txt"))
 
 
 @pytest.mark.parametrize(("processes", "after"), [("1", signal.SIG_DFL), ("2", signal.SIG_IGN)])

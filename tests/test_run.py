@@ -312,7 +312,9 @@ def test_places_in_the_file_are_seen_from_it(tmp_path: Path, monkeypatch: pytest
         ("evaluate: {answers: true}", {}, "evaluate.answers = True", "answers"),
     ],
 )
-def test_a_wrong_setting_is_refused_with_the_nearest(tmp_path: Path, text: str, told: dict, message: str, hint: str) -> None:
+def test_a_wrong_setting_is_refused_with_the_nearest(
+    tmp_path: Path, text: str, told: dict[str, Any], message: str, hint: str
+) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError) as error:
         load_road(tmp_path / "config.yaml", told)
@@ -338,6 +340,14 @@ def test_a_hint_of_a_stage_is_in_the_words_of_the_file(tmp_path: Path, tiny_llam
     config = write_config(tmp_path, tiny_llama, engine="torch", attention="blocks")
     status, _, err = cli("run", config)
     assert status == 2 and err.splitlines()[-1] == f"hint: leave it out, or use engine: mlx (in {config})"
+
+
+def test_a_dry_run_speaks_in_the_words_of_the_file_too(tmp_path: Path, tiny_llama: Path, cli: Cli) -> None:
+    config = write_config(tmp_path, tiny_llama)
+    (tmp_path / "collected").mkdir()
+    (tmp_path / "collected/mine.txt").write_text("mine")
+    status, _, err = cli("run", config, "--dry-run")
+    assert status == 2 and "--out" not in err and "`folder:`" in err, err
 
 
 @pytest.mark.long

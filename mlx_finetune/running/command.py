@@ -3,7 +3,8 @@
 import gc
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def run_command(options: RoadOptions) -> None:
     check_hand_back(road)
     if options.dry_run:
         work = Work(road, State.open(road.folder), options.command, options.newest)
-        _dry_run(stages_of(work, options.until), options)
+        with _in_its_words(options):
+            _dry_run(stages_of(work, options.until), options)
         return
     road.folder.mkdir(parents=True, exist_ok=True)
     with locked(road.folder, ELSEWHERE):
@@ -85,13 +87,20 @@ def run_command(options: RoadOptions) -> None:
         work = Work(road, State.open(road.folder), options.command, options.newest)
         settle(work, first_run(work))
         try:
-            _go(stages_of(work, options.until), work, options)
+            with _in_its_words(options):
+                _go(stages_of(work, options.until), work, options)
         except KeyboardInterrupt:  # between two stages, or while one looks
             say(f"next: {options.command}")
             raise
-        except UserError as error:
-            error.hint = in_words_of_run(error.hint, options.config, options.command)
-            raise
+
+
+@contextmanager
+def _in_its_words(options: RoadOptions) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        error.hint = in_words_of_run(error.hint, options.config, options.command)
+        raise
 
 
 def stages_of(work: Work, until: str) -> list[Stage]:
