@@ -53,6 +53,7 @@ def test_a_bad_line_or_a_folder_that_exists_changes_nothing(tiny: ChatTemplate, 
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.long
 def test_helpers_that_cannot_start_are_said_and_not_waited_for(tmp_path: Path) -> None:
     """A program without the usual guard starts itself again in each helper, which ends at once."""
     write_conversations(tmp_path / "all.jsonl", [conversation_of(chat("a", "b"))])

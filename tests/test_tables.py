@@ -75,6 +75,7 @@ def test_a_real_model_has_the_same_losses_in_either_log(tiny_llama: Path, tmp_pa
     assert len(parity.real(ours, [theirs[0], theirs[1] + 0.002]).broken()) == 1
 
 
+@pytest.mark.long
 def test_portability_moves_a_run_both_ways_and_starts_from_adapters_of_peft_and_mlx_lm(tmp_path: Path) -> None:
     found = portability.measure(tmp_path, portability.What(("rslora, wsd",), ("patterns",), ("dora",), workers=1))
     assert [line for table in found for line in table.broken()] == []

@@ -90,6 +90,7 @@ def test_the_warm_up_comes_first_and_each_example_once() -> None:
     assert list(WarmFirst([3, 0, 4, 1, 2], first=2)) == [0, 1, 3, 4, 2]
 
 
+@pytest.mark.long
 def test_a_random_model_has_the_size_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 8, "intermediate_size": 96}
     monkeypatch.setitem(data.RANDOM, "1b", data.LLAMA | small)

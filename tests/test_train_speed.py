@@ -48,7 +48,8 @@ def generated(collected: Path, seed: int = 0) -> list[Conversation]:
     return data.generate(pools, lambda text: len(text.split()), conversations=60, median=300, seed=seed)
 
 
-@pytest.mark.parametrize("checkpoint", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.long
+@pytest.mark.parametrize("checkpoint", [False, True])
 def test_both_sides_have_the_same_loss_on_the_same_tokens(tiny_llama: Path, windows: Dataset, checkpoint: bool) -> None:
     if checkpoint and "grad_checkpoint" not in FIELDS:
         pytest.skip("RunConfig has no grad_checkpoint")
