@@ -140,7 +140,7 @@ def other_version(folder: Path) -> None:
 
 
 def no_sizes(folder: Path) -> None:
-    (folder / "dataset.json").write_text('{"version": 6, "id": "a"}', encoding="utf-8")
+    (folder / "dataset.json").write_text('{"version": 7, "id": "a"}', encoding="utf-8")
 
 
 def garbled(folder: Path) -> None:
@@ -173,8 +173,8 @@ def swapped(folder: Path) -> None:
         (no_sizes, "not whole"),
         (lambda folder: (folder / "dataset.json").write_text("[]"), "version None, not 6"),
         (lambda folder: (folder / "dataset.json").write_text("5"), "version None, not 6"),
-        (lambda folder: (folder / "dataset.json").write_text('{"version": 6, "id": "a", "bytes": [1]}'), "not whole"),
-        (lambda folder: (folder / "dataset.json").write_text('{"version": 6, "bytes": {}}'), "not whole"),
+        (lambda folder: (folder / "dataset.json").write_text('{"version": 7, "id": "a", "bytes": [1]}'), "not whole"),
+        (lambda folder: (folder / "dataset.json").write_text('{"version": 7, "bytes": {}}'), "not whole"),
         (lambda folder: (folder / "dataset.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "dataset.json").unlink(), "not a prepared data set"),
     ],

@@ -93,7 +93,6 @@ def test_a_command_of_the_tutorial_that_fails_ends_it_with_what_it_said(tmp_path
     assert "ls nowhere\nended with status" in problem and "is here" in problem and not (tmp_path / "run" / "later").exists()
 
 
-@pytest.mark.long
 def test_the_tutorial_runs_as_it_stands() -> None:
     answer = subprocess.run([sys.executable, PROGRAMS / "tutorial.py"], capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr

@@ -15,7 +15,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json, refuse_existing, write_json
 
 # 6: digests of the Arrow files; 5: families; 4: of each example, how much is as served; 3: role policies; 2: a test split
-VERSION = 6
+VERSION = 7
 SPLITS = ("train", "valid", "test")
 AGAIN = "run mlx-finetune prepare again"
 EXAMPLES_IN_MEMORY = 100  # before they are written: windows may be long
