@@ -21,7 +21,6 @@ from mlx_finetune.config import FIELDS, RunConfig, default
 from mlx_finetune.ending import Verbs, ended_by_sigterm, heard_everywhere
 from mlx_finetune.errors import LESS, LONGEST, UserError, no_memory
 from mlx_finetune.launched import rank_of
-from mlx_finetune.models.hub import HUB_ID
 from mlx_finetune.nearest import hint_of
 from mlx_finetune.terminal import one_line, show_every_sign
 
@@ -254,7 +253,7 @@ def _fail(message: str, hint: str) -> None:
 def _model_hint(message: str, hint: str) -> str:
     """The model that was meant, where an id of the Hub could not be had."""
     name, _, wrong = message.partition(": ")
-    if "the Hub" not in wrong or not HUB_ID.fullmatch(name):
+    if "the Hub" not in wrong or name.count("/") != 1:
         return hint
     from mlx_finetune.planning.candidates import near_model
 

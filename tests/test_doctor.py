@@ -123,7 +123,6 @@ def test_an_engine_that_crashes_or_hangs_is_a_line_like_any_other(program: str, 
     assert engines.probe("mlx", (sys.executable, "-c", program), seconds=0.5 if "sleep" in program else 60) == {"failed": said}
 
 
-@pytest.mark.long
 def test_the_probe_computes_on_this_machine_and_sees_a_wrong_product() -> None:
     found = engines.probe("mlx")
     assert found["errors"]["float32"] < 1e-3 and found["gflops"] > 0.1
@@ -164,7 +163,6 @@ def test_the_text_of_a_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> 
     assert found.state == "ok" and "quokka" not in repr(found)
 
 
-@pytest.mark.long
 def test_a_model_is_looked_at_without_a_network(small_model: Path) -> None:
     found = {each.what: each for each in model.model_findings(str(small_model), "torch")}
     assert found["chat template"].state != "fails" and found["fits"].state == "ok"
@@ -173,7 +171,6 @@ def test_a_model_is_looked_at_without_a_network(small_model: Path) -> None:
     assert absent.state == "note" and "plan --model org/quokka" in absent.advice
 
 
-@pytest.mark.long
 def test_a_model_that_only_one_engine_trains_or_none_is_said() -> None:
     unknown, packed = {"model_type": "quokka"}, {"model_type": "llama", "quantization": {"bits": 4}}
     assert [each.state for each in model.trained_by(unknown, "torch")] == ["ok", "fails"]
@@ -195,7 +192,6 @@ def test_the_table_ends_with_what_it_comes_to(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.endswith("nothing will fail\n")
 
 
-@pytest.mark.long
 def test_the_whole_verb_says_what_it_found_in_any_encoding_and_changes_nothing(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii", VARIABLE: str(tmp_path / "none.so")}
     program = [sys.executable, "-m", "mlx_finetune", "doctor", "--json"]

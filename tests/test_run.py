@@ -107,7 +107,6 @@ def test_gone_up_to_the_training_and_again_it_changes_no_file(tmp_path: Path, ti
     assert looked(cli, tmp_path) == does("evaluate", "fuse", "export peft", waiting=("report",))
 
 
-@pytest.mark.long
 def test_a_road_that_was_gone_leaves_everything_and_says_from_what_it_was_made(gone: Path) -> None:
     for made in ("collected/gptme.jsonl", "dataset/dataset.json", "run/best/adapter_model.safetensors", "run/evaluation.json"):
         assert (gone / made).is_file(), made
@@ -121,7 +120,6 @@ def test_a_road_that_was_gone_leaves_everything_and_says_from_what_it_was_made(g
     assert all(one["versions"]["mlx-finetune"] and one["at"] for one in stages.values())
 
 
-@pytest.mark.long
 def test_gone_again_it_changes_no_file(gone: Path, cli: Cli) -> None:
     before = files_of(gone)
     status, out, err = cli("run", gone / "config.yaml", "--json")
