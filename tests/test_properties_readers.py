@@ -61,6 +61,10 @@ def test_a_file_of_something_else_is_refused_in_one_line(name: str, data: bytes,
     reader.check(tmp_path / "x", data)
 
 
+ORIGIN_OF_NO_PLACE = json.dumps(
+    {"format": "huggingface", "model": "/" + "x" * 300, "revision": None, "fingerprint": "", "quantization": {"bits": 4}}
+    | {"dtype": None, "versions": {}, "verified": None}
+).encode()
 # Found by damage, and kept: the reader, the file as it is then, and words of the reason.
 FOUND = {
     "aliases": ("config", b"a: &a [x, x]\nb: &b [*a, *a]\nmodel: [*b, *b]\n", r"line 2, column \d+: an alias, \*a"),
@@ -101,6 +105,13 @@ FOUND = {
         json.dumps(CONFIG | {"rope_parameters": {"rope_type": "def`ult"}}).encode(),
         "RoPE scaling 'def`ult'",
     ),
+    "a size that is a list": ("config.json", json.dumps(CONFIG | {"num_key_value_heads": [2]}).encode(), "num_key_value_heads"),
+    "a kind with a line separator": (
+        "chat openai",
+        '{"messages": [{"role": "user", "content": [{"type": "text\u2028", "text": "a"}]}]}'.encode(),
+        "read",
+    ),
+    "a model in a place that cannot be": ("origin.json", ORIGIN_OF_NO_PLACE, "name too long"),
     "a huge id": ("tokenizer.json", b'{"model": {"vocab": {"a": 2147483648}}}', "has the id 2147483648"),
     "no ids": ("tokenizer.json", b'{"model": {"vocab": {"a": 0}}, "added_tokens": [3]}', "token 3 has the id None"),
 }
@@ -112,6 +123,14 @@ def test_sources_of_another_kind_than_asked_for_are_said_not_to_be_read_now(tmp_
     assert reader.check(folder, json.dumps(found).encode()) == "read"
     found["sources"]["logs"] = [["a"]]
     assert "holds ['a'], which is not read now" in reader.check(folder, json.dumps(found).encode())
+
+
+@pytest.mark.long
+def test_prepared_data_without_its_counts_is_refused_in_one_line(tmp_path: Path) -> None:
+    reader, folder = READERS["run dataset.json"], tmp_path / "x"
+    found = json.loads(fresh(reader, folder))
+    del found["train"]["learned_tokens_by_source"]
+    assert reader.check(folder, json.dumps(found).encode())
 
 
 @pytest.mark.parametrize("what", [pytest.param(w, marks=pytest.mark.long if READERS[f[0]].slow else ()) for w, f in FOUND.items()])

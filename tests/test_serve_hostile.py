@@ -4,6 +4,7 @@ import json
 import random
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,6 +17,7 @@ from finished_runs import make_base, make_run
 from serving_client import CHAT, asked, send, text_of
 
 from mlx_finetune.serving.admission import MOST_BYTES, Bodies, check_key
+from mlx_finetune.serving.connections import protocol_class
 from mlx_finetune.serving.listening import in_background
 from mlx_finetune.serving.opened import Opened, find_source
 from mlx_finetune.serving.requests import Refusal
@@ -245,6 +247,32 @@ def test_who_takes_nothing_of_its_answers_is_let_go_of(run: Path) -> None:
                 connection.sendall(ask)
         health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
         assert server.raw(health).startswith(b"HTTP/1.1 200")  # the only place is free again
+
+
+def test_a_connection_that_is_closed_does_not_wait_for_ever_until_its_last_answer_is_taken() -> None:
+    """What is left of it is more than the system's buffers take, and less than what tells the server to stop writing."""
+    import uvicorn
+
+    async def large(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"60000")]})
+        await send({"type": "http.response.body", "body": bytes(60_000)})
+
+    how = {"lifespan": "off", "ws": "none", "log_level": "critical", "http": protocol_class(taken_within=0.5)}
+    server = uvicorn.Server(uvicorn.Config(large, **how))
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as connection:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(listener.getsockname())
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        for wanted in (True, False):
+            until = time.monotonic() + 10
+            while bool(server.server_state.connections) != wanted and time.monotonic() < until:
+                time.sleep(0.05)
+            assert bool(server.server_state.connections) == wanted
+        server.should_exit = True
+        thread.join(10)
 
 
 def test_who_opens_many_connections_does_not_keep_others_out(server: Running, right: str) -> None:

@@ -105,7 +105,7 @@ def read_facts(run: Path, checkpoint: Path, model: Path, config: RunConfig, base
         on_hub=on_hub,
         base_card=readme.read_bytes().decode("utf-8", "replace") if readme.is_file() else "",
         sources={
-            source: (int(count), int(train["learned_tokens_by_source"].get(source, 0)))
+            source: (int(count), int(train.get("learned_tokens_by_source", {}).get(source, 0)))
             for source, count in train.get("conversations", {}).items()
         },
         counts={key: int(train[key]) for key in COUNTS if key in train},

@@ -88,6 +88,11 @@ def read_layers(config: Config, place: str) -> Layers:
     for key in NEEDED:
         if not isinstance(config.get(key), int) or config[key] < 1:
             _missing(place, key)
+    for key in ("head_dim", "num_key_value_heads"):
+        if not isinstance(config.get(key), int | None):
+            raise UserError(
+                f"{place}: {key} = {config[key]!r} is no number", hint="bring the file back, or download the model again"
+            )
     kind, heads, hidden = KINDS[model_type], config["num_attention_heads"], config["hidden_size"]
     head_dim = config.get("head_dim") or kind.head_dim or hidden // heads
     kv_heads = config.get("num_key_value_heads") or heads

@@ -49,9 +49,13 @@ def protocol_class(
                 self._stalled = None
 
         def _close(self) -> None:
-            """Once what waits is taken, or after some time without it."""
             self.transport.close()
-            self._stalled = self._stalled or self.loop.call_later(taken_within, self.transport.abort)
+            self._closes()
+
+        def _closes(self) -> None:
+            """A connection that is being closed waits until what is left is taken, but not for ever."""
+            if self.transport.is_closing() and self._stalled is None:
+                self._stalled = self.loop.call_later(taken_within, self.transport.abort)
 
         def handle_events(self) -> None:
             try:
@@ -59,16 +63,23 @@ def protocol_class(
             except h11.LocalProtocolError:  # nonsense behind a request that is being answered: no other answer can be begun
                 self.transport.close()
             self._wait_for_a_head()
+            self._closes()
 
         def send_400_response(self, msg: str) -> None:
             if self.cycle is not None:
                 self.cycle.disconnected = True  # else the application would answer too, behind this answer
                 self.cycle.message_event.set()
             super().send_400_response(msg)
+            self._closes()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
             self._wait_for_a_head()
+            self._closes()
+
+        def timeout_keep_alive_handler(self) -> None:
+            super().timeout_keep_alive_handler()
+            self._closes()
 
         def _wait_for_a_head(self) -> None:
             """Does nothing while a request is being read or answered; a timer that runs already is not set back."""

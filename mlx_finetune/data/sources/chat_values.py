@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_finetune.data.sources import printable
+from mlx_finetune.terminal import printable as on_a_line
 
 DEEPEST = 100  # levels of a JSON value that is kept
 PLACE = re.compile(r"\[\d+\]|, turn \d+")
 
 
 class RowError(Exception):
-    """The row is not what its format says; the text names the field."""
+    """The row is not what its format says; the text names the field, in one line whatever stands there."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(on_a_line(text))
 
 
 class CannotLearn(RowError):

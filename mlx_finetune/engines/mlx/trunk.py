@@ -138,12 +138,12 @@ class Trunk:
         """What an earlier run left that is not cut off."""
         places: dict[str, tuple[int, int, str]] = {}
         size = self._data.stat().st_size if self._data.exists() else 0
-        for line in self._index.read_text(encoding="utf-8").splitlines() if self._index.exists() else ():
+        for line in self._index.read_text(encoding="utf-8", errors="replace").splitlines() if self._index.exists() else ():
             try:
                 name, first, count, self._width, kind, digest = json.loads(line)
-            except ValueError:
+                self._dtype = next(dtype for dtype, named in KINDS.items() if named == kind)
+            except (ValueError, TypeError, StopIteration):
                 continue  # a crash fell into it
-            self._dtype = next(dtype for dtype, named in KINDS.items() if named == kind)
             if (first + count) * self._width * STORED[self._dtype].itemsize <= size:
                 places[name] = first, count, digest
         return places
