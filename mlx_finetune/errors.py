@@ -4,7 +4,8 @@ import errno
 import re
 
 LONGEST = 480  # characters of a message
-SHORTAGE = re.compile(r"out of memory|insufficient memory|allocate|bad_alloc|alloc_failed|map segment", re.IGNORECASE)
+OF_LOADER = re.compile(r"map segment(?!.*not permitted)|cannot allocate memory(?! in static TLS)", re.IGNORECASE)
+SHORTAGE = re.compile(r"out of memory|insufficient memory|allocate|bad_alloc|alloc_failed", re.IGNORECASE)
 LESS = "close other programs, or choose a smaller model: mlx-finetune plan says what a run needs"
 # What code of others raises where it computes with a setting that it did not look at; huggingface_hub has one more of its own.
 REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -33,6 +34,6 @@ def no_memory(error: BaseException) -> bool:
     """Whether this is how MLX, torch, numpy, Python or the loader of libraries say that there is no memory."""
     if isinstance(error, OSError) and error.errno is not None:  # ctypes gives a library's own words alone
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | ImportError | OSError) and SHORTAGE.search(str(error)) is not None
-    )
+    if isinstance(error, ImportError | OSError):
+        return OF_LOADER.search(str(error.__cause__ or error)) is not None
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and SHORTAGE.search(str(error)) is not None)

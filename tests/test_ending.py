@@ -116,6 +116,8 @@ def test_no_memory_for_the_libraries_is_one_line(tiny_llama: Path, tmp_path: Pat
 
 def test_a_library_that_ctypes_found_no_memory_for_is_no_memory_and_a_file_called_so_is_not() -> None:
     assert no_memory(OSError("libgomp.so.1: failed to map segment from shared object"))
+    assert not no_memory(ImportError("libgomp.so.1: cannot allocate memory in static TLS block"))
+    assert not no_memory(OSError("a.so: failed to map segment from shared object: Operation not permitted"))
     assert not no_memory(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "out of memory.txt"))
 
 

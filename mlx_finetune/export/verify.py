@@ -83,13 +83,16 @@ def fuse_and_verify(
         fused = fuse_into(model, checkpoint, folder, progress, changes)
         if template:
             write_template(folder, template)
-        with waiting("comparing it with the model as it was trained"), running(model):
-            if by_weights or short:
-                why = f"its weights take {short}" if short else "--by-weights"
+        doing = waiting("comparing it with the model as it was trained")
+        if by_weights or short:
+            why = f"its weights take {short}" if short else "--by-weights"
+            with doing:
                 verified = _by_weights(model, checkpoint, folder, template, changes, from_packed, why)
-            elif packed and from_packed:
+        elif packed and from_packed:
+            with doing, running(model):
                 verified = verify_packed(model, packed, checkpoint, folder, texts, template, changes)
-            else:
+        else:
+            with doing, running(model):
                 verified = verify(model, checkpoint, folder, texts, template, packed, changes)
         if verified.outweighed:
             what = "it changes the weights by less than their stored precision rounds away"

@@ -5,6 +5,7 @@ Sizes are those of each config.json as published; tests count them to the publis
 gptme was not compared.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from mlx_finetune.planning.model_shape import ModelShape, shape_of
 from mlx_finetune.planning.speed import Speed, expected_speed
 
 PACKED = "mlx-community"  # has each of them quantised by MLX to 8 and 4 bits, but the smallest
+NUMBERS = re.compile(r"\d+")
 NEAR = 0.8  # of difflib's ratio: ids are long, and alike in most of their letters
 PATIENCE = 24.0  # hours; a longer first run is no default
 PASS = 1_000_000  # tokens, where nobody's logs are known
@@ -81,7 +83,8 @@ def near_model(name: str) -> str | None:
     rows = [row[0] for row in ROWS]
     packed = [f"{PACKED}/{row.partition('/')[2]}-{bits}bit" for row in rows for bits in (4, 8)]
     cached = [path.name.removeprefix("models--").replace("--", "/", 1) for path in Path(HF_HUB_CACHE).glob("models--*--*")]
-    return nearest(name, [*rows, *packed, *cached], NEAR)
+    sizes = NUMBERS.findall(name)  # another size or version may well be on the Hub
+    return nearest(name, [known for known in (*rows, *packed, *cached) if NUMBERS.findall(known) == sizes], NEAR)
 
 
 def candidate(shape: ModelShape, machine: Machine) -> Candidate:

@@ -75,7 +75,8 @@ def run_command(options: RoadOptions) -> None:
     if launched():
         raise UserError("run is one process", hint=f"torchrun ... -m mlx_finetune train {options.config}; then run does the rest")
     road = load_road(options.config, parse_assignments(list(options.assignments)))
-    check_hand_back(road)
+    if not options.until or options.until == STAGES[-1]:
+        check_hand_back(road)
     if options.dry_run:
         work = Work(road, State.open(road.folder), options.command, options.newest)
         with _in_its_words(options):

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_WITHIN = 20.0  # seconds for the first line and the headers of a request, from the connection or the answer before on
-TAKEN_WITHIN = 60.0  # seconds in which a client takes some of an answer that waits for it
+TAKEN_WITHIN, LEAST_TAKEN = 60.0, 1024  # seconds in which a client takes so many bytes of an answer that waits for it
 MOST_CONNECTIONS = 256  # at once; others are closed as they come
 
 
@@ -37,11 +37,12 @@ def protocol_class(
         def pause_writing(self) -> None:
             """The client takes nothing, and the buffers are full."""
             super().pause_writing()
-            self._stalled = self._stalled or self.loop.call_later(taken_within, self.transport.abort)
+            self._wait_until_taken()
 
         def resume_writing(self) -> None:
             super().resume_writing()
             self._taken()
+            self._closes()
 
         def _taken(self) -> None:
             if self._stalled is not None:
@@ -54,8 +55,16 @@ def protocol_class(
 
         def _closes(self) -> None:
             """A connection that is being closed waits until what is left is taken, but not for ever."""
-            if self.transport.is_closing() and self._stalled is None:
-                self._stalled = self.loop.call_later(taken_within, self.transport.abort)
+            if self.transport.is_closing():
+                self._wait_until_taken()
+
+        def _wait_until_taken(self, before: int | None = None) -> None:
+            """Ends the connection where too little was taken since it was looked at, when `before` bytes were left."""
+            left = self.transport.get_write_buffer_size()
+            if before is not None and left > before - LEAST_TAKEN:
+                self.transport.abort()
+            elif before is not None or self._stalled is None:
+                self._stalled = self.loop.call_later(taken_within, self._wait_until_taken, left)
 
         def handle_events(self) -> None:
             try:

@@ -51,6 +51,7 @@ class Trunk:
         # Of a row: its first token in the file, how many it has, and the digest of an earlier run that was not compared yet.
         self._places: dict[str, tuple[int, int, str]] | None = None
         self._width, self._dtype = 0, mx.float32
+        self._torn = False  # the last line of the index was cut off
 
     def states(self, model: Any, inputs: mx.array, layouts: Any, rows: tuple[Placed, ...]) -> mx.array:
         """[B, T, D] for `inputs` [B, T]: from the file where all of its rows are there, else computed and written."""
@@ -116,18 +117,16 @@ class Trunk:
                 file.seek(first * self._width * array.itemsize)
                 file.write(array.tobytes())
             with self._index.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps([name, first, *array.shape, KINDS[self._dtype], _digest(array)]) + "\n")
+                lines.write("\n" * self._torn + json.dumps([name, first, *array.shape, KINDS[self._dtype], _digest(array)]) + "\n")
         except OSError as error:
             hint = "make room, or leave cache_trunk out; the last checkpoint is kept: --resume goes on"
             raise UserError(f"{self._data}: {error.strerror}", hint=hint) from error
+        self._torn = False
         return first, len(array), ""
 
     def _opened(self) -> dict[str, tuple[int, int, str]]:
         if self._key.exists() and read_json(self._key) == self._what:
-            places = self._known()
-            with self._index.open("a", encoding="utf-8") as lines:
-                lines.write("\n")  # behind a line that was cut off
-            return places
+            return self._known()
         self._data.parent.mkdir(parents=True, exist_ok=True)
         for path in (self._index, self._data):
             path.unlink(missing_ok=True)
@@ -138,14 +137,17 @@ class Trunk:
         """What an earlier run left that is not cut off."""
         places: dict[str, tuple[int, int, str]] = {}
         size = self._data.stat().st_size if self._data.exists() else 0
-        for line in self._index.read_text(encoding="utf-8", errors="replace").splitlines() if self._index.exists() else ():
+        index = self._index.read_text(encoding="utf-8", errors="replace") if self._index.exists() else ""
+        self._torn = bool(index) and not index.endswith("\n")
+        for line in index.splitlines():
             try:
-                name, first, count, self._width, kind, digest = json.loads(line)
-                self._dtype = next(dtype for dtype, named in KINDS.items() if named == kind)
+                name, first, count, width, kind, digest = json.loads(line)
+                dtype = next(dtype for dtype, named in KINDS.items() if named == kind)
+                whole = (first + count) * width * STORED[dtype].itemsize <= size
             except (ValueError, TypeError, StopIteration):
                 continue  # a crash fell into it
-            if (first + count) * self._width * STORED[self._dtype].itemsize <= size:
-                places[name] = first, count, digest
+            if whole:
+                places[name], self._width, self._dtype = (first, count, digest), width, dtype
         return places
 
 
