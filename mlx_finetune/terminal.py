@@ -4,7 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,13 @@ def show_every_sign() -> None:
 
 
 def say(text: str) -> None:
-    """Lines of talk, of the first process where a launcher started several; names of files that steer a terminal do not."""
+    """Lines of talk, of the first process where a launcher started several; names of files that steer a terminal do not.
+
+    Behind what was printed before, also where both go into one file.
+    """
     if not rank_of():
+        with suppress(OSError, ValueError):  # nobody reads it any more: what prints says so
+            sys.stdout.flush()
         print("\n".join(map(printable, text.split("\n"))), file=sys.stderr, flush=True)
 
 

@@ -141,10 +141,10 @@ def test_wide_rows_take_time_in_proportion_to_their_size(tmp_path: Path, kind: s
     def seconds(n: int) -> float:
         path.write_text(json.dumps(wide_rows(n)[kind]))
         times = []
-        for _ in range(2):
-            start = time.process_time()
+        for _ in range(3):
+            start = time.thread_time()
             assert len(list(read(path))) == 1
-            times.append(time.process_time() - start)
+            times.append(time.thread_time() - start)
         return max(min(times), 0.005)
 
-    assert seconds(16_000) / seconds(1_000) < 64  # 16 in proportion, 256 if it were its square
+    assert seconds(16_000) / seconds(1_000) < 128  # 16 in proportion, 256 if it were its square

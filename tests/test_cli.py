@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -383,3 +384,11 @@ def test_help_loads_neither_numpy_nor_a_framework() -> None:
     program += "print([m for m in ('numpy', 'mlx', 'mlx_lm', 'torch', 'transformers', 'datasets') if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert answer.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_is_said_stands_behind_what_was_printed_also_in_one_file(tmp_path: Path) -> None:
+    program = "from mlx_finetune.terminal import say; print('result'); say('next')"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with (tmp_path / "log").open("wb") as log:
+        subprocess.run([sys.executable, "-c", program], stdout=log, stderr=log, env=environment, check=True)
+    assert (tmp_path / "log").read_text() == "result\nnext\n"
