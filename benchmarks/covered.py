@@ -5,7 +5,7 @@
 
 Runs what scripts/test runs, with the programs that the tests start counted in. Writes covered.md and covered.json; exit status 1
 where a tenth of a layer or more is run by no test, or a test fails. Takes a quarter of an hour of two cores.
-COVERED_TESTS="tests/test_x.py --long" gives pytest other arguments, to try it out.
+COVERED_TESTS="-n 0 tests/test_x.py" gives pytest other arguments, to try it out.
 """
 
 import json

@@ -225,18 +225,16 @@ def main(arguments: list[str] | None = None) -> None:
         if not message:  # a bare call shows the help
             sys.exit(2)
         _fail(message.rstrip("."), f"{context.command_path if context else 'mlx-finetune'} --help")
-    except OSError as error:
+    except (MemoryError, RuntimeError, ImportError, OSError) as error:
         if no_memory(error):
-            _fail(f"there is no memory left: {error.strerror or error}", LESS)
+            _fail(f"there is no memory left: {error.__cause__ or error}".rstrip(": "), LESS)
+        if not isinstance(error, OSError):
+            raise
         if error.errno in OF_PLACES and error.filename:
             _fail(f"{error.filename!s}: {error.strerror}", "name another place")
         if error.errno not in FULL:
             raise
         _fail(f"{error.filename or 'disk'}: {error.strerror}", "make room, or choose another --out; nothing half-written was kept")
-    except (MemoryError, RuntimeError, ImportError) as error:
-        if not no_memory(error):
-            raise
-        _fail(f"there is no memory left: {error.__cause__ or error}".rstrip(": "), LESS)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         sys.exit(130)

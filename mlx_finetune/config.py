@@ -20,7 +20,7 @@ from pydantic import (
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import atomic_file
 from mlx_finetune.nearest import did_you_mean
-from mlx_finetune.reading import LARGEST_SETTINGS, plain_yaml, read_whole
+from mlx_finetune.reading import LARGEST_SETTINGS, can_be_a_place, plain_yaml, read_whole
 
 UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
@@ -40,8 +40,14 @@ def _pattern(text: str) -> str:
     return text
 
 
+def _place(path: str) -> str:
+    if not can_be_a_place(path):
+        raise ValueError("no place that a file system can have")
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
 Size = Annotated[int, BeforeValidator(_size)]
-Place = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser()) if path.startswith("~") else path)]
+Place = Annotated[str, AfterValidator(_place)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Settings = TypeVar("Settings", bound=BaseModel)

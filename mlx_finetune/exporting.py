@@ -14,7 +14,7 @@ from mlx_finetune.export.facts import Facts
 from mlx_finetune.files import atomic_folder, half_made, read_json, refuse_existing
 from mlx_finetune.fusing import Opened, check_quantised, fuse_opened, open_trained
 from mlx_finetune.installed import versions
-from mlx_finetune.models.hub import HUB_ID, check_model_folder
+from mlx_finetune.models.hub import check_hub_id, check_model_folder
 from mlx_finetune.nearest import did_you_mean
 from mlx_finetune.road import HandBack
 from mlx_finetune.terminal import Done, finish, printable, progress, say, table, waiting
@@ -74,8 +74,7 @@ def _check(options: ExportOptions) -> None:
         raise UserError(
             f"--adapter-only is for --to gguf, not {options.to}", hint="peft and mlx-lm take adapters alone; Ollama takes models"
         )
-    if options.base and not HUB_ID.fullmatch(options.base):
-        raise UserError(f"--base {options.base}: no id of the Hub", hint="write it as org/name, or leave it out")
+    check_hub_id(options.base, "--base")
     is_file = options.to in MODELS and not options.adapter_only
     if options.quantisation and not is_file:
         raise UserError(f"--quantisation {options.quantisation}: an adapter is not quantised", hint="leave it out")

@@ -13,7 +13,7 @@ from mlx_finetune.export.quantised_base import changes_from_packed
 from mlx_finetune.export.report import told
 from mlx_finetune.export.verify import PROBE_TEXTS, Verified, fuse_and_verify
 from mlx_finetune.files import read_json, refuse_existing
-from mlx_finetune.models.hub import HUB_ID, check_model_folder, model_folder
+from mlx_finetune.models.hub import check_hub_id, check_model_folder, model_folder
 from mlx_finetune.originals import is_quantised, original_of, was_awq
 from mlx_finetune.terminal import Done, progress, say
 from mlx_finetune.training.checkpoint import trained_template
@@ -123,8 +123,7 @@ def _open(options: FuseOptions) -> Opened:
     Raises:
         UserError: neither; a model that is not there or that is not what it was trained on; options that do not go together.
     """
-    if options.base and not HUB_ID.fullmatch(options.base):
-        raise UserError(f"--base {options.base}: no id of the Hub", hint="write it as org/name, or leave it out")
+    check_hub_id(options.base, "--base")
     is_run = (options.run / "config.yaml").is_file()
     if not is_run and not (options.run / ADAPTER_CONFIG).is_file():
         raise UserError(f"{options.run}: neither a run nor the folder of an adapter", hint="mlx-finetune train makes a run")

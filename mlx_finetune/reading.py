@@ -16,7 +16,7 @@ LARGEST = 128 * 2**20  # bytes of a file that is read whole: the largest tokeniz
 LARGEST_SETTINGS = 2**18  # bytes of YAML, of which a reader takes 100 kB a second
 LONGEST_LINE = 16 * 2**20  # bytes; gptme sends at most 200,000 characters of files in a message
 CHUNK = 2**20  # bytes of a line that is passed over
-LONGEST_NAME = 255  # bytes of the name of a file
+LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes of the name of a file, and of all names of its place
 DEEPEST = 50  # levels of lists and maps
 MOST_DIGITS = 400  # of a number: beyond any float
 # What PyYAML raises for text that is none, beside its own errors: `!!int ""`, `!!timestamp x`, a day that is not in the calendar.
@@ -72,6 +72,12 @@ def is_file_name(name: Any, ending: str) -> TypeGuard[str]:
     """Whether it names a file of the folder at hand, which every file system can have, and not one elsewhere."""
     is_plain = isinstance(name, str) and name.endswith(ending) and name.isprintable() and Path(name).name == name
     return is_plain and len(name.encode()) <= LONGEST_NAME
+
+
+def can_be_a_place(path: str) -> bool:
+    """Whether a file system can have it at all: asked about another, Python gives an error instead of an answer."""
+    sizes = [len(name.encode(errors="surrogatepass")) for name in (path, *path.split("/"))]
+    return "\0" not in path and sizes[0] <= LONGEST_PATH and max(sizes[1:]) <= LONGEST_NAME
 
 
 def lines_of(file: IO[bytes], longest: int = LONGEST_LINE) -> Iterator[Line]:

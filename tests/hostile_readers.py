@@ -24,7 +24,6 @@ from genuine_files import (
     write_trees,
 )
 
-from mlx_finetune.cli import OF_PLACES
 from mlx_finetune.config import RunConfig, load_config, make_config, parse_assignments
 from mlx_finetune.data.collection import earlier_collection, read_index
 from mlx_finetune.data.conversation import Conversation, conversation_of_line, read_conversations
@@ -54,10 +53,6 @@ class Reader:
             self.read(folder)
         except UserError as error:
             return check_message(error, str(folder))
-        except OSError as error:
-            if error.errno not in OF_PLACES or not error.filename:
-                raise
-            return str(error.strerror).lower()  # as the command line says it, in one line
         return "read"
 
 

@@ -71,6 +71,7 @@ FOUND = {
     "a name twice": ("config", b"rank: 8\nalpha: 16\nrank: 16\n", "one name stands there twice"),
     "brackets": ("config", b"rank: " + b"[" * 20_000, "nested more than 50 deep"),
     "empty number": ("config", b"rank: !!int ''\n", "not YAML: IndexError"),
+    "a place that cannot be": ("config", b"data: /" + b"x" * 300 + b"\n", "data = .*no place that a file system can have"),
     "no time": ("config", b"rank: !!timestamp x\n", "not YAML: AttributeError"),
     "a number without end": ("config", b"rank: 0x" + b"f" * 5000, "a number of 5002 digits"),
     "brackets in tags": ("tags", b"[" * 20_000, "nested more than 50 deep"),
@@ -111,7 +112,7 @@ FOUND = {
         '{"messages": [{"role": "user", "content": [{"type": "text\u2028", "text": "a"}]}]}'.encode(),
         "read",
     ),
-    "a model in a place that cannot be": ("origin.json", ORIGIN_OF_NO_PLACE, "name too long"),
+    "a model in a place that cannot be": ("origin.json", ORIGIN_OF_NO_PLACE, "no place that a file system can have"),
     "a huge id": ("tokenizer.json", b'{"model": {"vocab": {"a": 2147483648}}}', "has the id 2147483648"),
     "no ids": ("tokenizer.json", b'{"model": {"vocab": {"a": 0}}, "added_tokens": [3]}', "token 3 has the id None"),
 }

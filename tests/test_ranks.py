@@ -88,8 +88,7 @@ def test_two_processes_train_what_one_trains_and_go_on_as_one_and_the_other_way_
             np.testing.assert_allclose(losses(tmp_path / name, split), wanted, atol=SAME)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.long)])
 def test_weights_cut_over_two_processes_train_what_one_trains(kind: str, tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     more = {"gradient_accumulation": 3, "batch_size": 1, "grad_checkpoint": 1, "fine_tune_type": kind}
     for name, launcher in (("one", False), ("two", True)):

@@ -14,7 +14,8 @@ from mlx_finetune.data.batches import Batch, Example, examples_at, is_learned, s
 from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json, refuse_existing, write_json
 
-# 6: digests of the Arrow files; 5: families; 4: of each example, how much is as served; 3: role policies; 2: a test split
+# 7: the end of a turn that a template leaves open; 6: digests of the Arrow files; 5: families; 4: of each example, how much is as
+# served; 3: role policies; 2: a test split
 VERSION = 7
 SPLITS = ("train", "valid", "test")
 AGAIN = "run mlx-finetune prepare again"

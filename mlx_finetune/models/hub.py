@@ -57,6 +57,12 @@ def hub_revision(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--") else None
 
 
+def check_hub_id(name: str, said: str) -> None:
+    """Raises UserError where a name that was given, by what is `said` before it, is no id of the Hub."""
+    if name and not HUB_ID.fullmatch(name):
+        raise UserError(f"{said} {name}: no id of the Hub", hint="write it as org/name, or leave it out")
+
+
 def check_links(folder: Path) -> None:
     """What is copied from a model's folder is to lie in it, or, as in the Hub's cache, in that of all its revisions.
 

@@ -9,6 +9,7 @@ from mlx_finetune.errors import UserError
 from mlx_finetune.files import read_json, write_json
 from mlx_finetune.models.hub import model_folder
 from mlx_finetune.models.weights import fingerprint
+from mlx_finetune.reading import can_be_a_place
 
 FILE = "origin.json"
 AGAIN = "convert it again"
@@ -44,6 +45,8 @@ def read_origin(folder: Path) -> Origin | None:
     needed = {name.name for name in fields(Origin)}
     if not isinstance(found, dict) or found.keys() != needed or not all(isinstance(found[n], str) for n in ("format", "model")):
         raise UserError(f"{folder / FILE}: not what convert writes", hint=AGAIN)
+    if not can_be_a_place(found["model"]):
+        raise UserError(f"{folder / FILE}: model is no place that a file system can have", hint=AGAIN)
     return Origin(**found)
 
 

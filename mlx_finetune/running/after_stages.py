@@ -4,14 +4,13 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from mlx_finetune.errors import UserError
 from mlx_finetune.evaluating import EvaluateOptions, evaluated
 from mlx_finetune.evaluation.compare import find_checkpoint
 from mlx_finetune.export.gguf_kinds import check_kind
 from mlx_finetune.export.gguf_write import need_gguf
 from mlx_finetune.exporting import MODELS, ExportOptions, exported
 from mlx_finetune.fusing import FuseOptions, fused_model
-from mlx_finetune.models.hub import HUB_ID
+from mlx_finetune.models.hub import check_hub_id
 from mlx_finetune.reporting import PAGE, ReportOptions, reported
 from mlx_finetune.road import Road
 from mlx_finetune.running.stage import Made, MadeInRun, Work
@@ -39,8 +38,7 @@ def check_hand_back(road: Road) -> None:
     if any(to in MODELS for to in h.export):
         need_gguf()
         check_kind(h.quantisation)
-    if h.base and not HUB_ID.fullmatch(h.base):
-        raise UserError(f"hand_back.base = {h.base}: no id of the Hub", hint="write it as org/name, or leave it out")
+    check_hub_id(h.base, "hand_back.base =")
 
 
 class EvaluateStage(MadeInRun):

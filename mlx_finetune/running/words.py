@@ -9,7 +9,7 @@ from mlx_finetune.road import SECTIONS
 
 GO_ON = re.compile(r"mlx-finetune train --resume --out (?:'(?:[^']|'\"'\"')*'|[^\s';]+)")
 OPTION = re.compile(r"(?<![\w-])--(no-)?([a-z][a-z-]*[a-z])(?:[ =]([0-9][\w.]*|[A-Z]{2,}|torch|mlx|auto)(?![\w.]))?")
-OTHERWISE = {"out": "folder", "to": "hand_back.export", "quantization": "quantization"}  # options that are called otherwise there
+OTHERWISE = {"out": "folder", "to": "hand_back.export"}  # options that are called otherwise there
 SECTION_OF = {key: name for name, (kind, _) in SECTIONS.items() for key in kind.model_fields if key not in FIELDS}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-MINUTES = 60  # on a machine that does much else; it takes some two and a half on two cores of its own
+MINUTES = 60  # on a machine that does much else; it takes some minutes on two cores of its own
 
 
 @dataclass(frozen=True)
