@@ -114,7 +114,7 @@ def test_mlx_lm_and_transformers_read_a_converted_folder_as_the_original(
 # mlx_lm.load refuses some (names of kinds, of layers or of packed experts that transformers writes), and of the others its own
 # forward pass is another one: GELU (gemma, gpt_neox, starcoder2). `convert` says so, and we compute them as transformers does.
 NOT_ALONE = frozenset("gemma gpt_neox starcoder2 gpt_oss granitemoehybrid mpt qwen3_5_moe_text qwen3_5_text".split())
-ROUGH = frozenset({"qwen3_next"})  # in half precision a near tie of its random experts goes one way or the other
+NOT_IN_BFLOAT16 = frozenset({"qwen3_next"})  # of such weights, unpacked, its own forward pass is far off: half the largest logit
 
 
 @pytest.mark.long
@@ -126,8 +126,9 @@ def test_every_proven_architecture_is_converted_exactly_and_it_is_known_what_mlx
     for i, how in enumerate((How(), How(dtype="bfloat16"), How(FOUR), How(Quantisation(4, 32, "mxfp4"), dtype="bfloat16"))):
         made = converted(model, tmp_path / str(i), how)
         assert made.verified and made.verified.passed
-        if model_type not in NOT_ALONE | ROUGH or how == How():
-            assert made.verified.read_by_mlx_lm == (model_type not in NOT_ALONE)
+        if model_type not in NOT_ALONE or how == How():
+            halved = model_type in NOT_IN_BFLOAT16 and how == How(dtype="bfloat16")
+            assert made.verified.read_by_mlx_lm == (model_type not in NOT_ALONE and not halved)
 
 
 MLX_LM: dict[str, tuple[Quantisation, dict[str, Any]]] = {
